@@ -1,0 +1,44 @@
+# Everything runs in environments of the repository's own; nothing need be installed beforehand but Python 3.11, git and make.
+PYTHON ?= python3.11
+BIN := .venv/bin
+SELDON := .venv-seldon
+EDITABLE := -e '.[uvloop,dev]' -e plugins/torch_backend -e plugins/balancers -e examples/digits
+PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench protos
+
+help: ## list what one can do here
+	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+setup: .venv/ready ## the environment: core, plugins, the example, development tools
+
+.venv/ready: constraints.txt $(PROJECTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --constraint constraints.txt torch $(EDITABLE)
+	touch $@
+
+# seldon-core pins protobuf < 4 and numpy < 2, so it lives in an environment of its own.
+$(SELDON)/ready: tests/seldon/requirements.txt
+	$(PYTHON) -m venv $(SELDON)
+	$(SELDON)/bin/python -m pip install --requirement tests/seldon/requirements.txt
+	touch $@
+
+demo: .venv/ready ## train, serve and call a model; kill a node under load
+	$(BIN)/python -m digits.demo
+
+test: .venv/ready $(SELDON)/ready ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/ready ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/ready ## the gateway's cost beside an echo server and a plain proxy, measured in one run
+	$(BIN)/python -m bench
+
+protos: .venv/ready ## dl_inference_core/wire/messages.binpb from protos/
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --include_imports \
+	  --descriptor_set_out=dl_inference_core/wire/messages.binpb $(sort $(wildcard protos/*.proto))

@@ -1,0 +1,202 @@
+"""The error tree: for each failure its gRPC code, who is to blame, and whether another node may be tried.
+
+Retries, node health and the status that the client sees all read the same three facts.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class Code(enum.IntEnum):
+    """gRPC status codes, numbered as in the gRPC specification (doc/statuscodes.md of grpc/grpc)."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
+class Blame(enum.Enum):
+    """Whose fault a failure is. Only NODE and NODE_SOFTLY change what is known of a node."""
+
+    CLIENT = "client"
+    NODE = "node"
+    NODE_SOFTLY = "node, softly"  # lowers a node's weight, never ejects it
+    SERVER = "server"
+    OPERATOR = "operator"
+    NOBODY = "nobody"
+
+
+class InferenceError(Exception):
+    """A failure that a caller may be told of: `str(error)` is the status message.
+
+    `code`, `blame` and `another_node` are facts of the class.
+    """
+
+    code: Code = Code.INTERNAL
+    blame: Blame = Blame.SERVER
+    another_node: bool = False
+
+
+class BadRequest(InferenceError):
+    """The request is malformed, or does not fit the model. Says what was wrong and what was expected."""
+
+    code = Code.INVALID_ARGUMENT
+    blame = Blame.CLIENT
+
+
+class ModelNotFound(InferenceError):
+    """No model, version or task of that name."""
+
+    code = Code.NOT_FOUND
+    blame = Blame.CLIENT
+
+
+class MessageTooLarge(InferenceError):
+    """A message over the size limit, whoever sent it."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    blame = Blame.CLIENT
+
+
+class Unimplemented(InferenceError):
+    """The method is known but this server does not offer it for that model."""
+
+    code = Code.UNIMPLEMENTED
+    blame = Blame.CLIENT
+
+
+class ModelNotReady(InferenceError):
+    """The model is known but cannot answer yet, or no longer."""
+
+    code = Code.UNAVAILABLE
+    blame = Blame.NODE
+    another_node = True
+
+
+class NoNodeAvailable(InferenceError):
+    """A route has no nodes at all."""
+
+    code = Code.UNAVAILABLE
+    blame = Blame.SERVER
+
+
+class NodeUnreachable(InferenceError):
+    """The node refused or dropped the connection, or said UNAVAILABLE."""
+
+    code = Code.UNAVAILABLE
+    blame = Blame.NODE
+    another_node = True
+
+
+class NodeOverloaded(InferenceError):
+    """The node answered RESOURCE_EXHAUSTED."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    blame = Blame.NODE_SOFTLY
+    another_node = True
+
+
+class NodeFailed(InferenceError):
+    """The node answered INTERNAL, UNKNOWN or DATA_LOSS, or an answer that is none (empty or undecodable).
+
+    `code` is the node's own.
+    """
+
+    blame = Blame.NODE
+    another_node = True
+
+    def __init__(self, message: str, code: Code = Code.INTERNAL) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NodeRejected(InferenceError):
+    """The node found fault with the request: its status (INVALID_ARGUMENT, NOT_FOUND, …) goes on unchanged."""
+
+    blame = Blame.CLIENT
+
+    def __init__(self, message: str, code: Code) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Overloaded(InferenceError):
+    """This server takes no more requests for now."""
+
+    code = Code.RESOURCE_EXHAUSTED
+    blame = Blame.SERVER
+
+
+class AttemptTimedOut(InferenceError):
+    """A node did not answer within the attempt's timeout."""
+
+    code = Code.DEADLINE_EXCEEDED
+    blame = Blame.NODE
+    another_node = True
+
+
+class DeadlineExceeded(InferenceError):
+    """The client's own deadline passed."""
+
+    code = Code.DEADLINE_EXCEEDED
+    blame = Blame.NOBODY
+
+
+class HandlerFailed(InferenceError):
+    """A handler or model raised; or anything else that nobody foresaw. The message carries the request id."""
+
+    code = Code.INTERNAL
+    blame = Blame.SERVER
+
+
+class PluginError(InferenceError):
+    """A plugin is missing, broken or breaks its contract. Start-up and reload only."""
+
+    blame = Blame.OPERATOR
+
+
+class ConfigError(InferenceError):
+    """The configuration cannot be used. Start-up and reload only."""
+
+    blame = Blame.OPERATOR
+
+
+class ModelError(InferenceError):
+    """A model version cannot be loaded. Load time only: it never reaches a client."""
+
+    blame = Blame.OPERATOR
+
+
+def from_status(code: Code, message: str) -> InferenceError:
+    """The error that a node's status other than OK stands for.
+
+    DEADLINE_EXCEEDED and CANCELLED from a node are taken as the client's: whoever set the attempt's deadline knows
+    better, and says `AttemptTimedOut` instead.
+    """
+    match code:
+        case Code.UNAVAILABLE:
+            return NodeUnreachable(message)
+        case Code.RESOURCE_EXHAUSTED:
+            # gRPC's own words on both sides of a connection when a message is over the limit.
+            return MessageTooLarge(message) if "message larger than max" in message else NodeOverloaded(message)
+        case Code.INTERNAL | Code.UNKNOWN | Code.DATA_LOSS | Code.OK:
+            return NodeFailed(message, code if code is not Code.OK else Code.INTERNAL)
+        case Code.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(message)
+        case _:
+            return NodeRejected(message, code)

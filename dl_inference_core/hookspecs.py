@@ -1,0 +1,48 @@
+"""Every extension point. A plugin is a module, named by an entry point of the group "dl_inference_core", with some of these hooks.
+
+All of them are called once, in the process that serves, on its main thread, before anything is built: at start and in
+`dl-inference-core plugins` and `check`. None is called on the request path. Each returns classes, not objects; each class
+carries a `name` by which the config picks it, and an `Options` model of what the config may say to it. If a hook raises,
+its plugin is reported as broken, with the error; that is fatal only if the config names something of it.
+
+Keep the module light: import torch or tensorflow inside the methods that need them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dl_inference_core.gateway.balancing import Balancer
+    from dl_inference_core.node.backend import Backend
+    from dl_inference_core.node.handling import Handler
+    from dl_inference_core.transport import Transport
+
+GROUP = "dl_inference_core"
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec
+def dl_inference_register_backends() -> Sequence[type[Backend]]:  # type: ignore[empty-body]
+    """Backends: what loads and runs a framework's models."""
+
+
+@hookspec
+def dl_inference_register_handlers() -> Sequence[type[Handler]]:  # type: ignore[empty-body]
+    """Handlers: what a business model does before, around and after the model call."""
+
+
+@hookspec
+def dl_inference_register_balancers() -> Sequence[type[Balancer]]:  # type: ignore[empty-body]
+    """Balancers: how a route chooses among its nodes."""
+
+
+@hookspec
+def dl_inference_register_transports() -> Sequence[type[Transport]]:  # type: ignore[empty-body]
+    """Transports: how bytes come in and go out."""

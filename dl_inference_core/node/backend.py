@@ -1,0 +1,172 @@
+"""What runs a model: the interface of backends, and the signature that says what a model takes and gives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from dl_inference_core.errors import BadRequest
+from dl_inference_core.tensors import Tensor, Tensors
+from dl_inference_core.config import PluginOptions
+
+ANY = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a model.
+
+    Attributes:
+        name: its name.
+        dtype: its numpy dtype; None where the model does not say.
+        shape: its sizes, None for a free one; None in place of the tuple where even the rank is unknown.
+    """
+
+    name: str
+    dtype: np.dtype[Any] | None = ANY
+    shape: tuple[int | None, ...] | None = ANY
+
+    def __str__(self) -> str:
+        dtype = "any dtype" if self.dtype is None else self.dtype.name
+        shape = "any shape" if self.shape is None else f"[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+        return f'"{self.name}" ({dtype}, {shape})'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signature:
+    """What a model takes and gives. No inputs means that the model does not say; then anything passes."""
+
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
+
+    def bind(self, tensors: Tensors, *, cast: bool = False) -> dict[str, Tensor]:
+        """`tensors` checked against the inputs. With `cast`, numbers are converted where no value changes kind:
+        any number to a floating-point dtype, whole numbers to an integer one.
+
+        Raises:
+            BadRequest: a name, dtype or shape that does not fit; names what was expected.
+        """
+        if not self.inputs:
+            return dict(tensors)
+        wanted = {spec.name for spec in self.inputs}
+        if wanted != tensors.keys():
+            given = ", ".join(f'"{name}"' for name in sorted(tensors)) or "none"
+            raise BadRequest(f"expected the inputs {', '.join(map(str, self.inputs))}; got {given}")
+        return {spec.name: _fit(spec, tensors[spec.name], cast) for spec in self.inputs}
+
+    def bind_one(self, tensor: Tensor, *, cast: bool) -> dict[str, Tensor]:
+        """A tensor without a name, as the model's only input.
+
+        Raises:
+            BadRequest: as `bind`; or the model has several inputs.
+        """
+        if not self.inputs:
+            return {"input": tensor}
+        if len(self.inputs) > 1:
+            raise BadRequest(
+                f"the model has {len(self.inputs)} inputs, {', '.join(map(str, self.inputs))}: "
+                "one tensor without a name cannot stand for them"
+            )
+        return self.bind({self.inputs[0].name: tensor}, cast=cast)
+
+
+def _fit(spec: TensorSpec, tensor: Tensor, cast: bool) -> Tensor:
+    if spec.dtype is not None and tensor.dtype != spec.dtype:
+        converted = _convert(tensor, spec.dtype) if cast else None
+        if converted is None:
+            raise BadRequest(f"input {spec} does not take dtype {tensor.dtype.name}")
+        tensor = converted
+    if spec.shape is not None and not (
+        len(spec.shape) == tensor.ndim
+        and all(size is None or size == given for size, given in zip(spec.shape, tensor.shape, strict=True))
+    ):
+        raise BadRequest(f"input {spec} does not take shape {list(tensor.shape)}")
+    return tensor
+
+
+def _convert(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor | None:
+    """`tensor` as `dtype`, or None where that would change what it says."""
+    if tensor.dtype.kind not in "biuf" or dtype.kind == "O":
+        return None
+    with np.errstate(all="ignore"):
+        converted = tensor.astype(dtype)
+    if dtype.kind in "biu" and not np.array_equal(converted, tensor):
+        return None
+    return converted
+
+
+class Model(ABC):
+    """One loaded version of a model.
+
+    Every method but `close` runs on one of the model's own threads (`threads` in its `model.toml`, one by default), inside
+    `session()`; `close` runs after the last call has ended.
+    """
+
+    signature: Signature = Signature()
+
+    @property
+    @abstractmethod
+    def native(self) -> Any:
+        """The framework's own callable, for handlers that go around `__call__`: an `nn.Module`, say."""
+
+    @abstractmethod
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Run on named inputs (numpy arrays or the framework's tensors), which are known to fit the signature if they came
+        through `Signature.bind`. Returns every output by name, as numpy arrays.
+
+        Raises:
+            Exception: whatever the framework raises; the client sees INTERNAL with a request id.
+        """
+
+    @abstractmethod
+    def to_native(self, value: Any) -> Any:
+        """`value` with each numpy array in it (dicts, lists and tuples too) as the framework's tensor, on the model's device."""
+
+    @abstractmethod
+    def to_numpy(self, value: Any) -> Any:
+        """The reverse of `to_native`."""
+
+    def session(self) -> AbstractContextManager[Any]:
+        """Entered around each request's preprocess, run_model and postprocess: inference mode, current device."""
+        return nullcontext()
+
+    def close(self) -> None:  # noqa: B027 - most models have nothing to close
+        """Release what garbage collection would not."""
+
+
+class Backend(ABC):
+    """A framework that loads models. One object per process and backend, made with what `[backends.NAME]` says in the config.
+
+    `Options` are that table; `ModelOptions` are the table `[options]` of a model's own `model.toml`.
+    """
+
+    name: ClassVar[str]
+    Options: ClassVar[type[PluginOptions]] = PluginOptions
+    ModelOptions: ClassVar[type[PluginOptions]] = PluginOptions
+
+    def __init__(self, options: PluginOptions) -> None:
+        self.options = options
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, directory: Path) -> bool:
+        """Whether `directory` holds a model of this backend, told by file names alone. Must not import the framework."""
+
+    @abstractmethod
+    def load(self, directory: Path, options: PluginOptions, device: str) -> Model:
+        """Load the version in `directory`. Runs on the thread that will run the model; may take long.
+
+        Args:
+            directory: the version's folder.
+            options: a `ModelOptions`.
+            device: "cpu", "auto", or a name of the framework's own ("cuda", "cuda:1").
+
+        Raises:
+            ModelError: what is wrong with the model, and what would help.
+        """

@@ -1,0 +1,106 @@
+"""What happens around a model call: preprocess → run_model → postprocess.
+
+`Handler` is both the interface and the default: as it stands it passes a request's tensors to the model and the model's
+outputs back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from dl_inference_core.errors import BadRequest
+from dl_inference_core.node.backend import Model, Signature
+from dl_inference_core.tensors import Form, Payload, Request, Tensors, as_tensor
+from dl_inference_core.config import PluginOptions
+
+
+class Handler:
+    """The business end of a model: subclass it, override what differs, and name it in `model.toml` (`handler = "…"`).
+
+    One object per loaded version. Methods run on the model's own threads, one request at a time per thread, inside the
+    model's session (for torch: inference mode). What they raise, the client sees as INTERNAL with a request id;
+    raise `BadRequest` to tell the client that its input is wrong.
+
+    A handler in full::
+
+        class Sentiment(Handler):
+            name = "sentiment"
+
+            class Options(PluginOptions):
+                longest: int = 128
+
+            def preprocess(self, request):
+                if request.form is not Form.TEXT:
+                    raise BadRequest("sentiment takes strData")
+                return {"tokens": tokenise(request.payload)[None, : self.options.longest]}
+
+            def postprocess(self, outputs, request):
+                return {"score": outputs["logits"][:, 1]}
+    """
+
+    name: ClassVar[str] = "default"
+    Options: ClassVar[type[PluginOptions]] = PluginOptions
+
+    def __init__(self, options: PluginOptions) -> None:
+        self.options = options
+        self.signature = Signature()
+
+    def load(self, model: Model) -> None:
+        """Called once, after the model is loaded and before the first request."""
+        self.signature = model.signature
+
+    def preprocess(self, request: Request) -> Any:
+        """What `run_model` takes, from a request. By default the request's tensors, checked against the model's signature.
+
+        Raises:
+            BadRequest: the request does not fit the model.
+        """
+        return bind(self.signature, request)
+
+    def run_model(self, model: Model, inputs: Any, request: Request) -> Any:
+        """Call `model`, once or several times. By default once, on what `preprocess` returned."""
+        return model(inputs)
+
+    def postprocess(self, outputs: Any, request: Request) -> Payload:
+        """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values."""
+        return outputs  # type: ignore[no-any-return]
+
+
+def bind(signature: Signature, request: Request) -> dict[str, Any]:
+    """A request's tensors by input name, checked against `signature`; JSON objects and lists count as tensors.
+
+    Raises:
+        BadRequest: bytes or text, which no default can turn into tensors; or tensors that do not fit.
+    """
+    payload = request.payload
+    match request.form:
+        case Form.TENSORS | Form.TENSORS_RAW:
+            assert isinstance(payload, Mapping)
+            return signature.bind(payload)
+        case Form.BYTES | Form.TEXT:
+            raise BadRequest(
+                f"this model takes tensors, not {request.form.value}: only a handler could turn one into the other"
+            )
+    try:
+        if isinstance(payload, Mapping):
+            return signature.bind({name: as_tensor(value) for name, value in payload.items()}, cast=True)
+        return signature.bind_one(as_tensor(payload), cast=not request.form.typed)
+    except TypeError as error:
+        raise BadRequest(str(error)) from error
+
+
+def narrow(payload: Payload, request: Request) -> Payload:
+    """`payload` with only the outputs that the request asked for.
+
+    Raises:
+        BadRequest: an output that is not among them.
+    """
+    if not request.outputs:
+        return payload
+    outputs: Tensors = payload if isinstance(payload, Mapping) else {"output": as_tensor(payload)}
+    unknown = [name for name in request.outputs if name not in outputs]
+    if unknown:
+        have = ", ".join(f'"{name}"' for name in outputs)
+        raise BadRequest(f'output tensor alias not found in signature: "{unknown[0]}"; the model gives {have}')
+    return {name: outputs[name] for name in request.outputs}

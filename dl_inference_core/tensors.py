@@ -1,0 +1,133 @@
+"""The values that move between wire, handler and backend: requests and responses with numpy arrays in them.
+
+A tensor is a `numpy.ndarray` of shape and dtype as on the wire. Strings are arrays of dtype `object` that hold `bytes`;
+bfloat16 is `ml_dtypes.bfloat16`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+Tensors: TypeAlias = Mapping[str, Tensor]
+Json: TypeAlias = "dict[str, Any] | list[Any] | str | float | int | bool | None"
+Payload: TypeAlias = "Tensors | Tensor | bytes | str | Json"
+
+
+class Form(enum.Enum):
+    """How a payload stood on the wire; an answer takes the form of its request where it can."""
+
+    TENSORS = "tensors"  # named, typed tensors (TF Serving, Open Inference Protocol): Mapping[str, Tensor]
+    TENSORS_RAW = "raw tensors"  # the same, as Open Inference raw contents
+    TENSOR = "tensor"  # one float64 tensor without a name (Seldon data.tensor): Tensor
+    NDARRAY = "ndarray"  # one nested list of numbers or strings (Seldon data.ndarray): Tensor
+    TFTENSOR = "tftensor"  # one typed tensor without a name (Seldon data.tftensor): Tensor
+    BYTES = "bytes"  # Seldon binData: bytes
+    TEXT = "text"  # Seldon strData: str
+    JSON = "json"  # Seldon jsonData: Json
+
+    @property
+    def typed(self) -> bool:
+        """Whether the client stated a dtype: then it must be the model's; otherwise values are cast."""
+        return self in (Form.TENSORS, Form.TENSORS_RAW, Form.TFTENSOR)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One inference request, decoded.
+
+    Attributes:
+        payload: what to infer on; its type follows from `form`.
+        form: how the payload stood on the wire.
+        model: the routing key: a model's name, or a task id.
+        version: the version asked for; None is the newest.
+        signature: TF Serving's signature name; "" is the default one.
+        outputs: the outputs asked for; empty is all.
+        names: column names of an unnamed tensor (Seldon `data.names`).
+        tags: Seldon's `meta.tags`, as Python values.
+        parameters: the Open Inference Protocol's request parameters.
+        id: the client's own id of the request (Open Inference `id`, Seldon `meta.puid`), to be echoed.
+    """
+
+    payload: Payload
+    form: Form
+    model: str | int = ""
+    version: int | None = None
+    signature: str = ""
+    outputs: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """One answer: the payload in any form, and which model and version it is from. `tags` and `id` as in `Request`."""
+
+    payload: Payload
+    model: str = ""
+    version: int | None = None
+    names: tuple[str, ...] = ()
+    tags: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+
+def as_tensor(value: Any) -> Tensor:
+    """`value` (array, scalar, nested list, str or bytes) as a tensor; text becomes UTF-8 bytes of dtype object.
+
+    Raises:
+        TypeError: what no numeric, boolean or string array can hold (ragged lists, None, dicts).
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind not in "OUS":
+        return value
+    if isinstance(value, bytes | str):
+        array = np.empty((), dtype=object)
+        array[()] = value
+    else:
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"no tensor can hold this value: {error}") from error
+    if array.dtype.kind not in "OUS":
+        return array
+    strings = np.empty(array.shape, dtype=object)
+    for index, item in np.ndenumerate(array):
+        if isinstance(item, str):
+            strings[index] = item.encode()
+        elif isinstance(item, bytes):
+            strings[index] = bytes(item)
+        else:
+            raise TypeError(f"no tensor can hold a value of type {type(item).__name__}")
+    return strings
+
+
+def as_tensors(payload: Payload) -> dict[str, Tensor]:
+    """`payload` as named tensors: a mapping keeps its names, anything else becomes the one tensor "output".
+
+    Raises:
+        TypeError: as `as_tensor`.
+    """
+    if isinstance(payload, Mapping):
+        return {str(name): as_tensor(value) for name, value in payload.items()}
+    return {"output": as_tensor(payload)}
+
+
+def as_json(value: Any) -> Json:
+    """`value` with each tensor as nested lists (strings decoded as UTF-8) and each numpy scalar as a Python one."""
+    if isinstance(value, Mapping):
+        return {str(name): as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return as_json(value.tolist())
+    if isinstance(value, np.generic):
+        return as_json(value.item())
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return value  # type: ignore[no-any-return]

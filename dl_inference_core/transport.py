@@ -1,0 +1,113 @@
+"""The seam between the network and the rest: a `Call` comes in or goes out, and bytes or an error come back.
+
+Nothing else in the core knows how bytes travel. A transport turns gRPC framing, compression, deadlines, statuses and trailers
+into these few types and back; `dl_inference_core.testing.TransportConformance` says what it must keep.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeAlias
+
+from dl_inference_core.config import PluginOptions
+
+Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Call:
+    """One call of a gRPC method, coming in or going out.
+
+    Attributes:
+        method: "/package.Service/Method".
+        request: the request message's bytes.
+        metadata: the caller's own metadata in order; keys in lower case, values `bytes` where the key ends in "-bin". Never
+            holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with a colon).
+        deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
+        trailers: what goes back, or came back, beside the answer. Who answers appends to it.
+    """
+
+    method: str
+    request: bytes
+    metadata: Metadata = ()
+    deadline: float | None = None
+    trailers: list[tuple[str, str | bytes]] = field(default_factory=list)
+
+
+UnaryHandler: TypeAlias = Callable[[Call], Awaitable[bytes]]
+"""Answers a call, or raises an `InferenceError`. Cancelled when the client has gone or the deadline has passed."""
+
+StreamHandler: TypeAlias = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
+"""Answers a stream of messages (`call.request` is empty) by a stream of messages. Cancelled likewise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Methods:
+    """What a server answers, by method path; any other path is UNIMPLEMENTED."""
+
+    unary: Mapping[str, UnaryHandler]
+    streaming: Mapping[str, StreamHandler] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Attributes:
+    message_bytes: largest message, in either direction; over it RESOURCE_EXHAUSTED.
+    """
+
+    message_bytes: int = 10 * 1024 * 1024
+
+
+class Server(ABC):
+    """A listening server, on the event loop that made it."""
+
+    ports: tuple[int, ...]
+    """The ports it listens on, in the order of the addresses asked for."""
+
+    @abstractmethod
+    async def drain(self, grace_s: float) -> None:
+        """Take no new calls, let those in flight finish for at most `grace_s` seconds, cancel the rest, close."""
+
+
+class Connection(ABC):
+    """A way to one node; connects by itself, and again after a failure, within a second of the node being there."""
+
+    @abstractmethod
+    async def call(self, call: Call) -> bytes:
+        """Send `call` and return the answer's bytes; trailers that came back are appended to `call.trailers`.
+
+        Cancelling the caller cancels the call at the node.
+
+        Raises:
+            InferenceError: as `errors.from_status` has it; DeadlineExceeded when `call.deadline` passed.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close; calls in flight are cancelled."""
+
+
+class Transport(ABC):
+    """One kind of network stack. Made once per process, used on one event loop."""
+
+    name: ClassVar[str]
+    Options: ClassVar[type[PluginOptions]] = PluginOptions
+
+    def __init__(self, options: PluginOptions) -> None:
+        self.options = options
+
+    @abstractmethod
+    async def serve(self, methods: Methods, addresses: tuple[str, ...], limits: Limits) -> Server:
+        """Listen on each of `addresses` ("host:port"; port 0 is any free one) and answer `methods`.
+
+        Other processes may listen on the same port (SO_REUSEPORT) if they do so by this method too.
+
+        Raises:
+            ConfigError: an address cannot be listened on.
+        """
+
+    @abstractmethod
+    def connect(self, address: str, limits: Limits) -> Connection:
+        """A connection to the node at `address` ("host:port"), plaintext. Returns at once."""
