@@ -1,10 +1,200 @@
-"""placeholder so that helpers can import; replaced below"""
+"""What a process is told: one TOML file → a strict, frozen `Config`."""
+
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from dl_inference_core.errors import ConfigError
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+_NODE = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})(?:@(?P<weight>[0-9]{1,5}))?")
 
 
 class PluginOptions(BaseModel):
     """What every plugin's `Options` derive from: unknown keys are errors, values are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Section(PluginOptions):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class NodeConfig(_Section):
+    """One node of a route; written "host:port" or "host:port@weight", IPv6 in brackets."""
+
+    address: str
+    """host:port"""
+    weight: int = Field(default=1, ge=0, le=10_000)
+    """the static weight; 0 takes no requests while another node has a weight"""
+
+    @classmethod
+    def parse(cls, text: str) -> NodeConfig:
+        """Raises:
+        ValueError: says what is wrong with `text`.
+        """
+        match = _NODE.fullmatch(text)
+        if match is None:
+            raise ValueError(f'"{text}" is no node: expected host:port or host:port@weight')
+        port, weight = int(match["port"]), int(match["weight"] or 1)
+        if not 1 <= port <= 65535:
+            raise ValueError(f'"{text}": port {port} is not between 1 and 65535')
+        if weight > 10_000:
+            raise ValueError(f'"{text}": weight {weight} is over 10000')
+        return cls(address=f"{match['host']}:{port}", weight=weight)
+
+
+def _node(value: Any) -> Any:
+    return NodeConfig.parse(value) if isinstance(value, str) else value
+
+
+class RouteConfig(_Section):
+    """Where the requests of one task go: `[[routes]]`, once per task."""
+
+    name: str = Field(default="", pattern=r"^[^/\x00-\x1f]*$", max_length=255)
+    """the model's name, as clients write it in `model_spec.name`, `model_name` or `taskId`"""
+    task_id: int | None = Field(default=None, ge=0, lt=2**63)
+    """the number that `textcnn-69` and `taskId: 69` mean"""
+    nodes: tuple[Annotated[NodeConfig, BeforeValidator(_node)], ...] = Field(min_length=1)
+    """the nodes: "host:port" or "host:port@weight"; IPv6 addresses in brackets"""
+    timeout_ms: int = Field(default=1000, ge=1, le=3_600_000)
+    """milliseconds that one attempt may take; the whole call takes at most this times `attempts`"""
+    attempts: int = Field(default=2, ge=1, le=10)
+    """how many nodes may be tried for one request; 1 never tries again"""
+    retry_failed: bool = True
+    """whether a node's INTERNAL, UNKNOWN or DATA_LOSS is tried on another node"""
+    balancer: str | None = None
+    """the balancing strategy; if left out, `dynamic_weighted_round_robin` where it is installed, else `round_robin`"""
+    balancer_options: dict[str, Any] = {}
+    """the strategy's own options"""
+
+    @model_validator(mode="after")
+    def _check(self) -> RouteConfig:
+        if not self.name and self.task_id is None:
+            raise ValueError("a route needs a name or a task_id")
+        addresses = [node.address for node in self.nodes]
+        twice = {address for address in addresses if addresses.count(address) > 1}
+        if twice:
+            raise ValueError(f"node {min(twice)} stands twice")
+        return self
+
+    @property
+    def key(self) -> str | int:
+        """What tells this route from others across reloads."""
+        return self.name or int(self.task_id or 0)
+
+
+class ModelsConfig(_Section):
+    """The models that this process serves itself: `[models]`."""
+
+    directory: Path | None = None
+    """the folder of models, each `NAME/VERSION/…` or a flat `NAME/`; relative to the config file"""
+    poll_interval_ms: int = Field(default=1000, ge=10)
+    """milliseconds between two looks for new, changed and removed versions"""
+
+
+class GatewayConfig(_Section):
+    """What holds for all routes: `[gateway]`."""
+
+    nodefile: Path | None = None
+    """a file of lines `taskid=timeout_ms,host:port,…`, read beside the routes; relative to the config file"""
+    poll_interval_ms: int = Field(default=250, ge=10)
+    """milliseconds between two looks at the config file and the nodefile"""
+
+
+class Config(_Section):
+    """The whole of it. Keys outside any table come first in the file."""
+
+    host: str = "127.0.0.1"
+    """the address to listen on; "0.0.0.0" or "[::]" for every interface"""
+    port: int = Field(default=8500, ge=0, le=65535)
+    """the port for every protocol; 0 is any free one"""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """an HTTP port for Prometheus metrics, on the same host; none if left out"""
+    workers: int = Field(default=1, ge=1, le=256)
+    """processes that share the port, each with its own copy of the models"""
+    transport: str = "grpcio"
+    """the network stack"""
+    transport_options: dict[str, Any] = {}
+    """the network stack's own options"""
+    message_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
+    """bytes of the largest message, in either direction; over it RESOURCE_EXHAUSTED"""
+    drain_s: float = Field(default=10.0, ge=0)
+    """seconds that requests in flight have to finish after SIGTERM"""
+    models: ModelsConfig = ModelsConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    routes: tuple[RouteConfig, ...] = ()
+    backends: dict[str, dict[str, Any]] = {}
+    """options of each backend, by its name: `[backends.torch]`"""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        for kind in ("name", "task_id"):
+            counts = Counter(getattr(route, kind) for route in self.routes)
+            for key, count in counts.items():
+                if count > 1 and key not in ("", None):
+                    raise ValueError(f"{count} routes have the {kind} {key!r}")
+        return self
+
+
+def load(path: Path) -> Config:
+    """The config in a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or as `parse`.
+    """
+    try:
+        return parse(path.read_bytes(), path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+
+
+def parse(content: bytes, path: Path) -> Config:
+    """The config that `content` says; relative paths in it are taken from the folder of `path`.
+
+    Raises:
+        ConfigError: it is no TOML, or says what no config says; one line that names the file.
+    """
+    try:
+        values = tomllib.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return _resolved(validated(Config, values, str(path)), path.parent)
+
+
+def _resolved(config: Config, folder: Path) -> Config:
+    """`config` with its relative paths taken from `folder`."""
+    models, gateway = config.models, config.gateway
+    return config.model_copy(
+        update={
+            "models": models.model_copy(update={"directory": models.directory and folder / models.directory}),
+            "gateway": gateway.model_copy(update={"nodefile": gateway.nodefile and folder / gateway.nodefile}),
+        }
+    )
+
+
+def validated(model: type[ModelT], values: Mapping[str, Any], where: str) -> ModelT:
+    """`values` as a `model`.
+
+    Raises:
+        ConfigError: one line that names each wrong key, what was wrong with it, and where it stands.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False):
+            key = ".".join(map(str, problem["loc"]))
+            if problem["type"] == "extra_forbidden":
+                problems.append(f'unknown key "{key}" (known: {", ".join(model.model_fields)})')
+            else:
+                problems.append(f"{key}: {problem['msg']}" if key else problem["msg"])
+        raise ConfigError(f"{where}: {'; '.join(problems)}") from None

@@ -126,7 +126,7 @@ class NodeFailed(InferenceError):
 
 
 class NodeRejected(InferenceError):
-    """The node found fault with the request: its status (INVALID_ARGUMENT, NOT_FOUND, …) goes on unchanged."""
+    """The node refused the request with some other status, which goes on unchanged."""
 
     blame = Blame.CLIENT
 
@@ -198,5 +198,11 @@ def from_status(code: Code, message: str) -> InferenceError:
             return NodeFailed(message, code if code is not Code.OK else Code.INTERNAL)
         case Code.DEADLINE_EXCEEDED:
             return DeadlineExceeded(message)
+        case Code.INVALID_ARGUMENT:
+            return BadRequest(message)
+        case Code.NOT_FOUND:
+            return ModelNotFound(message)
+        case Code.UNIMPLEMENTED:
+            return Unimplemented(message)
         case _:
             return NodeRejected(message, code)

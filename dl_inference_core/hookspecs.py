@@ -1,9 +1,10 @@
-"""Every extension point. A plugin is a module, named by an entry point of the group "dl_inference_core", with some of these hooks.
+"""Every extension point. A plugin is a module with some of these hooks, named by an entry point of the group
+"dl_inference_core".
 
-All of them are called once, in the process that serves, on its main thread, before anything is built: at start and in
-`dl-inference-core plugins` and `check`. None is called on the request path. Each returns classes, not objects; each class
-carries a `name` by which the config picks it, and an `Options` model of what the config may say to it. If a hook raises,
-its plugin is reported as broken, with the error; that is fatal only if the config names something of it.
+Each is called at most once per process, on its main thread, when a class of its kind is first wanted: at start, or by
+`dl-inference-core plugins` and `check`. None is called on the request path. Each returns classes, not objects; each
+class carries a `name` by which the config picks it, and an `Options` model of what the config may say to it. If a hook
+raises, its plugin is reported as broken, with the error; that is fatal only if the config names something of it.
 
 Keep the module light: import torch or tensorflow inside the methods that need them.
 """

@@ -1,7 +1,7 @@
 """The seam between the network and the rest: a `Call` comes in or goes out, and bytes or an error come back.
 
-Nothing else in the core knows how bytes travel. A transport turns gRPC framing, compression, deadlines, statuses and trailers
-into these few types and back; `dl_inference_core.testing.TransportConformance` says what it must keep.
+Nothing else in the core knows how bytes travel. A transport turns gRPC framing, compression, deadlines, statuses and
+trailers into these few types and back; `dl_inference_core.testing.TransportConformance` says what it must keep.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Call:
     Attributes:
         method: "/package.Service/Method".
         request: the request message's bytes.
-        metadata: the caller's own metadata in order; keys in lower case, values `bytes` where the key ends in "-bin". Never
-            holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with a colon).
+        metadata: the caller's own metadata in order; keys in lower case, values `bytes` where the key ends in "-bin".
+            Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with a colon).
         deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
         trailers: what goes back, or came back, beside the answer. Who answers appends to it.
     """
@@ -99,10 +99,12 @@ class Transport(ABC):
         self.options = options
 
     @abstractmethod
-    async def serve(self, methods: Methods, addresses: tuple[str, ...], limits: Limits) -> Server:
+    async def serve(
+        self, methods: Methods, addresses: tuple[str, ...], limits: Limits, *, share_port: bool = False
+    ) -> Server:
         """Listen on each of `addresses` ("host:port"; port 0 is any free one) and answer `methods`.
 
-        Other processes may listen on the same port (SO_REUSEPORT) if they do so by this method too.
+        With `share_port`, other servers that say so too may listen on the same ports (SO_REUSEPORT).
 
         Raises:
             ConfigError: an address cannot be listened on.

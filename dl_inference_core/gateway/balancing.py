@@ -12,7 +12,7 @@ from dl_inference_core.config import PluginOptions
 
 
 class Node(Protocol):
-    """What a strategy may know of a node. One object per node and route, the same for as long as the node stays in the route.
+    """What a strategy may know of a node. One object per node and route, for as long as the node stays in the route.
 
     Attributes:
         address: "host:port".
@@ -40,7 +40,7 @@ class Outcome(enum.Enum):
 class Balancer(ABC):
     """A balancing strategy; one object per route, which lives as long as the route names the same strategy and options.
 
-    A strategy only chooses. Health is judged elsewhere: `choose` is given none but usable nodes, and never an empty sequence.
+    A strategy only chooses. Health is judged elsewhere: `choose` is given usable nodes alone, and at least one.
     All methods run on the event loop, on the request path: they must neither block nor await, and should take about
     a microsecond for a handful of nodes. If one raises, round robin takes over for that request.
 

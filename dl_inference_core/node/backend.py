@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.tensors import Tensor, Tensors
-from dl_inference_core.config import PluginOptions
 
 ANY = None
 
@@ -34,7 +34,9 @@ class TensorSpec:
 
     def __str__(self) -> str:
         dtype = "any dtype" if self.dtype is None else self.dtype.name
-        shape = "any shape" if self.shape is None else f"[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+        shape = (
+            "any shape" if self.shape is None else f"[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
+        )
         return f'"{self.name}" ({dtype}, {shape})'
 
 
@@ -104,8 +106,8 @@ def _convert(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor | None:
 class Model(ABC):
     """One loaded version of a model.
 
-    Every method but `close` runs on one of the model's own threads (`threads` in its `model.toml`, one by default), inside
-    `session()`; `close` runs after the last call has ended.
+    Every method runs on one of the version's own threads (`threads` in its `model.toml`, one by default), and every one
+    but `close` inside `session()`; `close` runs after the last call has ended.
     """
 
     signature: Signature = Signature()
@@ -117,8 +119,8 @@ class Model(ABC):
 
     @abstractmethod
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run on named inputs (numpy arrays or the framework's tensors), which are known to fit the signature if they came
-        through `Signature.bind`. Returns every output by name, as numpy arrays.
+        """Run on named inputs (numpy arrays or the framework's tensors), which are known to fit the signature if they
+        came through `Signature.bind`. Returns every output by name, as numpy arrays.
 
         Raises:
             Exception: whatever the framework raises; the client sees INTERNAL with a request id.
@@ -126,7 +128,8 @@ class Model(ABC):
 
     @abstractmethod
     def to_native(self, value: Any) -> Any:
-        """`value` with each numpy array in it (dicts, lists and tuples too) as the framework's tensor, on the model's device."""
+        """`value` with each numpy array in it, in dicts, lists and tuples too, as the framework's tensor on the model's
+        device."""
 
     @abstractmethod
     def to_numpy(self, value: Any) -> Any:
@@ -136,12 +139,12 @@ class Model(ABC):
         """Entered around each request's preprocess, run_model and postprocess: inference mode, current device."""
         return nullcontext()
 
-    def close(self) -> None:  # noqa: B027 - most models have nothing to close
+    def close(self) -> None:
         """Release what garbage collection would not."""
 
 
 class Backend(ABC):
-    """A framework that loads models. One object per process and backend, made with what `[backends.NAME]` says in the config.
+    """A framework that loads models. One object per process, made with what `[backends.NAME]` says in the config.
 
     `Options` are that table; `ModelOptions` are the table `[options]` of a model's own `model.toml`.
     """
@@ -156,11 +159,11 @@ class Backend(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, directory: Path) -> bool:
-        """Whether `directory` holds a model of this backend, told by file names alone. Must not import the framework."""
+        """Whether `directory` holds a model of this backend, by file names alone. Must not import the framework."""
 
     @abstractmethod
     def load(self, directory: Path, options: PluginOptions, device: str) -> Model:
-        """Load the version in `directory`. Runs on the thread that will run the model; may take long.
+        """Load the version in `directory`. Runs on one of the threads that will run it; may take long.
 
         Args:
             directory: the version's folder.

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.node.backend import Model, Signature
 from dl_inference_core.tensors import Form, Payload, Request, Tensors, as_tensor
-from dl_inference_core.config import PluginOptions
 
 
 class Handler:
-    """The business end of a model: subclass it, override what differs, and name it in `model.toml` (`handler = "…"`).
+    """The business end of a model: subclass it, override what differs, and name it in `model.toml` (`handler = "…"`),
+    or define it in a `handler.py` beside the model.
 
     One object per loaded version. Methods run on the model's own threads, one request at a time per thread, inside the
     model's session (for torch: inference mode). What they raise, the client sees as INTERNAL with a request id;
@@ -47,11 +48,12 @@ class Handler:
         self.signature = Signature()
 
     def load(self, model: Model) -> None:
-        """Called once, after the model is loaded and before the first request."""
+        """Called once, after the model is loaded and before the first request, on a thread that runs it and inside its
+        session: the place to warm it up."""
         self.signature = model.signature
 
     def preprocess(self, request: Request) -> Any:
-        """What `run_model` takes, from a request. By default the request's tensors, checked against the model's signature.
+        """What `run_model` takes, from a request. By default its tensors, checked against the model's signature.
 
         Raises:
             BadRequest: the request does not fit the model.

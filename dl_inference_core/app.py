@@ -1,0 +1,176 @@
+"""The only place that builds things: config + plugins → models, gateway, listener, server; and takes them down."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dl_inference_core.config import Config, RouteConfig
+from dl_inference_core.errors import ConfigError
+from dl_inference_core.gateway.balancing import Balancer
+from dl_inference_core.gateway.reloading import Gateway
+from dl_inference_core.introspection import Introspection, Readiness
+from dl_inference_core.listener import Listener
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.routing import Routes
+from dl_inference_core.transport import Limits, Methods, Server, Transport
+
+if TYPE_CHECKING:
+    from dl_inference_core.node.backend import Signature
+    from dl_inference_core.node.repository import Repository
+
+_log = logging.getLogger(__name__)
+
+_READY_POLL_S = 0.05
+_SAY_UNREADY_AFTER_S = 2.0
+
+
+class App:
+    """One serving process. Everything on one event loop."""
+
+    def __init__(self, config: Config, plugins: Plugins, *, config_file: Path | None = None) -> None:
+        """Args:
+        config_file: where the config came from, to be watched for changed routes.
+
+        Raises:
+            ConfigError, PluginError: the config names what is not there, or nothing to serve.
+        """
+        self._config = config
+        self._plugins = plugins
+        self.metrics = Metrics()
+        self.metrics_port: int | None = None
+        self.transport: Transport = plugins.make(
+            Kind.TRANSPORTS, config.transport, config.transport_options, "transport"
+        )
+        self._limits = Limits(message_bytes=config.message_bytes)
+        self.repository: Repository | None = None
+        if config.models.directory is not None:
+            self.repository = self._build_repository(config.models.directory)
+        self.gateway: Gateway | None = None
+        if config.routes or config.gateway.nodefile is not None:
+            self.gateway = Gateway(
+                config,
+                config_file,
+                connect=lambda address: self.transport.connect(address, self._limits),
+                balancer=self._build_balancer,
+                metrics=self.metrics,
+            )
+        if self.repository is None and self.gateway is None:
+            raise ConfigError("nothing to serve: give a folder of models, or routes, or a node file")
+        self._readiness = Readiness()
+        self._server: Server | None = None
+
+    def _build_repository(self, directory: Path) -> Repository:
+        from dl_inference_core.node.repository import Repository
+
+        backends = {
+            name: self._plugins.make(Kind.BACKENDS, name, self._config.backends.get(name, {}), f"[backends.{name}]")
+            for name in {**self._plugins.classes(Kind.BACKENDS), **self._config.backends}
+        }
+        return Repository(
+            directory,
+            backends=backends,
+            handlers=self._plugins.classes(Kind.HANDLERS),
+            poll_interval_s=self._config.models.poll_interval_ms / 1000,
+        )
+
+    def _build_balancer(self, route: RouteConfig) -> Balancer:
+        name = route.balancer
+        if name is None:
+            preferred = "dynamic_weighted_round_robin"
+            name = preferred if preferred in self._plugins.classes(Kind.BALANCERS) else "round_robin"
+        balancer: Balancer = self._plugins.make(
+            Kind.BALANCERS, name, route.balancer_options, f"route {route.key}: balancer"
+        )
+        return balancer
+
+    async def load(self) -> None:
+        """Load the models and build the routes, without serving.
+
+        Raises:
+            ConfigError, PluginError: what is configured cannot be.
+        """
+        if self.repository is not None:
+            await self.repository.start()
+        if self.gateway is not None:
+            await self.gateway.start()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What `load` came to: for each version of a model and each node of a route its kind, name, whether it is ok,
+        and a detail."""
+        rows: list[dict[str, Any]] = []
+        for model in self.repository.models.values() if self.repository is not None else ():
+            for number, status in sorted(model.versions.items()):
+                detail = status.error or f"{model.platform(number)}, inputs: {_inputs(model.signature(number))}"
+                rows.append(
+                    {"kind": "model", "name": f"{model.name}/{number}", "ok": not status.error, "detail": detail}
+                )
+            if not model.versions:
+                rows.append({"kind": "model", "name": model.name, "ok": False, "detail": "it has no versions"})
+        for forwarder in self.gateway.forwarders if self.gateway is not None else ():
+            for node in forwarder.pool.nodes:
+                ok = node.endpoint.health.usable
+                rows.append(
+                    {
+                        "kind": "node",
+                        "name": node.address,
+                        "ok": ok,
+                        "detail": f"route {forwarder.name}: {'answers' if ok else 'does not answer'}",
+                    }
+                )
+        return rows
+
+    async def serve(self, *addresses: str, share_port: bool = False) -> tuple[int, ...]:
+        """Load, listen, and return the ports as soon as requests would succeed.
+
+        Args:
+            addresses: "host:port"; by default the config's.
+            share_port: whether other processes listen on the same ports.
+
+        Raises:
+            ConfigError, PluginError: as `load`; or an address cannot be listened on.
+        """
+        await self.load()
+        routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
+        listener = Listener(routes, self.metrics)
+        introspection = Introspection(routes, self._readiness)
+        self._server = await self.transport.serve(
+            Methods(unary={**listener.methods(), **introspection.unary()}, streaming=introspection.streaming()),
+            addresses or (f"{self._config.host}:{self._config.port}",),
+            self._limits,
+            share_port=share_port,
+        )
+        if self._config.metrics_port is not None:
+            try:
+                self.metrics_port = self.metrics.serve(self._config.host.strip("[]"), self._config.metrics_port)
+            except OSError as error:
+                raise ConfigError(f"metrics_port {self._config.metrics_port}: {error.strerror or error}") from error
+        await self._until_ready(routes)
+        self._readiness.serving = True
+        return self._server.ports
+
+    async def _until_ready(self, routes: Routes) -> None:
+        loop = asyncio.get_running_loop()
+        said = loop.time() + _SAY_UNREADY_AFTER_S
+        while not routes.ready:
+            if loop.time() >= said:
+                said = float("inf")
+                _log.warning("not serving yet: no model has loaded and no node of any route answers")
+            await asyncio.sleep(_READY_POLL_S)
+
+    async def close(self) -> None:
+        """Say NOT_SERVING, let requests in flight finish for at most `drain_s` seconds, and take everything down."""
+        self._readiness.serving = False
+        if self._server is not None:
+            await self._server.drain(self._config.drain_s)
+        if self.gateway is not None:
+            await self.gateway.close()
+        if self.repository is not None:
+            await self.repository.close()
+
+
+def _inputs(signature: Signature) -> str:
+    return ", ".join(map(str, signature.inputs)) or "any"

@@ -1,0 +1,285 @@
+"""Arguments → Config → App."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import click
+
+import dl_inference_core
+from dl_inference_core import config as configs
+from dl_inference_core.config import Config
+from dl_inference_core.errors import ConfigError, InferenceError, PluginError
+from dl_inference_core.plugins import Kind, Plugins
+
+_CONFIG_EXIT = 2
+
+new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+with contextlib.suppress(ImportError):
+    from uvloop import new_event_loop
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(dl_inference_core.__version__)
+def main() -> None:
+    """Serve deep learning models, and balance requests over many nodes that do, on one gRPC port.
+
+    \b
+    A node:      dl-inference-core serve models/
+    A gateway:   dl-inference-core serve --nodes nodefile.txt
+    From a file: dl-inference-core serve --config server.toml
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _sources(command: Callable[..., None]) -> Callable[..., None]:
+    """The arguments that say what is served."""
+    for decorate in (
+        click.option(
+            "--nodes",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Forward to the nodes in FILE, lines of taskid=timeout_ms,host:port,…; re-read while running.",
+        ),
+        click.option(
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="A TOML file; its routes are re-read while running. See docs/configuration.md.",
+        ),
+        click.argument("models", type=click.Path(path_type=Path), required=False),
+    ):
+        command = decorate(command)
+    return command
+
+
+@main.command()
+@_sources
+@click.option("--host", metavar="H", help="Listen on this address only.  [default: 127.0.0.1]")
+@click.option("--port", type=click.IntRange(0, 65535), metavar="P", help="0 is any free one.  [default: 8500]")
+@click.option("--metrics-port", type=click.IntRange(0, 65535), metavar="P", help="Prometheus metrics by HTTP.")
+@click.option(
+    "--workers", type=click.IntRange(1, 256), metavar="N", help="Processes that share the port.  [default: 1]"
+)
+@click.option("--worker", hidden=True, help="INDEX:PORT, from the supervisor.")
+def serve(models: Path | None, config_file: Path | None, nodes: Path | None, worker: str | None, **flags: Any) -> None:
+    """Serve the models in the folder MODELS, the routes of a config, or both.
+
+    MODELS holds a folder for each model, and that a folder for each version: MODELS/NAME/1/model.pt2. New
+    versions are picked up while running.
+
+    Prints "serving on HOST:PORT" when requests would succeed. On SIGTERM or Ctrl-C it finishes what is in
+    flight, then ends.
+    """
+    config = _config(models, config_file, nodes, flags)
+    if worker is not None:
+        _exit_on_error(lambda: _run(_work(config, config_file, *map(int, worker.split(":")))))
+    elif config.workers > 1:
+        _exit_on_error(lambda: _run(_supervise(config)))
+    else:
+        _exit_on_error(lambda: _run(_serve(config, config_file)))
+
+
+async def _supervise(config: Config) -> None:
+    from dl_inference_core.supervisor import Supervisor
+
+    await Supervisor(config, sys.argv[1:]).run()
+
+
+async def _work(config: Config, config_file: Path | None, index: int, port: int) -> None:
+    """Serve as one worker of several: on the shared port, and on one of its own, by which it is known."""
+    update: dict[str, Any] = {}
+    if config.metrics_port:
+        update["metrics_port"] = config.metrics_port + index
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin, ending.set)  # its end is the supervisor's
+    await _serve(
+        config.model_copy(update=update), config_file, f"{config.host}:0", f"{config.host}:{port}", ending=ending
+    )
+
+
+async def _serve(
+    config: Config, config_file: Path | None, *addresses: str, ending: asyncio.Event | None = None
+) -> None:
+    from dl_inference_core.app import App
+
+    ending = ending or asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.set)
+    app = App(config, Plugins(), config_file=config_file)
+    try:
+        starting = asyncio.create_task(app.serve(*addresses, share_port=bool(addresses)))
+        waiting = asyncio.create_task(ending.wait())
+        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        port = starting.result()[0]
+        if app.metrics_port is not None:
+            click.echo(f"metrics on http://{config.host}:{app.metrics_port}/metrics")
+        click.echo(f"serving on {config.host}:{port}")
+        await waiting
+    finally:
+        await app.close()
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def plugins(as_json: bool) -> None:
+    """List the installed plugins: from where, which version, what they provide, and what is broken and why."""
+    found = Plugins().describe()
+    if as_json:
+        rows = [
+            {
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+                "provides": {kind.name.lower(): names for kind, names in plugin.provides.items()},
+                "error": plugin.error,
+            }
+            for plugin in found
+        ]
+        click.echo(json.dumps(rows, indent=2))
+        return
+    for plugin in found:
+        click.echo(f"{plugin.name}  ({plugin.distribution} {plugin.version})")
+        for kind in Kind:
+            for name in plugin.provides.get(kind, ()):
+                click.echo(f"  {kind.value:<10}{name}")
+        if plugin.error:
+            click.echo(f"  broken    {plugin.error}")
+
+
+@main.command()
+@_sources
+@click.option("--json", "as_json", is_flag=True, help="For scripts.")
+def check(models: Path | None, config_file: Path | None, nodes: Path | None, as_json: bool) -> None:
+    """Load everything that `serve` would, without serving, and say what is right and wrong with it.
+
+    Exits with 0 if all of it can be served, else with 2.
+    """
+    config = _config(models, config_file, nodes, {})
+    rows: list[dict[str, Any]] = []
+
+    async def load() -> None:
+        from dl_inference_core.app import App
+
+        app = App(config, Plugins(), config_file=config_file)
+        try:
+            await app.load()
+            rows.extend(app.describe())
+        finally:
+            await app.close()
+
+    _exit_on_error(lambda: _run(load()))
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            click.echo(f"{row['kind']:<7}{row['name']:<30}{'ok' if row['ok'] else 'FAILED':<8}{row['detail']}")
+    if not all(row["ok"] for row in rows):
+        sys.exit(_CONFIG_EXIT)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--address", default="127.0.0.1:8500", show_default=True, metavar="HOST:PORT")
+@click.option("--data", metavar="JSON", help='Tensors: {"x": [[1, 2]]}, or [[1, 2]] for one without a name.')
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Send its bytes.")
+@click.option("--text", help="Send text.")
+@click.option("--dtype", default="float32", show_default=True, help="numpy's name of the tensors' dtype.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["openinference", "tfserving", "seldon"]),
+    help="[default: openinference for named tensors, else seldon]",
+)
+@click.option("--version", type=int, default=None, metavar="N", help="The model's version.  [default: the newest]")
+@click.option("--timeout", default=10.0, show_default=True, metavar="SECONDS")
+def predict(
+    model: str,
+    address: str,
+    data: str | None,
+    file: Path | None,
+    text: str | None,
+    dtype: str,
+    protocol: str | None,
+    version: int | None,
+    timeout: float,
+) -> None:
+    """Send one request to MODEL, a name or a task id, and print the answer as JSON.
+
+    \b
+    dl-inference-core predict digits --file seven.png
+    dl-inference-core predict mmoe --data '{"features": [[0.1, 0.2]]}'
+    """
+    from dl_inference_core.client import Client
+    from dl_inference_core.tensors import as_json
+
+    if sum(given is not None for given in (data, file, text)) != 1:
+        raise click.UsageError("give one of --data, --file and --text")
+    payload = _tensors(data, dtype) if data is not None else file.read_bytes() if file is not None else text
+    try:
+        with Client(address, timeout_s=timeout) as client:
+            response = client.predict(model, payload, protocol=protocol, version=version)
+    except InferenceError as error:
+        click.echo(f"error: {error.code.name}: {error}", err=True)
+        sys.exit(1)
+    answer = {"model": response.model, "version": response.version, "answer": as_json(response.payload)}
+    click.echo(json.dumps(answer))
+
+
+def _tensors(data: str, dtype: str) -> Any:
+    import numpy as np
+
+    try:
+        value = json.loads(data)
+        if isinstance(value, dict):
+            return {name: np.asarray(item, dtype=dtype) for name, item in value.items()}
+        return np.asarray(value, dtype=dtype)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(f"--data is no JSON of tensors of dtype {dtype}: {error}") from error
+
+
+def _config(models: Path | None, config_file: Path | None, nodes: Path | None, flags: dict[str, Any]) -> Config:
+    try:
+        config = configs.load(config_file) if config_file is not None else Config()
+    except ConfigError as error:
+        _fail(error)
+    update = {name: value for name, value in flags.items() if value is not None}
+    if models is not None:
+        update["models"] = config.models.model_copy(update={"directory": models})
+    if nodes is not None:
+        update["gateway"] = config.gateway.model_copy(update={"nodefile": nodes})
+    return config.model_copy(update=update)
+
+
+def _run(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(work)
+
+
+def _exit_on_error(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (ConfigError, PluginError) as error:
+        _fail(error)
+
+
+def _fail(error: InferenceError) -> Any:
+    click.echo(f"error: {error}", err=True)
+    sys.exit(_CONFIG_EXIT)
+
+
+if __name__ == "__main__":
+    main()

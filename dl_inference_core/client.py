@@ -1,0 +1,177 @@
+"""A Python client for nodes and gateways: numpy arrays, bytes, text or JSON in and out, over any of the protocols."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import numpy as np
+
+from dl_inference_core.errors import BadRequest, Code, from_status
+from dl_inference_core.grpcio_transport import GrpcioTransport
+from dl_inference_core.tensors import Form, Payload, Request, Response
+from dl_inference_core.transport import Call, Limits, Metadata
+from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
+
+_NAMED = {"openinference": Form.TENSORS_RAW, "tfserving": Form.TENSORS}
+
+
+def build(
+    model: str | int,
+    payload: Payload,
+    *,
+    protocol: str | None = None,
+    form: Form | None = None,
+    version: int | None = None,
+    signature: str = "",
+    outputs: Sequence[str] = (),
+    names: Sequence[str] = (),
+    tags: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    id: str = "",  # noqa: A002 - the protocols' own name
+) -> tuple[Protocol, bytes]:
+    """The request that `Client.predict` would send: its protocol and bytes.
+
+    Raises:
+        BadRequest: the protocol is none of ours, or cannot hold the payload.
+    """
+    named = isinstance(payload, Mapping) and all(isinstance(value, np.ndarray) for value in payload.values())
+    name = protocol or ("openinference" if named else "seldon")
+    if name not in PROTOCOLS:
+        raise BadRequest(f'there is no protocol "{name}"; expected one of {", ".join(PROTOCOLS)}')
+    request = Request(
+        payload=payload,
+        form=form or _NAMED.get(name) or _unnamed(payload),
+        model=model,
+        version=version,
+        signature=signature,
+        outputs=tuple(outputs),
+        names=tuple(names),
+        tags=tags or {},
+        parameters=parameters or {},
+        id=id,
+    )
+    try:
+        return PROTOCOLS[name], PROTOCOLS[name].codec.encode_request(request)
+    except TypeError as error:
+        raise BadRequest(f"{name} cannot hold the payload: {error}") from error
+
+
+def _unnamed(payload: Payload) -> Form:
+    if isinstance(payload, np.ndarray):
+        return Form.NDARRAY if payload.dtype.kind in "OUS" else Form.TENSOR
+    if isinstance(payload, bytes):
+        return Form.BYTES
+    return Form.TEXT if isinstance(payload, str) else Form.JSON
+
+
+class Client:
+    """A blocking client of one server; safe to use from several threads. Use it as a context manager, or `close` it.
+
+    >>> with Client("127.0.0.1:8500") as client:
+    ...     response = client.predict("mmoe", {"features": features})
+    ...     response.payload["ctr"]
+    """
+
+    def __init__(self, address: str, *, timeout_s: float = 10.0, message_bytes: int = Limits().message_bytes) -> None:
+        """Args:
+        address: "host:port".
+        timeout_s: how long a call may take unless it says otherwise.
+        message_bytes: largest message, in either direction.
+        """
+        self._timeout_s = timeout_s
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", message_bytes),
+                ("grpc.max_send_message_length", message_bytes),
+                ("grpc.enable_http_proxy", 0),
+            ],
+        )
+
+    def predict(
+        self,
+        model: str | int,
+        payload: Payload,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        **request: Any,
+    ) -> Response:
+        """Ask `model` (a name, or a task id) for its answer to `payload`.
+
+        Args:
+            payload: named tensors (a dict of arrays), one array, bytes, text, or JSON values.
+            timeout_s: the deadline of this call.
+            metadata: goes along; "x-request-id" names the request in the server's log.
+            request: `protocol` ("openinference" or "tfserving" for named tensors, "seldon" for everything), `form`,
+                `version`, `signature`, `outputs`, `names`, `tags`, `parameters`, `id`, as in `tensors.Request`.
+
+        Raises:
+            InferenceError: by the status that came back: BadRequest, ModelNotFound, DeadlineExceeded, ….
+        """
+        protocol, body = build(model, payload, **request)
+        method = self._channel.unary_unary(protocol.node_method)
+        try:
+            answer = method(body, timeout=self._timeout_s if timeout_s is None else timeout_s, metadata=metadata)
+        except grpc.RpcError as error:
+            raise from_status(Code(error.code().value[0]), error.details() or "") from None
+        return protocol.codec.decode_response(answer)
+
+    def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """The same on an asyncio event loop, any number of calls at once."""
+
+    def __init__(self, address: str, *, timeout_s: float = 10.0, message_bytes: int = Limits().message_bytes) -> None:
+        """As `Client`; on the event loop that will use it."""
+        self._timeout_s = timeout_s
+        transport = GrpcioTransport(GrpcioTransport.Options())
+        self._connection = transport.connect(address, Limits(message_bytes=message_bytes))
+
+    async def predict(
+        self,
+        model: str | int,
+        payload: Payload,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        **request: Any,
+    ) -> Response:
+        """As `Client.predict`. Cancelling it cancels the call at the server."""
+        protocol, body = build(model, payload, **request)
+        answer = await self._connection.call(
+            Call(
+                method=protocol.node_method,
+                request=body,
+                metadata=metadata,
+                deadline=time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s),
+            )
+        )
+        return protocol.codec.decode_response(answer)
+
+    async def close(self) -> None:
+        """Close the connection; calls in flight are cancelled."""
+        await self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

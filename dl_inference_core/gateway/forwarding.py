@@ -1,0 +1,170 @@
+"""A request's bytes to a node and the answer's bytes back: attempts, deadlines, and what each outcome says of the node."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from dl_inference_core.config import RouteConfig
+from dl_inference_core.errors import (
+    AttemptTimedOut,
+    Blame,
+    DeadlineExceeded,
+    InferenceError,
+    NodeFailed,
+    NoNodeAvailable,
+)
+from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
+from dl_inference_core.gateway.pool import Node, Pool
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.transport import Call
+from dl_inference_core.wire.protocol import METADATA, Protocol, well_formed
+
+_log = logging.getLogger(__name__)
+
+_OUTCOMES = {Blame.NODE: Outcome.FAILURE, Blame.NODE_SOFTLY: Outcome.OVERLOAD}
+
+
+class Forwarder:
+    """The upstream of a route to other nodes. Event loop only."""
+
+    def __init__(self, config: RouteConfig, pool: Pool, balancer: Balancer, metrics: Metrics) -> None:
+        self.pool = pool
+        self._fallback = RoundRobin(RoundRobin.Options())
+        self._metrics = metrics
+        self._balancer_failed = False
+        self.configure(config, balancer)
+
+    def configure(self, config: RouteConfig, balancer: Balancer) -> list[Node]:
+        """Take on a new config; returns the nodes that left, for `Pool.retire`. Requests in flight keep theirs."""
+        self.config = config
+        self.name = config.name or str(config.task_id)
+        self.balancer = balancer
+        self._timeout_s = config.timeout_ms / 1000
+        gone = self.pool.update(config.nodes)
+        for node in gone:
+            balancer.forget(node)
+        return gone
+
+    @property
+    def ready(self) -> bool:
+        """Whether any node is known to be well."""
+        return any(node.endpoint.health.usable for node in self.pool.nodes)
+
+    async def answer(self, call: Call, protocol: Protocol) -> bytes:
+        """Forward `call` to a node, and to another if the first fails by its own fault and time is left."""
+        config = self.config
+        start = time.monotonic()
+        end = start + self._timeout_s * config.attempts
+        if call.deadline is not None and call.deadline < end:
+            end = call.deadline
+        tried: tuple[Node, ...] = ()
+        while True:
+            node = self._choose(tried)
+            tried = (*tried, node)
+            outgoing = Call(
+                method=protocol.node_method,
+                request=call.request,
+                metadata=call.metadata,
+                deadline=min(start + self._timeout_s, end),
+            )
+            try:
+                answer = await self._attempt(node, outgoing, call.deadline, protocol)
+            except InferenceError as error:
+                start = time.monotonic()
+                if (
+                    not error.another_node
+                    or len(tried) >= config.attempts
+                    or start >= end
+                    or (isinstance(error, NodeFailed) and not config.retry_failed)
+                ):
+                    call.trailers.extend(outgoing.trailers)
+                    raise
+            else:
+                call.trailers.extend(outgoing.trailers)
+                return answer
+
+    async def metadata(self, call: Call) -> bytes:
+        """Forward an Open Inference `ModelMetadata` call."""
+        return await self.answer(call, METADATA)
+
+    def _choose(self, tried: tuple[Node, ...]) -> Node:
+        nodes: Sequence[Node] = self.pool.usable()
+        if tried:
+            nodes = (
+                [node for node in nodes if node not in tried]
+                or [node for node in self.pool.nodes if node not in tried]
+                or nodes
+            )
+        if not nodes:
+            raise NoNodeAvailable(f"route {self.name} has no nodes")
+        try:
+            node = self.balancer.choose(nodes)
+            if not isinstance(node, Node) or node.removed:
+                raise TypeError(f"it chose {node!r}, which is not among the nodes")
+        except Exception:
+            if not self._balancer_failed:
+                self._balancer_failed = True
+                _log.exception(
+                    'balancer "%s" failed on route %s; round robin chooses when it does', self.balancer.name, self.name
+                )
+            return self._fallback.choose(nodes)  # type: ignore[return-value] # one of `nodes`
+        return node
+
+    async def _attempt(self, node: Node, outgoing: Call, client_deadline: float | None, protocol: Protocol) -> bytes:
+        start = time.monotonic()
+        outcome = Outcome.NEUTRAL
+        node.in_flight += 1
+        try:
+            answer = await node.endpoint.connection.call(outgoing)
+            if not well_formed(answer):
+                raise NodeFailed(f"the answer is no {protocol.name} message")
+        except asyncio.CancelledError:
+            raise
+        except InferenceError as error:
+            raised = self._judged(node, error, outgoing, client_deadline)
+            outcome = _OUTCOMES.get(raised.blame, Outcome.NEUTRAL)
+            if outcome is Outcome.FAILURE:
+                node.endpoint.health.failed(raised)
+            raise raised from error.__cause__
+        else:
+            outcome = Outcome.SUCCESS
+            node.endpoint.health.succeeded()
+            return answer
+        finally:
+            node.in_flight -= 1
+            if node.removed:
+                if not node.in_flight:
+                    node.idle.set()
+            else:
+                self._record(node, outcome, time.monotonic() - start)
+
+    def _judged(
+        self, node: Node, error: InferenceError, outgoing: Call, client_deadline: float | None
+    ) -> InferenceError:
+        """`error` with what only the gateway knows: whose deadline passed, and which node it was."""
+        if isinstance(error, DeadlineExceeded):
+            if outgoing.deadline == client_deadline:
+                return error
+            return AttemptTimedOut(
+                f"route {self.name}: node {node.address} did not answer within {self.config.timeout_ms} ms"
+            )
+        if error.blame in _OUTCOMES:
+            error.args = (f"route {self.name}: node {node.address}: {error}",)
+        return error
+
+    def _record(self, node: Node, outcome: Outcome, seconds: float) -> None:
+        self._metrics.attempt(self.name, node.address, outcome.value)
+        try:
+            self.balancer.record(node, outcome, seconds)
+        except Exception:
+            if not self._balancer_failed:
+                self._balancer_failed = True
+                _log.exception('balancer "%s" failed on route %s', self.balancer.name, self.name)
+
+    async def close(self) -> None:
+        """Release every node, once its attempts have ended."""
+        gone = self.pool.update(())
+        await asyncio.gather(*(self.pool.retire(node) for node in gone))

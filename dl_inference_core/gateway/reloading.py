@@ -1,0 +1,194 @@
+"""The routes to other nodes, kept as the config file and the node file say while both may change."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from pathlib import Path
+
+from dl_inference_core import config as configs
+from dl_inference_core import nodefile
+from dl_inference_core.config import Config, RouteConfig
+from dl_inference_core.errors import ConfigError, InferenceError
+from dl_inference_core.gateway.balancing import Balancer
+from dl_inference_core.gateway.forwarding import Forwarder
+from dl_inference_core.gateway.pool import Endpoints, Node, Pool
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.transport import Connection
+
+_log = logging.getLogger(__name__)
+
+# A node file whose last line has no end is taken once it has stayed the same for this long.
+_PATIENCE_S = 2.0
+
+
+class Gateway:
+    """Every route to other nodes. Event loop only.
+
+    A reload is all or nothing: the new routes are built and checked first, then swapped in; nodes that stay keep their
+    connection, health and weight, and those that leave end their requests first.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        config_file: Path | None,
+        *,
+        connect: Callable[[str], Connection],
+        balancer: Callable[[RouteConfig], Balancer],
+        metrics: Metrics,
+    ) -> None:
+        """Args:
+        config: with what the command line said, if anything, already in it.
+        config_file: where it came from, to be watched; None if from nowhere.
+        connect: makes the connection to a node's address.
+        balancer: makes a route's strategy; raises PluginError or ConfigError.
+        """
+        self._config = config
+        self._config_path = config_file
+        self._config_file: nodefile.Watched | None = None
+        if config_file is not None:
+            self._config_file = nodefile.Watched(config_file, patience=1)
+        self._nodefile: nodefile.Watched | None = None
+        self._from_nodefile: Mapping[int | str, RouteConfig] = {}
+        self._poll_s = config.gateway.poll_interval_ms / 1000
+        if config.gateway.nodefile is not None:
+            self._nodefile = nodefile.Watched(config.gateway.nodefile, patience=round(_PATIENCE_S / self._poll_s))
+        self._make_balancer = balancer
+        self._metrics = metrics
+        self._endpoints = Endpoints(connect)
+        self._forwarders: dict[str | int, Forwarder] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
+        self._complained: dict[str, str] = {}
+        self.models: dict[str, Forwarder] = {}
+        self.tasks: dict[int, Forwarder] = {}
+
+    async def start(self) -> None:
+        """Build the routes, ask every node how it is, and watch the files from now on.
+
+        Raises:
+            ConfigError, PluginError: the routes cannot be built.
+        """
+        if self._config_file is not None:
+            self._config_file.read()
+        if self._nodefile is not None:
+            parsed = nodefile.parse(self._nodefile.read())
+            if parsed.problems and not parsed.routes:
+                raise ConfigError(f"{self._config.gateway.nodefile}: {'; '.join(parsed.problems[:3])}")
+            self._take_nodefile(parsed)
+        self._apply(self._wanted(self._config.routes, self._from_nodefile))
+        await self._endpoints.probe_all()
+        if self._config_file is not None or self._nodefile is not None:
+            self._watching = asyncio.create_task(self._watch(), name="watch the config files")
+
+    @property
+    def forwarders(self) -> Collection[Forwarder]:
+        """Every route's, once."""
+        return self._forwarders.values()
+
+    async def close(self) -> None:
+        """Stop watching, and close every connection once its requests have ended."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await asyncio.gather(*(forwarder.close() for forwarder in self._forwarders.values()), *self._retiring)
+
+    def _wanted(
+        self, routes: Sequence[RouteConfig], others: Mapping[int | str, RouteConfig]
+    ) -> dict[str | int, RouteConfig]:
+        wanted: dict[str | int, RouteConfig] = {route.key: route for route in routes}
+        taken = {route.task_id for route in routes} | set(wanted)
+        for key, route in others.items():
+            if key in taken:
+                self._complain("conflict", f"task {key} stands in the config and in the node file; the config counts")
+            else:
+                wanted[key] = route
+        return wanted
+
+    def _apply(self, wanted: Mapping[str | int, RouteConfig]) -> None:
+        balancers = {key: self._balancer(key, route) for key, route in wanted.items()}
+        gone: list[tuple[Pool, Node]] = []
+        forwarders: dict[str | int, Forwarder] = {}
+        for key, route in wanted.items():
+            forwarder = self._forwarders.pop(key, None)
+            if forwarder is None:
+                forwarder = Forwarder(route, Pool(self._endpoints), balancers[key], self._metrics)
+            elif forwarder.config != route:
+                gone += [(forwarder.pool, node) for node in forwarder.configure(route, balancers[key])]
+            forwarders[key] = forwarder
+        for forwarder in self._forwarders.values():
+            self._retire(forwarder.close())
+        for pool, node in gone:
+            self._retire(pool.retire(node))
+        self._forwarders = forwarders
+        self.models = {route.name: forwarders[key] for key, route in wanted.items() if route.name}
+        self.tasks = {route.task_id: forwarders[key] for key, route in wanted.items() if route.task_id is not None}
+
+    def _balancer(self, key: str | int, route: RouteConfig) -> Balancer:
+        """The strategy that serves the route already, with all it has learned, unless the config wants another."""
+        forwarder = self._forwarders.get(key)
+        if forwarder is not None and (forwarder.config.balancer, forwarder.config.balancer_options) == (
+            route.balancer,
+            route.balancer_options,
+        ):
+            return forwarder.balancer
+        return self._make_balancer(route)
+
+    def _retire(self, ending: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(ending)
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._poll_s)
+            try:
+                await self._look()
+            except Exception:
+                _log.exception("looking at the config files failed; the routes stay as they are")
+
+    async def _look(self) -> None:
+        config, others = self._config, self._from_nodefile
+        if self._config_file is not None and (content := await self._content(self._config_file, "config")) is not None:
+            config = self._reloaded(content)
+        if self._nodefile is not None and (content := await self._content(self._nodefile, "node file")) is not None:
+            self._take_nodefile(await asyncio.to_thread(nodefile.parse, content))
+        if config is self._config and others is self._from_nodefile:
+            return
+        try:
+            self._apply(self._wanted(config.routes, self._from_nodefile))
+        except InferenceError as error:
+            self._complain("routes", f"reload failed, the routes stay as they are: {error}")
+        else:
+            self._config = config
+            self._complain("routes", "")
+
+    async def _content(self, file: nodefile.Watched, what: str) -> bytes | None:
+        content = await asyncio.to_thread(file.look)
+        self._complain(f"{what} unreadable", file.complaint and f"{file.complaint}; the routes stay as they are")
+        return content
+
+    def _reloaded(self, content: bytes) -> Config:
+        assert self._config_path is not None
+        try:
+            config = configs.parse(content, self._config_path)
+        except ConfigError as error:
+            self._complain("config", f"reload failed, the routes stay as they are: {error}")
+            return self._config
+        self._complain("config", "")
+        # What the command line said, and what only a start can change, stays.
+        return self._config.model_copy(update={"routes": config.routes})
+
+    def _take_nodefile(self, parsed: nodefile.NodeFile) -> None:
+        self._from_nodefile = parsed.onto(self._from_nodefile)
+        shown = "; ".join(parsed.problems[:5])
+        more = f"; and {len(parsed.problems) - 5} more" if len(parsed.problems) > 5 else ""
+        self._complain("node file", shown and f"{self._config.gateway.nodefile}: {shown}{more}")
+
+    def _complain(self, about: str, message: str) -> None:
+        """Log `message`, unless it was the last word on that matter already."""
+        if message and message != self._complained.get(about):
+            _log.warning("%s", message)
+        self._complained[about] = message

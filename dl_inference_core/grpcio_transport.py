@@ -1,0 +1,195 @@
+"""The built-in transport: grpc.aio with generic handlers, so that messages stay bytes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from dl_inference_core.config import PluginOptions
+from dl_inference_core.errors import (
+    Code,
+    ConfigError,
+    DeadlineExceeded,
+    InferenceError,
+    NodeUnreachable,
+    from_status,
+)
+from dl_inference_core.transport import (
+    Call,
+    Connection,
+    Limits,
+    Metadata,
+    Methods,
+    Server,
+    StreamHandler,
+    Transport,
+    UnaryHandler,
+)
+
+_STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
+_RESERVED = frozenset({"user-agent", "te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding"})
+
+
+class GrpcioTransport(Transport):
+    """grpcio's asyncio stack, client and server; runs wherever grpcio does.
+
+    Plain gRPC only: HTTP needs a port of its own beside it.
+    """
+
+    name = "grpcio"
+
+    class Options(PluginOptions):
+        """Attributes:
+        connect_timeout_ms: how long a connection to a node may take to come up.
+        reconnect_ms: the first pause before a failed connection is tried again; doubles, with jitter, up to
+            `connect_timeout_ms`.
+        """
+
+        connect_timeout_ms: int = 1000
+        reconnect_ms: int = 100
+
+    options: Options
+
+    async def serve(
+        self, methods: Methods, addresses: tuple[str, ...], limits: Limits, *, share_port: bool = False
+    ) -> Server:
+        server = grpc.aio.server(options=[*_size_options(limits), ("grpc.so_reuseport", int(share_port))])
+        server.add_generic_rpc_handlers((_Handlers(methods),))
+        ports = []
+        for address in addresses:
+            try:
+                ports.append(server.add_insecure_port(address))
+            except RuntimeError as error:
+                raise ConfigError(f"cannot listen on {address}: is the address right, and the port free?") from error
+        await server.start()
+        return GrpcioServer(server, tuple(ports))
+
+    def connect(self, address: str, limits: Limits) -> Connection:
+        channel = grpc.aio.insecure_channel(
+            address,
+            options=[
+                *_size_options(limits),
+                ("grpc.initial_reconnect_backoff_ms", self.options.reconnect_ms),
+                ("grpc.max_reconnect_backoff_ms", self.options.connect_timeout_ms),
+                # Despite its name, the time that grpc gives one attempt to connect.
+                ("grpc.min_reconnect_backoff_ms", self.options.connect_timeout_ms),
+                # Which node a request goes to, and whether again, is decided above this seam.
+                ("grpc.enable_retries", 0),
+                ("grpc.service_config_disable_resolution", 1),
+                ("grpc.use_local_subchannel_pool", 1),
+                ("grpc.enable_http_proxy", 0),
+            ],
+        )
+        return GrpcioConnection(channel)
+
+
+def _size_options(limits: Limits) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_send_message_length", limits.message_bytes),
+    ]
+
+
+class GrpcioServer(Server):
+    """A started `grpc.aio` server."""
+
+    def __init__(self, server: grpc.aio.Server, ports: tuple[int, ...]) -> None:
+        self._server = server
+        self.ports = ports
+
+    async def drain(self, grace_s: float) -> None:
+        await self._server.stop(grace_s)
+
+
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
+    def __init__(self, methods: Methods) -> None:
+        self._handlers = {
+            path: grpc.unary_unary_rpc_method_handler(_unary(path, handler)) for path, handler in methods.unary.items()
+        } | {
+            path: grpc.stream_stream_rpc_method_handler(_streaming(path, handler))
+            for path, handler in methods.streaming.items()
+        }
+
+    def service(self, details: Any) -> Any:
+        return self._handlers.get(details.method)
+
+
+def _unary(method: str, handler: UnaryHandler) -> Any:
+    async def answer(request: bytes, context: Any) -> bytes:
+        call = _call(method, request, context)
+        try:
+            response = await handler(call)
+        except InferenceError as error:
+            await _abort(context, error, call)
+        if call.trailers:
+            context.set_trailing_metadata(tuple(call.trailers))
+        return response
+
+    return answer
+
+
+def _streaming(method: str, handler: StreamHandler) -> Any:
+    async def answer(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        call = _call(method, b"", context)
+        try:
+            async for response in handler(call, requests):
+                yield response
+        except InferenceError as error:
+            await _abort(context, error, call)
+
+    return answer
+
+
+def _call(method: str, request: bytes, context: Any) -> Call:
+    remaining = context.time_remaining()
+    return Call(
+        method=method,
+        request=request,
+        metadata=_callers_own(context.invocation_metadata()),
+        deadline=None if remaining is None else time.monotonic() + remaining,
+    )
+
+
+def _callers_own(metadata: Any) -> Metadata:
+    return tuple([(key, value) for key, value in metadata if key not in _RESERVED])
+
+
+async def _abort(context: Any, error: InferenceError, call: Call) -> None:
+    await context.abort(_STATUS[error.code], str(error), tuple(call.trailers))
+
+
+class GrpcioConnection(Connection):
+    """One `grpc.aio` channel to one node."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self._methods: dict[str, Any] = {}
+
+    async def call(self, call: Call) -> bytes:
+        method = self._methods.get(call.method)
+        if method is None:
+            method = self._methods[call.method] = self._channel.unary_unary(call.method)
+        timeout = None
+        if call.deadline is not None:
+            timeout = call.deadline - time.monotonic()
+            if timeout <= 0:
+                raise DeadlineExceeded("the deadline passed before the call was sent")
+        rpc = method(call.request, timeout=timeout, metadata=call.metadata or None)
+        try:
+            response: bytes = await rpc
+            trailers = await rpc.trailing_metadata()
+        except grpc.aio.AioRpcError as error:
+            call.trailers.extend(error.trailing_metadata() or ())
+            raise from_status(Code(error.code().value[0]), error.details() or "") from None
+        except grpc.aio.UsageError as error:
+            raise NodeUnreachable("the connection was closed") from error
+        if trailers:
+            call.trailers.extend(trailers)
+        return response
+
+    async def close(self) -> None:
+        await self._channel.close()

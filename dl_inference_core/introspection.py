@@ -1,0 +1,127 @@
+"""What clients ask about the server itself: gRPC health, server reflection, and the Open Inference Protocol's
+live, ready and metadata."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection import aio as reflection
+
+import dl_inference_core
+from dl_inference_core.errors import ModelNotFound, ModelNotReady
+from dl_inference_core.routing import Routes
+from dl_inference_core.transport import Call, StreamHandler, UnaryHandler
+from dl_inference_core.wire import messages
+from dl_inference_core.wire.protocol import METADATA, METHODS
+
+_WATCH_S = 0.1
+_OIP = "/inference.GRPCInferenceService"
+_HEALTH = "/grpc.health.v1.Health"
+_SERVICES = frozenset({"", *(path.split("/")[1] for path in METHODS)})
+_Status = health_pb2.HealthCheckResponse.ServingStatus
+
+
+@dataclass(slots=True)
+class Readiness:
+    """Whether this process takes requests. Set by the app, read by health and ready."""
+
+    serving: bool = False
+
+
+class Introspection:
+    """Answers about the server and its routes. Event loop only."""
+
+    def __init__(self, routes: Routes, readiness: Readiness) -> None:
+        self._routes = routes
+        self._readiness = readiness
+
+    def unary(self) -> Mapping[str, UnaryHandler]:
+        """Handlers by method path; they raise nothing but InferenceError."""
+        return {
+            f"{_HEALTH}/Check": self._check,
+            f"{_OIP}/ServerLive": self._server_live,
+            f"{_OIP}/ServerReady": self._server_ready,
+            f"{_OIP}/ModelReady": self._model_ready,
+            f"{_OIP}/ServerMetadata": self._server_metadata,
+            f"{_OIP}/ModelMetadata": self._model_metadata,
+        }
+
+    def streaming(self) -> Mapping[str, StreamHandler]:
+        """Handlers of streams by method path."""
+        paths = {path.split("/")[1] for path in (*METHODS, *self.unary())}
+        services = [*sorted(paths), "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
+        servicer = reflection.ReflectionServicer(services, pool=messages.pool)
+
+        async def reflect(_: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+            # v1 and v1alpha differ in nothing but their name.
+            parsed = (messages.parse(reflection_pb2.ServerReflectionRequest, body) async for body in requests)
+            async for response in servicer.ServerReflectionInfo(parsed, None):
+                yield response.SerializeToString()
+
+        return {
+            f"{_HEALTH}/Watch": self._watch,
+            **{f"/{service}/ServerReflectionInfo": reflect for service in services[-2:]},
+        }
+
+    def _status(self, service: str) -> Any:
+        """The health of `service`: "" is the server, a model's name that model; None is unknown."""
+        if service in _SERVICES:
+            return _Status.SERVING if self._readiness.serving else _Status.NOT_SERVING
+        try:
+            upstream = self._routes.find(service)
+        except ModelNotFound:
+            return None
+        return _Status.SERVING if self._readiness.serving and upstream.ready else _Status.NOT_SERVING
+
+    async def _check(self, call: Call) -> bytes:
+        service = messages.parse(health_pb2.HealthCheckRequest, call.request).service
+        status = self._status(service)
+        if status is None:
+            raise ModelNotFound(f'no service or model is named "{service}"')
+        return _body(health_pb2.HealthCheckResponse(status=status))
+
+    async def _watch(self, _: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        said = None
+        async for body in requests:
+            service = messages.parse(health_pb2.HealthCheckRequest, body).service
+            while True:
+                status = self._status(service)
+                if status is None:
+                    status = _Status.SERVICE_UNKNOWN
+                if status != said:
+                    said = status
+                    yield _body(health_pb2.HealthCheckResponse(status=status))
+                await asyncio.sleep(_WATCH_S)
+
+    async def _server_live(self, _: Call) -> bytes:
+        return _body(messages.ServerLiveResponse(live=True))
+
+    async def _server_ready(self, _: Call) -> bytes:
+        return _body(messages.ServerReadyResponse(ready=self._readiness.serving))
+
+    async def _model_ready(self, call: Call) -> bytes:
+        request = messages.parse(messages.ModelReadyRequest, call.request)
+        upstream = self._routes.find(request.name)
+        ready = self._readiness.serving and upstream.ready
+        if ready and request.version:
+            try:
+                await upstream.metadata(call)  # the two requests are the same, field by field
+            except ModelNotReady:
+                ready = False
+        return _body(messages.ModelReadyResponse(ready=ready))
+
+    async def _server_metadata(self, _: Call) -> bytes:
+        return _body(messages.ServerMetadataResponse(name="dl-inference-core", version=dl_inference_core.__version__))
+
+    async def _model_metadata(self, call: Call) -> bytes:
+        return await self._routes.find(METADATA.read_key(call.request)).metadata(call)
+
+
+def _body(message: Any) -> bytes:
+    body: bytes = message.SerializeToString()
+    return body

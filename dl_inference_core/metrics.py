@@ -1,0 +1,67 @@
+"""Every counter and histogram, one object, handed in. Served by prometheus-client on an HTTP port of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+
+_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class Metrics:
+    """The metrics of one process. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "dl_inference_requests",
+            "Requests answered, by protocol, upstream (the model's or route's name) and gRPC status.",
+            ("protocol", "upstream", "code"),
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "dl_inference_request_seconds",
+            "Seconds from a request's arrival to its answer.",
+            ("protocol", "upstream"),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._attempts = Counter(
+            "dl_inference_attempts",
+            "Attempts at nodes, by route, node and outcome (success, failure, overload, neutral).",
+            ("route", "node", "outcome"),
+            registry=self._registry,
+        )
+        # labels() costs more than all the rest of a request's accounting.
+        self._children: dict[tuple[str, ...], Any] = {}
+
+    def request(self, protocol: str, upstream: str, code: str, seconds: float) -> None:
+        """A request was answered; `upstream` is "" where the routing key named none."""
+        key = (protocol, upstream, code)
+        children = self._children.get(key)
+        if children is None:
+            children = self._children[key] = (
+                self._requests.labels(*key),
+                self._seconds.labels(protocol, upstream),
+            )
+        counter, histogram = children
+        counter.inc()
+        histogram.observe(seconds)
+
+    def attempt(self, route: str, node: str, outcome: str) -> None:
+        """An attempt at a node ended."""
+        key = (route, node, outcome, "")
+        counter = self._children.get(key)
+        if counter is None:
+            counter = self._children[key] = self._attempts.labels(route, node, outcome)
+        counter.inc()
+
+    def serve(self, host: str, port: int) -> int:
+        """Answer HTTP GETs with the metrics, on a daemon thread; returns the port.
+
+        Raises:
+            OSError: the address cannot be listened on.
+        """
+        server, _ = start_http_server(port, addr=host, registry=self._registry)
+        return int(server.server_port)

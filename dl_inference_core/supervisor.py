@@ -1,0 +1,126 @@
+"""Worker processes: N of them share one port, each with its own copy of the models and an address of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from dl_inference_core.config import Config
+from dl_inference_core.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_STEADY_S = 10.0
+_KILL_AFTER_DRAIN_S = 5.0
+
+
+class Supervisor:
+    """Starts workers, restarts those that die, ends them all. Workers end by themselves when it dies, by the end of
+    their standard input."""
+
+    def __init__(self, config: Config, arguments: Sequence[str]) -> None:
+        """Args:
+        arguments: the command line of `serve`, to be repeated for each worker.
+        """
+        self._config = config
+        self._arguments = arguments
+        self._ending = asyncio.Event()
+        self._processes: dict[int, asyncio.subprocess.Process] = {}
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            ConfigError: the address cannot be listened on, or a worker could not start; it has said why.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._ending.set)
+        with contextlib.closing(self._reserve()) as reserved:
+            port = reserved.getsockname()[1]
+            ready = [asyncio.Event() for _ in range(self._config.workers)]
+            keeping = [asyncio.create_task(self._keep(index, port, event)) for index, event in enumerate(ready)]
+            everyone = asyncio.gather(*(event.wait() for event in ready))
+            ending = asyncio.create_task(self._ending.wait())
+            awaited: set[asyncio.Future[Any]] = {everyone, ending, *keeping}
+            try:
+                await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                if everyone.done():
+                    click.echo(f"serving on {self._config.host}:{port}")
+                    await asyncio.wait(awaited - {everyone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                everyone.cancel()
+                self._ending.set()
+                await self._end(keeping)
+            for task in keeping:
+                task.result()
+
+    def _reserve(self) -> socket.socket:
+        """The port, bound but not listened on: it stays ours while workers come and go."""
+        host = self._config.host.strip("[]")
+        reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            reserved.bind((host, self._config.port))
+        except OSError as error:
+            reserved.close()
+            raise ConfigError(f"cannot listen on {self._config.host}:{self._config.port}: {error.strerror}") from error
+        return reserved
+
+    async def _keep(self, index: int, port: int, ready: asyncio.Event) -> None:
+        """Keep worker `index` running."""
+        pause_s = _FIRST_PAUSE_S
+        while not self._ending.is_set():
+            started = time.monotonic()
+            status = await self._work(index, port, ready)
+            if self._ending.is_set():
+                return
+            if not ready.is_set():
+                raise ConfigError(f"worker {index} could not start (exit status {status})")
+            if time.monotonic() - started > _STEADY_S:
+                pause_s = _FIRST_PAUSE_S
+            _log.error("worker %d ended with exit status %s; it is started again in %.1f s", index, status, pause_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ending.wait(), pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _work(self, index: int, port: int, ready: asyncio.Event) -> int:
+        """Run worker `index` once; returns its exit status."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "dl_inference_core.cli"),
+            *self._arguments,
+            *("--worker", f"{index}:{port}"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        self._processes[index] = process
+        assert process.stdout is not None
+        async for line in process.stdout:
+            text = line.decode().rstrip()
+            click.echo(f"worker {index}: {text}")
+            if text.startswith("serving on "):
+                ready.set()
+        del self._processes[index]
+        return await process.wait()
+
+    async def _end(self, keeping: Sequence[asyncio.Task[None]]) -> None:
+        for process in self._processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+        _, late = await asyncio.wait(keeping, timeout=self._config.drain_s + _KILL_AFTER_DRAIN_S)
+        for process in self._processes.values() if late else ():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        await asyncio.wait(keeping)

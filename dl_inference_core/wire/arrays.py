@@ -1,0 +1,126 @@
+"""Between repeated protobuf fields and numpy arrays, without an object per number where the wire allows it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from dl_inference_core.errors import BadRequest
+from dl_inference_core.wire import messages
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from dl_inference_core.tensors import Tensor
+
+BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+STRING: np.dtype[Any] = np.dtype(object)
+
+
+def varint(number: int) -> bytes:
+    """`number`, which is not negative, as protobuf writes lengths and tags."""
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
+
+
+def field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field: bytes, a message, or packed values."""
+    return varint(number << 3 | 2) + varint(len(payload)) + payload
+
+
+def take(message: Any, name: str, dtype: np.dtype[Any]) -> Tensor:
+    """The repeated numbers `message.name`, which `dtype` holds, as an array of one dimension.
+
+    Floats and bools are read in place from the packed form; it is the varints that protobuf must unpack.
+    """
+    values = getattr(message, name)
+    count = len(values)
+    if dtype.kind in "fb":
+        found = messages.fields(message.SerializeToString(), message.DESCRIPTOR.fields_by_name[name].number)
+        if found is not None:
+            return np.frombuffer(found, dtype, count, len(found) - count * dtype.itemsize)
+    return np.fromiter(values, dtype, count)
+
+
+def put(message: Any, name: str, array: Tensor) -> None:
+    """Append `array`, of the field's own dtype, to the empty repeated field `message.name`."""
+    if array.dtype.kind in "fb":
+        number = message.DESCRIPTOR.fields_by_name[name].number
+        message.MergeFromString(field(number, array.tobytes()))
+    else:
+        getattr(message, name).extend(array.ravel().tolist())
+
+
+def narrow(values: Tensor, dtype: np.dtype[Any], what: str) -> Tensor:
+    """Integers as the narrower `dtype` that travels in their field.
+
+    Raises:
+        BadRequest: one does not fit.
+    """
+    if values.dtype == dtype:
+        return values
+    limits = np.iinfo(dtype)
+    if values.size and not (limits.min <= values.min() and values.max() <= limits.max):
+        raise BadRequest(f"{what}: a value is out of the range of {dtype.name}, {limits.min} to {limits.max}")
+    return values.astype(dtype)
+
+
+def from_bytes(content: bytes, dtype: np.dtype[Any]) -> Tensor:
+    """The little-endian bytes of an array, a whole number of items, as an array of one dimension."""
+    if dtype.kind == "b":
+        return np.frombuffer(content, np.uint8).astype(np.bool_)
+    return np.frombuffer(content, dtype)
+
+
+def from_strings(strings: Iterable[bytes], count: int) -> Tensor:
+    """`count` strings as an array of one dimension."""
+    array = np.empty(count, dtype=object)
+    array[:] = list(strings)
+    return array
+
+
+def count_of(shape: Sequence[int], what: str) -> int:
+    """How many values `shape` holds.
+
+    Raises:
+        BadRequest: a negative size.
+    """
+    if any(size < 0 for size in shape):
+        raise BadRequest(f"{what}: shape {_shown(shape)} has a negative size; expected known sizes")
+    return math.prod(shape)
+
+
+def reshape(values: Tensor, shape: Sequence[int], what: str) -> Tensor:
+    """`values`, as many as `shape` holds, in that shape.
+
+    Raises:
+        BadRequest: above 32 dimensions, where numpy's iterators end; or a size of 0 beside others beyond memory.
+    """
+    if len(shape) > 32:
+        raise BadRequest(f"{what}: shape {_shown(shape)} is not possible: it has {len(shape)} dimensions; expected 32")
+    try:
+        return values.reshape(tuple(shape))
+    except (ValueError, OverflowError) as error:
+        raise BadRequest(f"{what}: shape {_shown(shape)} is not possible: {error}") from error
+
+
+def mismatch(what: str, dtype: str, shape: Sequence[int], expected: str, given: str) -> BadRequest:
+    """The error that values and shape do not fit each other."""
+    return BadRequest(f"{what}: {dtype} of shape {_shown(shape)} takes {expected}; got {given}")
+
+
+def native(array: Tensor) -> Tensor:
+    """`array` in this machine's byte order."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _shown(shape: Sequence[int]) -> str:
+    more = ", …" if len(shape) > 8 else ""
+    return f"[{', '.join(map(str, shape[:8]))}{more}]"

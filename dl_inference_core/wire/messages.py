@@ -1,0 +1,148 @@
+"""The protobuf messages, in a pool of our own.
+
+They carry the official names. In protobuf's default pool that would clash with tensorflow, tensorflow_serving,
+tritonclient or seldon_core, whichever is imported second; in a private one nothing is shared. `messages.binpb` is
+what `make protos` compiles from `protos/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from dl_inference_core.errors import BadRequest
+
+_MOST_FIELDS = 32
+
+
+def _build_pool() -> Any:
+    pool = descriptor_pool.DescriptorPool()
+    files = descriptor_pb2.FileDescriptorSet.FromString(Path(__file__).with_name("messages.binpb").read_bytes())
+    for file in files.file:
+        pool.Add(file)
+    for described in (health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR):
+        pool.AddSerializedFile(described.serialized_pb)
+    pool.Add(_reflection_v1())
+    return pool
+
+
+def _reflection_v1() -> Any:
+    """grpc.reflection.v1, which grpcio-reflection lacks: v1alpha, field by field, under its later name."""
+    file = descriptor_pb2.FileDescriptorProto.FromString(reflection_pb2.DESCRIPTOR.serialized_pb)
+    alpha, final = ".grpc.reflection.v1alpha.", ".grpc.reflection.v1."
+    file.name, file.package = "grpc/reflection/v1/reflection.proto", "grpc.reflection.v1"
+    for message in file.message_type:
+        for field in message.field:
+            if field.type_name:
+                field.type_name = field.type_name.replace(alpha, final)
+    for service in file.service:
+        for method in service.method:
+            method.input_type = method.input_type.replace(alpha, final)
+            method.output_type = method.output_type.replace(alpha, final)
+    return file
+
+
+pool = _build_pool()
+"""All of `protos/`, and gRPC health and reflection (v1alpha, v1): what reflection answers from."""
+
+
+def _message(name: str) -> Any:
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
+
+
+Value = _message("google.protobuf.Value")
+TensorProto = _message("tensorflow.TensorProto")
+PredictRequest = _message("tensorflow.serving.PredictRequest")
+PredictResponse = _message("tensorflow.serving.PredictResponse")
+SeldonMessage = _message("seldon.protos.SeldonMessage")
+DefaultData = _message("seldon.protos.DefaultData")
+Status = _message("seldon.protos.Status")
+ModelInferRequest = _message("inference.ModelInferRequest")
+ModelInferResponse = _message("inference.ModelInferResponse")
+InferTensorContents = _message("inference.InferTensorContents")
+ServerLiveRequest = _message("inference.ServerLiveRequest")
+ServerLiveResponse = _message("inference.ServerLiveResponse")
+ServerReadyRequest = _message("inference.ServerReadyRequest")
+ServerReadyResponse = _message("inference.ServerReadyResponse")
+ModelReadyRequest = _message("inference.ModelReadyRequest")
+ModelReadyResponse = _message("inference.ModelReadyResponse")
+ServerMetadataRequest = _message("inference.ServerMetadataRequest")
+ServerMetadataResponse = _message("inference.ServerMetadataResponse")
+ModelMetadataRequest = _message("inference.ModelMetadataRequest")
+ModelMetadataResponse = _message("inference.ModelMetadataResponse")
+
+# Each request with nothing but its routing key declared, and a message with nothing declared at all.
+PredictKey = _message("dl_inference.PredictKey")
+SeldonKey = _message("dl_inference.SeldonKey")
+ModelInferKey = _message("dl_inference.ModelInferKey")
+Nothing = _message("inference.ServerLiveRequest")
+
+
+def parse(message: Any, body: bytes, whole: Any = None) -> Any:
+    """`body` as a message of the class `message`; where that declares but a part, `whole` is what errors name.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        return message.FromString(body)
+    except DecodeError as error:
+        name = (whole or message).DESCRIPTOR.full_name
+        raise BadRequest(f"the bytes are malformed; expected a {name}") from error
+
+
+def fields(body: bytes, number: int) -> bytes | None:
+    """The top-level fields of that number, tags included, in order; the others are stepped over.
+
+    None where there are many fields, or anything that protobuf libraries rarely write: protobuf is to judge that.
+    """
+    end = len(body)
+    position = 0
+    found = b""
+    try:
+        for _ in range(_MOST_FIELDS):
+            if position == end:
+                return found
+            start = position
+            tag = body[position]
+            position += 1
+            if tag > 127:
+                tag = tag & 127 | body[position] << 7
+                position += 1
+            if not 8 <= tag < 1 << 14:
+                return None
+            kind = tag & 7
+            if kind == 2:
+                size = body[position]
+                position += 1
+                shift = 7
+                while size >> shift:  # the byte before had its continuation bit set
+                    if shift > 21:
+                        return None
+                    size = size & (1 << shift) - 1 | body[position] << shift
+                    shift += 7
+                    position += 1
+                position += size
+            elif kind == 0:
+                last = position + 8
+                while body[position] > 127:
+                    if position == last:
+                        return None
+                    position += 1
+                position += 1
+            elif kind == 5:
+                position += 4
+            elif kind == 1:
+                position += 8
+            else:
+                return None
+            if tag >> 3 == number:
+                found += body[start:position]
+    except IndexError:
+        pass
+    return None

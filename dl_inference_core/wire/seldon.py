@@ -1,0 +1,319 @@
+"""Seldon's Predict: one message for requests and answers.
+
+An answer takes the shape that seldon-core's `construct_response` gives it: bytes are binData, a str is strData; an
+array or list of numbers takes the form of its request (tensor where that was not `data`), of anything else it is an
+ndarray; an object is jsonData. Tags and puid come back. NaN and the infinities pass as they are, in both directions
+and in every form: the wire's doubles hold them, and a model that answers NaN has answered; only a `taskId` cannot be
+one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dl_inference_core.errors import BadRequest, NodeFailed
+from dl_inference_core.tensors import Form, Json, Payload, Request, Response, Tensor, as_json, as_tensor
+from dl_inference_core.wire import messages, tfserving
+from dl_inference_core.wire.arrays import (
+    BFLOAT16,
+    count_of,
+    field,
+    from_strings,
+    mismatch,
+    native,
+    reshape,
+    take,
+    varint,
+)
+from dl_inference_core.wire.protocol import read_task
+
+# Field numbers of what is written straight to bytes: SeldonMessage, DefaultData, Tensor.
+_DATA = 3
+_TENSOR, _NDARRAY, _TFTENSOR = 2, 3, 4
+_SHAPE, _VALUES = 1, 2
+
+# protobuf reads messages up to 100 deep, and an object in an object takes three.
+_MOST_DEPTH = 30
+
+_FORMS = {"binData": Form.BYTES, "strData": Form.TEXT, "jsonData": Form.JSON}
+
+
+def decode_request(body: bytes) -> Request:
+    message = messages.parse(messages.SeldonMessage, body)
+    payload, form = _decode_payload(message)
+    tags = message.meta.tags
+    return Request(
+        payload=payload,
+        form=form,
+        model=read_task(tags["taskId"]) if "taskId" in tags else "",
+        names=tuple(message.data.names),
+        tags={name: _to_json(value) for name, value in tags.items()},
+        id=message.meta.puid,
+    )
+
+
+def encode_response(response: Response, request: Request) -> bytes:
+    payload, form = _answer(response.payload, request.form)
+    tags = {**request.tags, **response.tags}
+    return _encode(payload, form, response.names, tags, response.id or request.id)
+
+
+def encode_request(request: Request) -> bytes:
+    tags = dict(request.tags)
+    if request.model != "":
+        tags.setdefault("taskId", request.model)
+    return _encode(request.payload, request.form, request.names, tags, request.id)
+
+
+def decode_response(body: bytes) -> Response:
+    """Raises:
+    NodeFailed: an answer whose status says FAILURE.
+    """
+    message = messages.parse(messages.SeldonMessage, body)
+    if message.status.status == messages.Status.FAILURE:
+        raise NodeFailed(f"status FAILURE {message.status.code}: {message.status.reason} {message.status.info}")
+    payload, _ = _decode_payload(message)
+    return Response(
+        payload=payload,
+        names=tuple(message.data.names),
+        tags={name: _to_json(value) for name, value in message.meta.tags.items()},
+        id=message.meta.puid,
+    )
+
+
+def _decode_payload(message: Any) -> tuple[Payload, Form]:
+    match message.WhichOneof("data_oneof"):
+        case "data":
+            return _decode_data(message.data)
+        case "jsonData":
+            return _to_json(message.jsonData), Form.JSON
+        case "binData" | "strData" as name:
+            return getattr(message, name), _FORMS[name]
+        case "customData":
+            raise BadRequest("customData is not served; expected data, binData, strData or jsonData")
+        case _:
+            raise BadRequest("no payload; expected data, binData, strData or jsonData")
+
+
+def _decode_data(data: Any) -> tuple[Tensor, Form]:
+    match data.WhichOneof("data_oneof"):
+        case "tensor":
+            what = "data.tensor"
+            shape = tuple(data.tensor.shape)
+            count = count_of(shape, what)
+            if len(data.tensor.values) != count:
+                raise mismatch(what, "float64", shape, f"{count} values", str(len(data.tensor.values)))
+            return reshape(take(data.tensor, "values", np.dtype(np.float64)), shape, what), Form.TENSOR
+        case "ndarray":
+            return _decode_ndarray(data.ndarray), Form.NDARRAY
+        case "tftensor":
+            return tfserving.decode_tensor(data.tftensor, "data.tftensor", tfserving.Room()), Form.TFTENSOR
+        case _:
+            raise BadRequest("data is empty; expected data.tensor, data.ndarray or data.tftensor")
+
+
+def _decode_ndarray(values: Any) -> Tensor:
+    """A google.protobuf.ListValue of numbers, bools or strings, nested evenly.
+
+    As numpy has it, bools among numbers are numbers, and anything among strings is a string.
+    """
+    numbers = _numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if len(values.values) else None
+    if numbers is not None:
+        return reshape(numbers, numbers.shape, "data.ndarray")
+    try:
+        array = np.array([_to_json(value) for value in values.values], dtype=object)
+    except ValueError as error:
+        raise BadRequest(f"data.ndarray: {error}; expected lists of equal length") from error
+    items = reshape(array, array.shape, "data.ndarray").ravel().tolist()
+    kinds = {type(item) for item in items}
+    if kinds - {float, bool, str}:
+        given = "lists of unequal length" if list in kinds else "an object or null"
+        raise BadRequest(f"data.ndarray holds {given}; expected numbers, bools or strings, nested evenly")
+    if str in kinds:
+        return from_strings((str(item).encode() for item in items), len(items)).reshape(array.shape)
+    return array.astype(np.bool_ if kinds == {bool} else np.float64)
+
+
+def _numbers(encoded: Tensor) -> Tensor | None:
+    """The canonical bytes of a ListValue as float64, if it holds nothing but numbers, nested evenly.
+
+    Then all elements of one level are of one size and begin with the same bytes, so that a level is peeled off all rows
+    at once: 2 ms for 75,000 numbers, where an object for each takes 40 ms.
+    """
+    rows = encoded.reshape(1, -1)
+    shape: list[int] = []
+    while True:
+        body = _element(rows[0], 0x0A)
+        if body is None or rows.shape[1] % (size := body[0] + body[1]):
+            return None
+        shape.append(rows.shape[1] // size)
+        header, rows = body[0], rows.reshape(-1, size)
+        if (rows[:, :header] != rows[0, :header]).any():
+            return None
+        rows = rows[:, header:]
+        if rows.shape[1] == 9 and (rows[:, 0] == 0x11).all():
+            return np.ascontiguousarray(rows[:, 1:]).view(np.float64).reshape(shape)
+        body = _element(rows[0], 0x32) if rows.shape[1] else None
+        if body is None or sum(body) != rows.shape[1] or not body[1]:
+            return None
+        header = body[0]
+        if (rows[:, :header] != rows[0, :header]).any():
+            return None
+        rows = rows[:, header:]
+
+
+def _element(row: Tensor, tag: int) -> tuple[int, int] | None:
+    """The sizes of the header and the body of the length-delimited field with which `row` begins."""
+    if row[0] != tag:
+        return None
+    length = shift = 0
+    for position, byte in enumerate(row[1:6].tolist(), 2):
+        length |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return position, length
+    return None
+
+
+def _encode_numbers(array: Tensor) -> bytes:
+    """The bytes of a ListValue of `array` (float64, of one dimension or more): the reverse of `_numbers`."""
+    encoded = np.empty((array.size, 11), np.uint8)
+    encoded[:, :3] = (0x0A, 9, 0x11)
+    encoded[:, 3:] = np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
+    for axis in range(array.ndim - 1, 0, -1):
+        count = int(np.prod(array.shape[:axis]))
+        width = encoded.size // count if count else 0
+        inner = b"\x32" + varint(width)
+        header = b"\x0a" + varint(len(inner) + width) + inner
+        wrapped = np.empty((count, len(header) + width), np.uint8)
+        wrapped[:, : len(header)] = np.frombuffer(header, np.uint8)
+        wrapped[:, len(header) :] = encoded.reshape(count, width)
+        encoded = wrapped
+    return encoded.tobytes()
+
+
+def _answer(payload: Payload, asked: Form) -> tuple[Payload, Form]:
+    """What of an answer goes out, and in which form."""
+    if isinstance(payload, Mapping) and len(payload) == 1:
+        (only,) = payload.values()
+        if isinstance(only, np.ndarray):
+            payload = only
+    if isinstance(payload, np.ndarray | list | tuple):
+        array = _as_array(payload)
+        if array is None or not _is_number(array.dtype):
+            return payload, Form.NDARRAY
+        return array, asked if asked in (Form.TENSOR, Form.NDARRAY, Form.TFTENSOR) else Form.TENSOR
+    if isinstance(payload, bytes | bytearray):
+        return bytes(payload), Form.BYTES
+    if isinstance(payload, str):
+        return payload, Form.TEXT
+    return payload, Form.JSON
+
+
+def _as_array(value: Any) -> Tensor | None:
+    """An array as it is, lists of numbers as an array; None for what is neither."""
+    if isinstance(value, np.ndarray):
+        return native(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        return None
+    return array if _is_number(array.dtype) else None
+
+
+def _is_number(dtype: np.dtype[Any]) -> bool:
+    """Whether numpy calls it a number: bools are none."""
+    return dtype.kind in "iufc" or dtype == BFLOAT16
+
+
+def _encode(payload: Payload, form: Form, names: Iterable[str], tags: Mapping[str, Any], puid: str) -> bytes:
+    """Raises:
+    TypeError: `form` cannot hold `payload`.
+    """
+    message = messages.SeldonMessage()
+    message.meta.puid = puid
+    for name, tag in tags.items():
+        _from_json(as_json(tag), message.meta.tags[name])
+    data = b""
+    if form is Form.BYTES and isinstance(payload, bytes):
+        message.binData = payload
+    elif form is Form.TEXT and isinstance(payload, str):
+        message.strData = payload
+    elif form is Form.JSON:
+        _from_json(as_json(payload), message.jsonData)
+    elif form in (Form.TENSOR, Form.NDARRAY, Form.TFTENSOR):
+        data = messages.DefaultData(names=names).SerializeToString() + _encode_data(payload, form)
+        data = field(_DATA, data)
+    else:
+        raise TypeError(f"Seldon's {form.value} cannot hold a {type(payload).__name__}")
+    return message.SerializeToString() + data  # type: ignore[no-any-return]
+
+
+def _encode_data(payload: Payload, form: Form) -> bytes:
+    if form is Form.TFTENSOR:
+        tensor = messages.TensorProto()
+        tfserving.encode_tensor(as_tensor(payload), tensor)
+        return field(_TFTENSOR, tensor.SerializeToString())
+    array = _as_array(payload)
+    if array is not None and _is_number(array.dtype) and array.dtype.kind != "c":
+        array = array.astype(np.float64, copy=False)
+        if form is Form.NDARRAY:
+            return field(_NDARRAY, _encode_numbers(np.atleast_1d(array)))
+        shape = b"".join(varint(size) for size in array.shape)
+        return field(_TENSOR, field(_SHAPE, shape) + field(_VALUES, array.tobytes()))
+    if form is Form.TENSOR:
+        raise TypeError("Seldon's data.tensor holds real numbers only")
+    values = as_json(np.atleast_1d(payload) if isinstance(payload, np.ndarray) else payload)
+    if not isinstance(values, list):
+        raise TypeError(f"Seldon's data.ndarray takes an array or a list, not a {type(payload).__name__}")
+    message = messages.Value()
+    _from_json(values, message)
+    return field(_NDARRAY, message.list_value.SerializeToString())
+
+
+def _to_json(value: Any) -> Json:
+    """A google.protobuf.Value as Python has it: every number a float. One that is not set is None."""
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            return {name: _to_json(item) for name, item in value.struct_value.fields.items()}
+        case "list_value":
+            return [_to_json(item) for item in value.list_value.values]
+        case "null_value" | None:
+            return None
+        case kind:
+            return getattr(value, kind)  # type: ignore[no-any-return]
+
+
+def _from_json(item: Any, value: Any, depth: int = 0) -> None:
+    """Write `item` into the empty google.protobuf.Value `value`.
+
+    Raises:
+        TypeError: something in it is not JSON, or lies deeper than readers accept.
+    """
+    if depth > _MOST_DEPTH:
+        raise TypeError(f"JSON values nested deeper than {_MOST_DEPTH} cannot be sent")
+    match item:
+        case None:
+            value.null_value = 0
+        case bool():
+            value.bool_value = item
+        case int() | float():
+            try:
+                value.number_value = item
+            except OverflowError as error:
+                raise TypeError("no JSON number can hold an int this large") from error
+        case str():
+            value.string_value = item
+        case dict():
+            value.struct_value.SetInParent()
+            for name, child in item.items():
+                _from_json(child, value.struct_value.fields[name], depth + 1)
+        case list():
+            value.list_value.SetInParent()
+            for child in item:
+                _from_json(child, value.list_value.values.add(), depth + 1)
+        case _:
+            raise TypeError(f"JSON has no {type(item).__name__}")

@@ -1,0 +1,646 @@
+"""What lies in the models' directory, and which versions answer."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import shutil
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dl_inference_core.config import PluginOptions
+from dl_inference_core.errors import ConfigError, ModelNotFound, ModelNotReady
+from dl_inference_core.node.answering import ServedModel, State
+from dl_inference_core.node.backend import Backend, Model
+from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.loading import ModelConfig
+from dl_inference_core.node.processor import Processor
+from dl_inference_core.node.repository import Repository
+from dl_inference_core.tensors import Form, Request
+from dl_inference_core.testing import FakeBackend, FakeModel
+from dl_inference_core.transport import Call
+from dl_inference_core.wire.protocol import PROTOCOLS
+
+OIP = PROTOCOLS["openinference"]
+
+
+class LateBackend(FakeBackend):
+    """Its loads wait until `go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+        self.go.set()
+
+    def load(self, directory: Path, options: PluginOptions, device: str) -> Any:
+        assert self.go.wait(10)
+        return super().load(directory, options, device)
+
+
+@asynccontextmanager
+async def serving(
+    directory: Path,
+    backend: Backend | None = None,
+    handlers: Mapping[str, type[Handler]] | None = None,
+    poll_interval_s: float = 3600,
+) -> AsyncIterator[Repository]:
+    backend = backend or FakeBackend()
+    repository = Repository(
+        directory,
+        backends={backend.name: backend},
+        handlers=handlers or {"default": Handler, "processor": Processor},
+        poll_interval_s=poll_interval_s,
+    )
+    try:
+        await repository.start()
+        yield repository
+    finally:
+        await repository.close()
+
+
+async def look_twice(repository: Repository) -> None:
+    await repository.look()
+    await repository.look()
+    await repository.settle()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.002)
+
+
+async def ask(model: ServedModel, *, version: int | None = None) -> tuple[int | None, float]:
+    """Which version answered, and its factor."""
+    request = Request(payload={"x": np.ones(1, np.float32)}, form=Form.TENSORS, model=model.name, version=version)
+    call = Call(method=OIP.node_method, request=OIP.codec.encode_request(request))
+    response = OIP.codec.decode_response(await model.answer(call, OIP))
+    assert isinstance(response.payload, Mapping)
+    return response.version, float(response.payload["x"][0])
+
+
+def toml(folder: Path, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.toml").write_text(text, encoding="utf-8")
+
+
+def states(model: ServedModel) -> dict[int, State]:
+    return {number: status.state for number, status in model.versions.items()}
+
+
+def test_newest_version_answers_unless_one_is_named(tmp_path: Path) -> None:
+    for number in (2, 10):
+        FakeBackend.write(tmp_path / "m" / str(number), factor=number)
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            assert model.ready
+            assert await ask(model) == (10, 10.0)
+            assert await ask(model, version=2) == (2, 2.0)
+            with pytest.raises(ModelNotFound, match='model "m" has no version 3; it has 2, 10'):
+                await ask(model, version=3)
+
+    asyncio.run(main())
+
+
+def test_keeps_as_many_versions_as_asked_for_of_those_that_load(tmp_path: Path) -> None:
+    for number in (1, 2, 3, 5):
+        FakeBackend.write(tmp_path / "m" / str(number), factor=number)
+    FakeBackend.write(tmp_path / "m" / "4", fail_load="it is broken")
+    toml(tmp_path / "one", "keep_versions = 1")
+    for number in (1, 2):
+        FakeBackend.write(tmp_path / "one" / str(number))
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            assert states(model) == {5: State.AVAILABLE, 4: State.FAILED, 3: State.AVAILABLE}
+            assert states(repository.models["one"]) == {2: State.AVAILABLE}
+            shutil.rmtree(tmp_path / "m" / "5")
+            await look_twice(repository)
+            assert states(model) == {4: State.FAILED, 3: State.AVAILABLE, 2: State.AVAILABLE}
+
+    asyncio.run(main())
+
+
+def test_switch_under_load_loses_and_mixes_nothing(tmp_path: Path) -> None:
+    toml(tmp_path / "m", "keep_versions = 1\nthreads = 2")
+    FakeBackend.write(tmp_path / "m" / "1", factor=1)
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend, poll_interval_s=0.01) as repository:
+            model = repository.models["m"]
+            seen: set[int | None] = set()
+
+            async def client() -> None:
+                while 4 not in seen:
+                    version, factor = await ask(model)
+                    assert version == factor
+                    seen.add(version)
+
+            async def operator() -> None:
+                for number in (2, 3, 4):
+                    FakeBackend.write(tmp_path / "m" / str(number), factor=number)
+                    await until(partial(seen.__contains__, number))
+
+            async with asyncio.timeout(20):
+                await asyncio.gather(operator(), *(client() for _ in range(16)))
+            await repository.settle()
+            assert seen == {1, 2, 3, 4}
+            assert [loaded.closed for loaded in backend.models] == [True, True, True, False]
+            assert states(model) == {4: State.AVAILABLE}
+
+    asyncio.run(main())
+
+
+def test_old_version_answers_while_the_new_one_loads(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", factor=1)
+    backend = LateBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend) as repository:
+            model = repository.models["m"]
+            backend.go.clear()
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            await repository.look()
+            await repository.look()
+            assert states(model) == {1: State.AVAILABLE, 2: State.LOADING}
+            assert await ask(model) == (1, 1.0)
+            with pytest.raises(ModelNotReady, match='version 2 of model "m" is not ready: it is loading'):
+                await ask(model, version=2)
+            backend.go.set()
+            await repository.settle()
+            assert await ask(model) == (2, 2.0)
+
+    asyncio.run(main())
+
+
+def test_broken_version_disturbs_nothing_and_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", factor=1)
+    FakeBackend.write(tmp_path / "other" / "1")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            FakeBackend.write(tmp_path / "m" / "2", factor=2, fail_load="weights are missing")
+            for _ in range(3):
+                await look_twice(repository)
+            assert states(model) == {1: State.AVAILABLE, 2: State.FAILED}
+            assert "weights are missing" in model.versions[2].error
+            assert str(tmp_path / "m" / "2") in model.versions[2].error
+            assert await ask(model) == (1, 1.0)
+            with pytest.raises(ModelNotReady, match="it is failed"):
+                await ask(model, version=2)
+            assert repository.models["other"].ready
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            await look_twice(repository)
+            assert await ask(model) == (2, 2.0)
+            assert model.versions[2].error == ""
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert [record.getMessage().count("weights are missing") for record in caplog.records] == [1]
+
+
+def test_error_tells_every_cause(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    (tmp_path / "m" / "handler.py").write_text("def broken(:", encoding="utf-8")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            error = repository.models["m"].versions[1].error
+            assert "handler.py" in error
+            assert "SyntaxError" in error
+
+    asyncio.run(main())
+
+
+def test_half_copied_version_is_not_loaded(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", factor=1)
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend) as repository:
+            model = repository.models["m"]
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            weights = tmp_path / "m" / "2" / "variables" / "weights"
+            weights.parent.mkdir()
+            for size in range(4):
+                weights.write_bytes(b"w" * size)
+                await repository.look()
+                await repository.settle()
+                assert 2 not in model.versions
+                assert len(backend.models) == 1
+            await repository.look()
+            await repository.settle()
+            assert await ask(model) == (2, 2.0)
+
+    asyncio.run(main())
+
+
+def test_version_changed_in_place_is_swapped(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", factor=1)
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend) as repository:
+            model = repository.models["m"]
+            FakeBackend.write(tmp_path / "m" / "1", factor=12)
+            await look_twice(repository)
+            assert await ask(model) == (1, 12.0)
+            assert [loaded.closed for loaded in backend.models] == [True, False]
+            FakeBackend.write(tmp_path / "m" / "1", fail_load="worse than before")
+            await look_twice(repository)
+            assert await ask(model) == (1, 12.0)
+            assert model.versions[1].state is State.AVAILABLE
+            assert "worse than before" in model.versions[1].error
+
+    asyncio.run(main())
+
+
+def test_removed_version_and_removed_model(tmp_path: Path) -> None:
+    for number in (1, 2):
+        FakeBackend.write(tmp_path / "m" / str(number), factor=number)
+    toml(tmp_path / "m", "task_id = 7")
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend) as repository:
+            model = repository.models["m"]
+            assert repository.tasks == {7: model}
+            shutil.rmtree(tmp_path / "m" / "2")
+            await repository.look()
+            assert await ask(model) == (2, 2.0), "one look may be mistaken"
+            await repository.look()
+            await repository.settle()
+            assert await ask(model) == (1, 1.0)
+            with pytest.raises(ModelNotFound):
+                await ask(model, version=2)
+            shutil.rmtree(tmp_path / "m")
+            await look_twice(repository)
+            assert not repository.models
+            assert not repository.tasks
+            assert not model.ready
+            with pytest.raises(ModelNotReady):
+                await ask(model)
+            assert all(loaded.closed for loaded in backend.models)
+
+    asyncio.run(main())
+
+
+def test_unloaded_model_is_released(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend) as repository:
+            await ask(repository.models["m"])
+            model = weakref.ref(backend.models.pop())
+            FakeBackend.write(tmp_path / "m" / "1", factor=3)
+            await look_twice(repository)
+            gc.collect()
+            assert model() is None
+
+    asyncio.run(main())
+
+
+def test_task_id_stays_with_who_has_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b", "c"):
+        toml(tmp_path / name, "task_id = 69")
+        FakeBackend.write(tmp_path / name / "1")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            assert repository.tasks == {69: repository.models["b"]}
+            assert states(repository.models["c"]) == {1: State.FAILED}
+            assert repository.models["c"].versions[1].error == 'task id 69 of model "c" is taken by model "b"'
+            toml(tmp_path / "a", "task_id = 69")
+            FakeBackend.write(tmp_path / "a" / "1")
+            await look_twice(repository)
+            assert repository.tasks == {69: repository.models["b"]}
+            assert states(repository.models["a"]) == {1: State.FAILED}
+            shutil.rmtree(tmp_path / "b")
+            await look_twice(repository)
+            assert repository.tasks == {69: repository.models["a"]}
+            assert repository.models["a"].ready
+            assert not repository.models["c"].ready
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert len(caplog.records) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('divice = "cuda"', 'unknown key "divice"'),
+        ('threads = "2"', "threads: "),
+        ("threads = 0", "threads: "),
+        ("task_id = 1.5", "task_id: "),
+        ("threads = ", "model.toml"),
+        ('backend = "caffe"', 'no backend has the name "caffe" (there is fake)'),
+        ('handler = "digits"', 'no handler has the name "digits" (there is default, processor)'),
+        ('handler = "processor"', 'handler "processor" needs a processor.py'),
+        ("[options]\nfacto = 2", 'unknown key "facto"'),
+        ("[handler_options]\nlongest = 2", 'unknown key "longest"'),
+    ],
+)
+def test_bad_model_toml_fails_the_model_and_says_where(tmp_path: Path, text: str, said: str) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    FakeBackend.write(tmp_path / "well" / "1")
+    toml(tmp_path / "m", text)
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            assert model.versions[1].state is State.FAILED
+            assert said in model.versions[1].error
+            with pytest.raises(ModelNotReady, match="version 1 is failed"):
+                await ask(model)
+            assert repository.models["well"].ready
+            (tmp_path / "m" / "model.toml").unlink()
+            await look_twice(repository)
+            assert model.ready
+
+    asyncio.run(main())
+
+
+def test_spoilt_model_toml_leaves_what_is_served(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", factor=5)
+    toml(tmp_path / "m", "task_id = 5")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            toml(tmp_path / "m", "task_id = ")
+            await look_twice(repository)
+            assert await ask(model) == (1, 5.0)
+            assert repository.tasks == {5: model}
+            assert "model.toml" in model.versions[1].error
+            toml(tmp_path / "m", "task_id = 6")
+            await look_twice(repository)
+            assert repository.tasks == {6: model}
+            assert model.versions[1].error == ""
+
+    asyncio.run(main())
+
+
+def test_versions_own_toml_takes_precedence(tmp_path: Path) -> None:
+    toml(tmp_path / "m", 'device = "cuda:1"\n[options]\nfactor = 3')
+    for number in (1, 2, 3):
+        FakeBackend.write(tmp_path / "m" / str(number))
+    toml(tmp_path / "m" / "2", "[options]\nfactor = 4")
+    toml(tmp_path / "m" / "3", "task_id = 4")
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend) as repository:
+            model = repository.models["m"]
+            assert await ask(model, version=1) == (1, 3.0)
+            assert await ask(model, version=2) == (2, 4.0)
+            assert "task_id belongs in the model's folder" in model.versions[3].error
+            assert {loaded.device for loaded in backend.models} == {"cuda:1"}
+
+    asyncio.run(main())
+
+
+def test_flat_folder_is_version_1(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "flat", factor=6)
+    (tmp_path / "flat" / "__pycache__").mkdir()
+    toml(tmp_path / "flat", "task_id = 6")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "model.onnx").touch()
+    (tmp_path / "empty").mkdir()
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            assert await ask(repository.models["flat"]) == (1, 6.0)
+            assert await ask(repository.tasks[6], version=1) == (1, 6.0)
+            error = repository.models["strange"].versions[1].error
+            assert "no backend recognises it (there is fake); it holds model.onnx" in error
+            with pytest.raises(ModelNotReady, match='model "empty" is not ready: it has no versions'):
+                await ask(repository.models["empty"])
+            (tmp_path / "flat" / "__pycache__" / "m.pyc").touch()
+            await look_twice(repository)
+            assert await ask(repository.models["flat"]) == (1, 6.0)
+
+    asyncio.run(main())
+
+
+def test_only_folders_with_plain_names_count(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "store" / "abc")
+    models = tmp_path / "models"
+    FakeBackend.write(models / ".git" / "1")
+    FakeBackend.write(models / "__pycache__" / "1")
+    FakeBackend.write(models / "m" / "1")
+    for name in ("0", "01", "-1", "1.5", "v2", "٣", ".3"):
+        FakeBackend.write(models / "m" / name)
+    (models / "README").touch()
+    (models / "linked").mkdir()
+    (models / "linked" / "7").symlink_to(tmp_path / "store" / "abc")
+    (models / "whole").symlink_to(models / "m")
+    (models / "loop").mkdir()
+    FakeBackend.write(models / "loop" / "1")
+    (models / "loop" / "1" / "again").symlink_to(models / "loop")
+
+    async def main() -> None:
+        async with serving(models) as repository:
+            assert sorted(repository.models) == ["linked", "loop", "m", "whole"]
+            assert states(repository.models["m"]) == {1: State.AVAILABLE}
+            assert states(repository.models["linked"]) == {7: State.AVAILABLE}
+            assert repository.models["loop"].ready
+            assert repository.models["whole"].ready
+            assert "../m" not in repository.models
+
+    asyncio.run(main())
+
+
+def test_two_backends_that_recognise_a_model_are_an_error_until_one_is_named(tmp_path: Path) -> None:
+    class Twin(FakeBackend):
+        name = "twin"
+
+    FakeBackend.write(tmp_path / "m" / "1")
+    FakeBackend.write(tmp_path / "named" / "1")
+    toml(tmp_path / "named", 'backend = "twin"')
+
+    async def main() -> None:
+        repository = Repository(tmp_path, backends={"fake": FakeBackend(), "twin": Twin()}, handlers={})
+        await repository.start()
+        error = repository.models["m"].versions[1].error
+        assert "several backends recognise it (fake, twin); say which with `backend`" in error
+        assert repository.models["named"].platform() == "twin"
+        await repository.close()
+
+    asyncio.run(main())
+
+
+HANDLER = """
+from dl_inference_core.node.handling import Handler
+
+class Shifted(Handler):
+    def postprocess(self, outputs, request):
+        return {name: value + SHIFT for name, value in outputs.items()}
+"""
+
+
+def test_handler_file_of_the_version_before_that_of_the_model(tmp_path: Path) -> None:
+    for number in (1, 2):
+        FakeBackend.write(tmp_path / "m" / str(number), factor=number)
+    (tmp_path / "m" / "handler.py").write_text(f"SHIFT = 10\n{HANDLER}", encoding="utf-8")
+    (tmp_path / "m" / "2" / "handler.py").write_text(f"SHIFT = 20\n{HANDLER}", encoding="utf-8")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            assert await ask(model, version=1) == (1, 11.0)
+            assert await ask(model, version=2) == (2, 22.0)
+            (tmp_path / "m" / "handler.py").write_text(f"SHIFT = 100\n{HANDLER}", encoding="utf-8")
+            await look_twice(repository)
+            assert await ask(model, version=1) == (1, 101.0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from dl_inference_core.node.handling import Handler", "found none"),
+        (f"{HANDLER}\nclass Second(Shifted): ...", "found Shifted, Second"),
+    ],
+)
+def test_handler_file_defines_exactly_one_handler(tmp_path: Path, source: str, found: str) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    (tmp_path / "m" / "handler.py").write_text(source, encoding="utf-8")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            assert found in repository.models["m"].versions[1].error
+
+    asyncio.run(main())
+
+
+def test_handler_that_cannot_load_closes_the_model(tmp_path: Path) -> None:
+    class Needy(Handler):
+        name = "needy"
+
+        def load(self, model: Model) -> None:
+            raise LookupError("no vocabulary")
+
+    FakeBackend.write(tmp_path / "m" / "1")
+    toml(tmp_path / "m", 'handler = "needy"')
+    backend = FakeBackend()
+
+    async def main() -> None:
+        async with serving(tmp_path, backend, {"needy": Needy}) as repository:
+            assert "LookupError: no vocabulary" in repository.models["m"].versions[1].error
+            assert backend.models[0].closed
+
+    asyncio.run(main())
+
+
+def test_directory_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models = tmp_path / "models"
+
+    async def main() -> None:
+        with pytest.raises(ConfigError, match="models"):
+            async with serving(models):
+                pass
+        FakeBackend.write(models / "m" / "1")
+        async with serving(models, poll_interval_s=0.005) as repository:
+            models.rename(tmp_path / "away")
+            await until(lambda: "all stays as it is" in caplog.text)
+            assert repository.models["m"].ready
+            FakeBackend.write(tmp_path / "away" / "m" / "2")
+            (tmp_path / "away").rename(models)
+            await until(lambda: 2 in repository.models["m"].versions)
+
+    asyncio.run(main())
+
+
+def test_model_folder_that_cannot_be_read_leaves_what_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("m", "well"):
+        FakeBackend.write(tmp_path / name / "1")
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "m":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "scandir", refuse)
+                FakeBackend.write(tmp_path / "well" / "2", factor=2)
+                await look_twice(repository)
+                assert await ask(repository.models["well"]) == (2, 2.0)
+                assert await ask(repository.models["m"]) == (1, 1.0)
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            await look_twice(repository)
+            assert await ask(repository.models["m"]) == (2, 2.0)
+
+    asyncio.run(main())
+
+
+def test_model_that_cannot_close_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: FakeModel) -> None:
+        raise OSError("busy")
+
+    monkeypatch.setattr(FakeModel, "close", fail)
+    FakeBackend.write(tmp_path / "m" / "1")
+
+    async def main() -> None:
+        async with serving(tmp_path):
+            pass
+
+    asyncio.run(main())
+    assert "closing m/1 failed" in caplog.text
+
+
+def test_new_model_is_found_by_itself(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, poll_interval_s=0.005) as repository:
+            assert not repository.models
+            FakeBackend.write(tmp_path / "m" / "1")
+            await until(lambda: "m" in repository.models and repository.models["m"].ready)
+
+    asyncio.run(main())
+
+
+def test_close_waits_for_no_load_and_leaves_nothing_open(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    backend = LateBackend()
+    backend.go.clear()
+
+    async def main() -> None:
+        repository = Repository(tmp_path, backends={"fake": backend}, handlers={})
+        starting = asyncio.create_task(repository.start())
+        await until(lambda: "m" in repository.models)
+        starting.cancel()
+        async with asyncio.timeout(5):
+            await repository.close(grace_s=0.05)
+        assert not repository.models
+        backend.go.set()
+        await until(lambda: bool(backend.models) and backend.models[0].closed)
+
+    asyncio.run(main())
+
+
+def test_every_setting_of_a_model_is_described() -> None:
+    assert all(field.description for field in ModelConfig.model_fields.values())

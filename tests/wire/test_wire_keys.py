@@ -1,0 +1,214 @@
+"""Routing keys, and the top-level walk, against protobuf's own judgement."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl_inference_core.errors import BadRequest
+from dl_inference_core.wire import messages, protocol
+from dl_inference_core.wire.protocol import METHODS, PROTOCOLS, well_formed
+
+PADDING = b"\x7a" + b"\xff\xff\x03" + b"p" * 65_535  # field 15, unknown to all: makes a body large enough for the walk
+ENVELOPES = [(messages.PredictKey, 1), (messages.SeldonKey, 2), (messages.ModelInferKey, 1)]
+
+
+def seldon(**tags):
+    message = messages.SeldonMessage()
+    for name, tag in tags.items():
+        value = message.meta.tags[name]
+        if isinstance(tag, str):
+            value.string_value = tag
+        elif tag is not None:
+            value.number_value = tag
+    return message.SerializeToString()
+
+
+def test_methods_name_every_path_that_infers():
+    wpai = "/com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService"
+    assert {path: p.name for path, p in METHODS.items()} == {
+        f"{wpai}/Predict": "tfserving",
+        f"{wpai}/PytorchPredict": "seldon",
+        f"{wpai}/CaffePredict": "seldon",
+        f"{wpai}/TisPredict": "openinference",
+        "/tensorflow.serving.PredictionService/Predict": "tfserving",
+        "/seldon.protos.Model/Predict": "seldon",
+        "/seldon.protos.Seldon/Predict": "seldon",
+        "/inference.GRPCInferenceService/ModelInfer": "openinference",
+    }
+    for path in METHODS:
+        service, _, method = path[1:].rpartition("/")
+        assert method in {m.name for m in messages.pool.FindServiceByName(service).methods}
+    assert all(METHODS[p.node_method] is p for p in PROTOCOLS.values())
+
+
+def test_each_protocol_finds_its_codec():
+    for name, p in PROTOCOLS.items():
+        assert p.codec.__name__ == f"dl_inference_core.wire.{name}"
+        assert p.codec is p.codec
+
+
+@pytest.mark.parametrize("padding", [b"", PADDING])
+def test_a_name_is_the_key(padding):
+    message = messages.PredictRequest()
+    message.model_spec.name = "textcnn-69"
+    message.inputs["x"].tensor_content = b"\x00" * 600
+    assert PROTOCOLS["tfserving"].read_key(padding + message.SerializeToString()) == "textcnn-69"
+    infer = messages.ModelInferRequest(model_name="textcnn-69", raw_input_contents=[b"\x00" * 600])
+    assert PROTOCOLS["openinference"].read_key(infer.SerializeToString() + padding) == "textcnn-69"
+
+
+@pytest.mark.parametrize("padding", [b"", PADDING])
+@pytest.mark.parametrize(
+    ("tag", "key"), [(100.0, 100), (0.0, 0), (-7.0, -7), (2.0**53, 2**53), ("69", "69"), ("textcnn", "textcnn")]
+)
+def test_a_task_id_is_an_int_or_a_string(tag, key, padding):
+    read = PROTOCOLS["seldon"].read_key(padding + seldon(other="x", taskId=tag))
+    assert read == key
+    assert type(read) is type(key)
+
+
+@pytest.mark.parametrize(
+    ("tag", "given"),
+    [
+        (100.9, "100.9"),
+        (math.nan, "nan"),
+        (math.inf, "inf"),
+        (1e300, "1e\\+300"),
+        ("", "an empty string"),
+        (None, "empty"),
+    ],
+)
+def test_any_other_task_id_is_refused(tag, given):
+    with pytest.raises(BadRequest, match=rf"taskId.* is .*{given}; expected a whole number or a non-empty string"):
+        PROTOCOLS["seldon"].read_key(seldon(taskId=tag))
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("bool_value", "a bool"), ("null_value", "null"), ("struct_value", "object"), ("list_value", "list")],
+)
+def test_a_task_id_of_another_kind_is_refused(kind, given):
+    message = messages.SeldonMessage()
+    value = message.meta.tags["taskId"]
+    if kind.endswith(("struct_value", "list_value")):
+        getattr(value, kind).SetInParent()
+    else:
+        setattr(value, kind, 0)
+    with pytest.raises(BadRequest, match=given):
+        PROTOCOLS["seldon"].read_key(message.SerializeToString())
+
+
+@pytest.mark.parametrize("padding", [b"", PADDING])
+@pytest.mark.parametrize(
+    ("name", "missing"), [("tfserving", "model_spec.name"), ("seldon", "taskId"), ("openinference", "model_name")]
+)
+def test_a_missing_key_and_malformed_bytes_are_bad_requests(name, missing, padding):
+    read_key = PROTOCOLS[name].read_key
+    with pytest.raises(BadRequest, match=missing):
+        read_key(padding)
+    for broken in (b"\x0a\x05ab", b"\xff", b"\x00\x00", b"\x0c", b"\x0e\x00", b"\x0a\x01\xff", b"\x12\x02\x12\x01"):
+        with pytest.raises(BadRequest):
+            read_key(padding + broken)
+
+
+def varints(number):
+    encoded = bytearray()
+    while number > 127:
+        encoded.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*encoded, number])
+
+
+def wire(number, kind, payload):
+    return varints(number << 3 | kind) + payload
+
+
+def submessage(number, payload):
+    return wire(number, 2, varints(len(payload)) + payload)
+
+
+KEYS = st.one_of(
+    st.text(max_size=5).map(lambda text: text.encode()),
+    st.binary(max_size=5),
+    st.text(max_size=5).map(lambda text: submessage(1, text.encode())),
+    st.builds(
+        lambda key, value: submessage(2, submessage(1, key) + submessage(2, value)),
+        st.sampled_from([b"taskId", b"x", b"\xff"]),
+        st.sampled_from([b"\x11" + bytes(8), b"\x1a\x01a", b"\x20\x01", b"\x1a\x01\xff", b"\x32\x00", b"\x11"]),
+    ),
+)
+FIELDS = st.one_of(
+    st.builds(submessage, st.integers(1, 3), KEYS),
+    st.builds(
+        lambda n, v: wire(n, 0, varints(v)), st.sampled_from([1, 2, 7, 15, 16, 2047, 2048]), st.integers(0, 2**64)
+    ),
+    st.builds(lambda n, v: wire(n, 1, v), st.integers(1, 20), st.binary(min_size=8, max_size=8)),
+    st.builds(lambda n, v: wire(n, 5, v), st.integers(1, 20), st.binary(min_size=4, max_size=4)),
+    st.builds(lambda n, inner: wire(n, 3, inner + wire(n, 4, b"")), st.integers(1, 4), st.binary(max_size=4)),
+    st.builds(wire, st.integers(0, 3), st.integers(0, 7), st.binary(max_size=12)),
+    st.sampled_from(
+        [b"\x8a\x00\x01a", b"\x0a\x81\x00a", b"\x0a\x81\x80\x80\x80\x00a", b"\x08" + b"\x80" * 9 + b"\x01"]
+    ),
+    st.sampled_from(
+        [b"\x0a" + b"\xff" * 9 + b"\x01", b"\x08" + b"\xff" * 11, b"\x8a\x80\x80\x80\x80\x00\x01a", PADDING]
+    ),
+    st.binary(max_size=6),
+)
+
+
+def outcome(call, body):
+    try:
+        return call(body)
+    except BadRequest as error:
+        return type(error)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(FIELDS, max_size=8), st.integers(0, 3))
+def test_stepping_over_fields_changes_nothing(parts, cut):
+    body = b"".join(parts)
+    body = body[: len(body) - cut]
+    for envelope, number in ENVELOPES:
+        found = messages.fields(body, number)
+        if found is not None:
+            direct = outcome(lambda b, e=envelope: messages.parse(e, b), body)
+            walked = outcome(lambda b, e=envelope: messages.parse(e, b), found)
+            if direct is not BadRequest:
+                direct.DiscardUnknownFields()
+                walked.DiscardUnknownFields()
+            assert walked == direct
+    if messages.fields(body, 0) is not None:
+        assert outcome(lambda b: bool(messages.parse(messages.Nothing, b)), body) is not BadRequest
+
+
+def test_repeated_keys_follow_protobuf():
+    first, last = messages.PredictRequest(), messages.PredictRequest()
+    first.model_spec.name, last.model_spec.name = "first", "last"
+    split = messages.PredictRequest()
+    split.model_spec.signature_name = "no name in this part"
+    body = first.SerializeToString() + PADDING + last.SerializeToString() + split.SerializeToString()
+    assert PROTOCOLS["tfserving"].read_key(body) == "last"
+    assert PROTOCOLS["seldon"].read_key(seldon(taskId=1) + PADDING + seldon(x=3) + seldon(taskId=2)) == 2
+
+
+def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch):
+    monkeypatch.setattr(protocol, "_LARGE", 0)
+    assert messages.fields(b"\x38\x01" * 1_000_000, 1) is None
+    assert messages.fields(b"\x0a" + b"\xff" * 1_000_000, 1) is None
+    assert messages.fields(b"\x38" + b"\xff" * 1_000_000, 1) is None
+    assert PROTOCOLS["openinference"].read_key(b"\x38\x01" * 100_000 + b"\x0a\x01m") == "m"
+    assert not well_formed(b"\x38" + b"\xff" * 1_000_000)
+
+
+@pytest.mark.parametrize("padding", [b"", PADDING])
+def test_well_formed(padding):
+    answer = messages.PredictResponse()
+    answer.outputs["y"].float_val.extend([1.0, 2.0])
+    assert well_formed(padding + answer.SerializeToString())
+    for broken in (b"\x0a\x05ab", b"\xff", b"\x00\x00", b"\x0c", b"\x0e\x00", b"\x0d\x01"):
+        assert not well_formed(padding + broken)
+    assert not well_formed(b"")
