@@ -101,10 +101,14 @@ class App:
     def describe(self) -> list[dict[str, Any]]:
         """What `load` came to: for each version of a model and each node of a route its kind, name, whether it is ok,
         and a detail."""
+        from dl_inference_core.node.answering import State
+
         rows: list[dict[str, Any]] = []
         for model in self.repository.models.values() if self.repository is not None else ():
             for number, status in sorted(model.versions.items()):
-                detail = status.error or f"{model.platform(number)}, inputs: {_inputs(model.signature(number))}"
+                detail = status.error or status.state.value
+                if status.state is State.AVAILABLE and not status.error:
+                    detail = f"{model.platform(number)}, inputs: {_inputs(model.signature(number))}"
                 rows.append(
                     {"kind": "model", "name": f"{model.name}/{number}", "ok": not status.error, "detail": detail}
                 )

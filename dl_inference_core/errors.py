@@ -135,6 +135,14 @@ class NodeRejected(InferenceError):
         self.code = code
 
 
+class NodeGaveUp(InferenceError):
+    """The node answered CANCELLED, as a server does that shuts down. A cancel of our own never comes as a status."""
+
+    code = Code.CANCELLED
+    blame = Blame.NOBODY
+    another_node = True
+
+
 class Overloaded(InferenceError):
     """This server takes no more requests for now."""
 
@@ -185,8 +193,8 @@ class ModelError(InferenceError):
 def from_status(code: Code, message: str) -> InferenceError:
     """The error that a node's status other than OK stands for.
 
-    DEADLINE_EXCEEDED and CANCELLED from a node are taken as the client's: whoever set the attempt's deadline knows
-    better, and says `AttemptTimedOut` instead.
+    DEADLINE_EXCEEDED is taken as the client's: whoever set the attempt's deadline knows better, and says
+    `AttemptTimedOut` instead.
     """
     match code:
         case Code.UNAVAILABLE:
@@ -198,6 +206,8 @@ def from_status(code: Code, message: str) -> InferenceError:
             return NodeFailed(message, code if code is not Code.OK else Code.INTERNAL)
         case Code.DEADLINE_EXCEEDED:
             return DeadlineExceeded(message)
+        case Code.CANCELLED:
+            return NodeGaveUp(message)
         case Code.INVALID_ARGUMENT:
             return BadRequest(message)
         case Code.NOT_FOUND:

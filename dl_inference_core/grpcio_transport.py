@@ -31,6 +31,7 @@ from dl_inference_core.transport import (
 )
 
 _STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
+_LONGEST_ASCII, _LONGEST = 2000, 500
 _RESERVED = frozenset({"user-agent", "te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding"})
 
 
@@ -62,8 +63,13 @@ class GrpcioTransport(Transport):
         ports = []
         for address in addresses:
             try:
+                if int(address.rpartition(":")[2]) > 65535:  # grpc would take the rest of it modulo 65536
+                    raise ValueError("the port is over 65535")
                 ports.append(server.add_insecure_port(address))
-            except RuntimeError as error:
+            except (RuntimeError, ValueError) as error:
+                # Nothing else gives back the ports that were bound before.
+                await server.start()
+                await server.stop(None)
                 raise ConfigError(f"cannot listen on {address}: is the address right, and the port free?") from error
         await server.start()
         return GrpcioServer(server, tuple(ports))
@@ -140,6 +146,8 @@ def _streaming(method: str, handler: StreamHandler) -> Any:
                 yield response
         except InferenceError as error:
             await _abort(context, error, call)
+        if call.trailers:
+            context.set_trailing_metadata(tuple(call.trailers))
 
     return answer
 
@@ -159,7 +167,11 @@ def _callers_own(metadata: Any) -> Metadata:
 
 
 async def _abort(context: Any, error: InferenceError, call: Call) -> None:
-    await context.abort(_STATUS[error.code], str(error), tuple(call.trailers))
+    message = str(error)
+    # Over 8 KiB of headers may be refused, and the status with them. Percent-encoding makes 3 bytes of an ASCII
+    # character at most, and up to 12 of another.
+    message = message[: _LONGEST_ASCII if message.isascii() else _LONGEST]
+    await context.abort(_STATUS[error.code], message, tuple(call.trailers))
 
 
 class GrpcioConnection(Connection):
@@ -178,8 +190,8 @@ class GrpcioConnection(Connection):
             timeout = call.deadline - time.monotonic()
             if timeout <= 0:
                 raise DeadlineExceeded("the deadline passed before the call was sent")
-        rpc = method(call.request, timeout=timeout, metadata=call.metadata or None)
         try:
+            rpc = method(call.request, timeout=timeout, metadata=call.metadata or None)
             response: bytes = await rpc
             trailers = await rpc.trailing_metadata()
         except grpc.aio.AioRpcError as error:

@@ -212,7 +212,7 @@ class _PluginConformance:
         assert issubclass(model, PluginOptions)
         model(**values)
         with pytest.raises(ValidationError, match="no_such_option"):
-            model(**values, no_such_option=1)
+            model.model_validate({**values, "no_such_option": 1})
 
 
 class BalancerConformance(_PluginConformance):
@@ -725,7 +725,7 @@ class TransportConformance(_PluginConformance):
 
     transport_class: ClassVar[type[Transport]]
     prompt_s: ClassVar[float] = 1.0
-    """How long something may take that is to happen at once. The bounds in the names of tests are not measured in it."""
+    """How many seconds something may take that is to happen at once."""
 
     @pytest.fixture
     def transport(self) -> Transport:
@@ -976,11 +976,10 @@ class TransportConformance(_PluginConformance):
         async def fail(call: Call) -> bytes:
             raise ZeroDivisionError("an exception outside the tree")
 
-        async with _serving(transport, {ECHO: fail, HOLD: _echo}) as address:
-            async with _connected(transport, address) as connection:
-                error = await _error(connection.call(Call(method=ECHO, request=b"")))
-                assert isinstance(error, NodeFailed)
-                assert await connection.call(Call(method=HOLD, request=b"still here")) == b"still here"
+        async with _pair(transport, fail) as connection:
+            error = await _error(connection.call(Call(method=ECHO, request=b"")))
+            assert isinstance(error, NodeFailed)
+            await _warm(connection)
 
     # Deadlines and cancellation
 
@@ -1207,23 +1206,32 @@ class TransportConformance(_PluginConformance):
     # Draining
 
     @_asynchronous
-    async def test_a_drain_lets_calls_finish_and_takes_no_new_ones(self, transport: Transport) -> None:
-        hold = _Hold()
-        server = await transport.serve(Methods(unary={HOLD: hold, ECHO: _echo}), LOOPBACK, Limits())
-        address = f"127.0.0.1:{server.ports[0]}"
-        async with _connected(transport, address) as connection, _connected(transport, address) as other:
-            call = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"finishes")))
-            async with asyncio.timeout(10):
-                await hold.entered.wait()
-            drain = asyncio.ensure_future(server.drain(10))
-            for each in (connection, other):
-                assert isinstance(await _refusal(each, self.prompt_s), NodeUnreachable)
-            assert not drain.done()
-            assert not hold.cancelled.is_set()
-            hold.release.set()
-            assert await call == b"finishes"
-            async with asyncio.timeout(self.prompt_s):
-                await drain
+    async def test_a_drain_lets_calls_finish_and_refuses_new_ones_so_that_another_node_is_tried(
+        self, transport: Transport
+    ) -> None:
+        for attempt in range(20):  # calls that cross with the server's goodbye are the ones that go wrong, sometimes
+            hold = _Hold()
+            server = await transport.serve(Methods(unary={HOLD: hold, ECHO: _echo}), LOOPBACK, Limits())
+            address = f"127.0.0.1:{server.ports[0]}"
+            async with _connected(transport, address) as connection, _connected(transport, address) as other:
+                call = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"finishes")))
+                async with asyncio.timeout(10):
+                    await hold.entered.wait()
+                drain = asyncio.ensure_future(server.drain(10))
+                crossing = [
+                    connection.call(Call(method=ECHO, request=b"")) for _ in range(10 if attempt % 4 == 0 else 0)
+                ]
+                for result in await asyncio.gather(*crossing, return_exceptions=True):
+                    assert result == b"" or isinstance(result, NodeUnreachable), repr(result)
+                for each in (connection, other):
+                    error = await _refusal(each, self.prompt_s)
+                    assert isinstance(error, NodeUnreachable), repr(error)
+                assert not drain.done()
+                assert not hold.cancelled.is_set()
+                hold.release.set()
+                assert await call == b"finishes"
+                async with asyncio.timeout(self.prompt_s):
+                    await drain
 
     @_asynchronous
     async def test_a_call_that_outlasts_the_grace_is_cancelled(self, transport: Transport) -> None:
@@ -1368,7 +1376,7 @@ async def _peer(answer: bytes | None) -> AsyncIterator[str]:
 
 def _by_key(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[str, str | bytes]]:
     """In the order of the keys, equal ones as they stood: gRPC promises no order between different keys."""
-    return sorted((tuple(item) for item in metadata), key=lambda item: item[0])
+    return sorted(((key, value) for key, value in metadata), key=lambda item: item[0])
 
 
 async def _error(call: Coroutine[Any, Any, bytes]) -> InferenceError:

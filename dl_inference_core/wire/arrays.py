@@ -43,9 +43,12 @@ def take(message: Any, name: str, dtype: np.dtype[Any]) -> Tensor:
     values = getattr(message, name)
     count = len(values)
     if dtype.kind in "fb":
-        found = messages.fields(message.SerializeToString(), message.DESCRIPTOR.fields_by_name[name].number)
-        if found is not None:
-            return np.frombuffer(found, dtype, count, len(found) - count * dtype.itemsize)
+        number = message.DESCRIPTOR.fields_by_name[name].number
+        size = count * dtype.itemsize
+        header = len(varint(number << 3 | 2) + varint(size))
+        packed = messages.fields(message.SerializeToString(), number)
+        if packed is not None and len(packed) == header + size:  # else another field has that number too
+            return np.frombuffer(packed, dtype, count, header)
     return np.fromiter(values, dtype, count)
 
 

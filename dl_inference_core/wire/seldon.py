@@ -75,7 +75,12 @@ def decode_response(body: bytes) -> Response:
     message = messages.parse(messages.SeldonMessage, body)
     if message.status.status == messages.Status.FAILURE:
         raise NodeFailed(f"status FAILURE {message.status.code}: {message.status.reason} {message.status.info}")
-    payload, _ = _decode_payload(message)
+    try:
+        payload, _ = _decode_payload(message)
+    except BadRequest:
+        if message.data.WhichOneof("data_oneof") != "ndarray":
+            raise
+        payload = [_to_json(value) for value in message.data.ndarray.values]  # no array can hold it: JSON can
     return Response(
         payload=payload,
         names=tuple(message.data.names),

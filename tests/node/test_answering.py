@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, InferenceError, Overloaded
+from dl_inference_core.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    HandlerFailed,
+    InferenceError,
+    ModelNotFound,
+    Overloaded,
+)
 from dl_inference_core.node.answering import LoadedVersion, ServedModel
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
@@ -21,7 +28,8 @@ from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.transport import Call
-from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
+from dl_inference_core.wire import messages
+from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, Protocol
 
 OIP = PROTOCOLS["openinference"]
 SELDON = PROTOCOLS["seldon"]
@@ -101,6 +109,30 @@ def test_answers_with_model_version_and_what_the_request_carried(tmp_path: Path)
             np.testing.assert_array_equal(np.asarray(answer.payload), [2.0, 4.0])
             assert [spec.name for spec in model.signature().inputs] == ["x"]
             assert model.platform(1) == "fake"
+
+    asyncio.run(main())
+
+
+def test_metadata_of_the_version_asked_for(tmp_path: Path) -> None:
+    inputs = {"x": ["float32", [None, 3]], "words": ["object", None], "flag": ["bool", []], "n": ["uint8", [2]]}
+
+    async def ask_metadata(model: ServedModel, version: str) -> Any:
+        body = messages.ModelMetadataRequest(name="m", version=version).SerializeToString()
+        answer = await model.metadata(Call(method=METADATA.node_method, request=body))
+        return messages.ModelMetadataResponse.FromString(answer)
+
+    async def main() -> None:
+        async with served(tmp_path, inputs=inputs) as model:
+            for version in ("", "1"):
+                answer = await ask_metadata(model, version)
+                assert (answer.name, list(answer.versions), answer.platform) == ("m", ["1"], "fake")
+                expected = [("x", "FP32", [-1, 3]), ("words", "BYTES", []), ("flag", "BOOL", []), ("n", "UINT8", [2])]
+                for tensors in (answer.inputs, answer.outputs):
+                    assert [(spec.name, spec.datatype, list(spec.shape)) for spec in tensors] == expected
+            with pytest.raises(ModelNotFound):
+                await ask_metadata(model, "2")
+            with pytest.raises(BadRequest):
+                await ask_metadata(model, "two")
 
     asyncio.run(main())
 

@@ -225,7 +225,7 @@ def test_flat_folder_with_processor_over_the_wire(tmp_path: Path) -> None:
         "def preprocess(x, **kwargs):\n"
         "    return {'ids': numpy.array([ord(c) for c in x[:LENGTH]], 'float32')}\n"
         "def postprocess(x, **kwargs):\n"
-        "    return [{'score': x['ids'] / 3, 'user': kwargs['meta']['tags']['user']}]\n",
+        "    return {'score': x['ids'] / 3, 'user': kwargs['meta']['tags']['user']}\n",
         encoding="utf-8",
     )
     seldon = PROTOCOLS["seldon"]
@@ -242,4 +242,4 @@ def test_flat_folder_with_processor_over_the_wire(tmp_path: Path) -> None:
         return seldon.codec.decode_response(answer)
 
     payload: Any = asyncio.run(main()).payload
-    assert payload == [{"score": [97.0, 98.0, 99.0, 100.0], "user": "u"}]
+    assert payload == {"score": [97.0, 98.0, 99.0, 100.0], "user": "u"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ TENSORS = {"x": np.arange(4, dtype=np.float32).reshape(2, 2), "s": np.array([b"a
 TAGS = {"taskId": 69.0, "deep": {"a": [1, None, "b"]}}
 
 
-def seeds():
+def seeds() -> Any:
     for form in (Form.TENSORS, Form.TENSORS_RAW):
         named = Request(payload=TENSORS, form=form, model="m", version=1, outputs=("y",), parameters={"a": 1}, id="i")
         yield openinference.encode_request(named)
@@ -41,7 +42,7 @@ SEEDS = list(seeds())
 
 
 @st.composite
-def mutated(draw):
+def mutated(draw: Any) -> Any:
     body = bytearray(draw(st.sampled_from(SEEDS)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(body)))
@@ -62,7 +63,7 @@ def mutated(draw):
 )
 @settings(max_examples=600, deadline=None)
 @given(body=st.one_of(st.binary(max_size=60), mutated()))
-def test_decoders_answer_or_say_bad_request(codec, body):
+def test_decoders_answer_or_say_bad_request(codec: Any, body: Any) -> None:
     try:
         request = codec.decode_request(body)
     except BadRequest:

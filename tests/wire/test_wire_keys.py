@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ PADDING = b"\x7a" + b"\xff\xff\x03" + b"p" * 65_535  # field 15, unknown to all:
 ENVELOPES = [(messages.PredictKey, 1), (messages.SeldonKey, 2), (messages.ModelInferKey, 1)]
 
 
-def seldon(**tags):
+def seldon(**tags: Any) -> Any:
     message = messages.SeldonMessage()
     for name, tag in tags.items():
         value = message.meta.tags[name]
@@ -27,7 +28,7 @@ def seldon(**tags):
     return message.SerializeToString()
 
 
-def test_methods_name_every_path_that_infers():
+def test_methods_name_every_path_that_infers() -> None:
     wpai = "/com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService"
     assert {path: p.name for path, p in METHODS.items()} == {
         f"{wpai}/Predict": "tfserving",
@@ -45,14 +46,15 @@ def test_methods_name_every_path_that_infers():
     assert all(METHODS[p.node_method] is p for p in PROTOCOLS.values())
 
 
-def test_each_protocol_finds_its_codec():
+def test_each_protocol_finds_its_codec() -> None:
     for name, p in PROTOCOLS.items():
-        assert p.codec.__name__ == f"dl_inference_core.wire.{name}"
+        codec: Any = p.codec
+        assert codec.__name__ == f"dl_inference_core.wire.{name}"
         assert p.codec is p.codec
 
 
 @pytest.mark.parametrize("padding", [b"", PADDING])
-def test_a_name_is_the_key(padding):
+def test_a_name_is_the_key(padding: Any) -> None:
     message = messages.PredictRequest()
     message.model_spec.name = "textcnn-69"
     message.inputs["x"].tensor_content = b"\x00" * 600
@@ -65,7 +67,7 @@ def test_a_name_is_the_key(padding):
 @pytest.mark.parametrize(
     ("tag", "key"), [(100.0, 100), (0.0, 0), (-7.0, -7), (2.0**53, 2**53), ("69", "69"), ("textcnn", "textcnn")]
 )
-def test_a_task_id_is_an_int_or_a_string(tag, key, padding):
+def test_a_task_id_is_an_int_or_a_string(tag: Any, key: Any, padding: Any) -> None:
     read = PROTOCOLS["seldon"].read_key(padding + seldon(other="x", taskId=tag))
     assert read == key
     assert type(read) is type(key)
@@ -82,7 +84,7 @@ def test_a_task_id_is_an_int_or_a_string(tag, key, padding):
         (None, "empty"),
     ],
 )
-def test_any_other_task_id_is_refused(tag, given):
+def test_any_other_task_id_is_refused(tag: Any, given: Any) -> None:
     with pytest.raises(BadRequest, match=rf"taskId.* is .*{given}; expected a whole number or a non-empty string"):
         PROTOCOLS["seldon"].read_key(seldon(taskId=tag))
 
@@ -91,7 +93,7 @@ def test_any_other_task_id_is_refused(tag, given):
     ("kind", "given"),
     [("bool_value", "a bool"), ("null_value", "null"), ("struct_value", "object"), ("list_value", "list")],
 )
-def test_a_task_id_of_another_kind_is_refused(kind, given):
+def test_a_task_id_of_another_kind_is_refused(kind: Any, given: Any) -> None:
     message = messages.SeldonMessage()
     value = message.meta.tags["taskId"]
     if kind.endswith(("struct_value", "list_value")):
@@ -106,7 +108,7 @@ def test_a_task_id_of_another_kind_is_refused(kind, given):
 @pytest.mark.parametrize(
     ("name", "missing"), [("tfserving", "model_spec.name"), ("seldon", "taskId"), ("openinference", "model_name")]
 )
-def test_a_missing_key_and_malformed_bytes_are_bad_requests(name, missing, padding):
+def test_a_missing_key_and_malformed_bytes_are_bad_requests(name: Any, missing: Any, padding: Any) -> None:
     read_key = PROTOCOLS[name].read_key
     with pytest.raises(BadRequest, match=missing):
         read_key(padding)
@@ -115,7 +117,7 @@ def test_a_missing_key_and_malformed_bytes_are_bad_requests(name, missing, paddi
             read_key(padding + broken)
 
 
-def varints(number):
+def varints(number: Any) -> Any:
     encoded = bytearray()
     while number > 127:
         encoded.append(number & 127 | 128)
@@ -123,11 +125,11 @@ def varints(number):
     return bytes([*encoded, number])
 
 
-def wire(number, kind, payload):
+def wire(number: Any, kind: Any, payload: Any) -> Any:
     return varints(number << 3 | kind) + payload
 
 
-def submessage(number, payload):
+def submessage(number: Any, payload: Any) -> Any:
     return wire(number, 2, varints(len(payload)) + payload)
 
 
@@ -160,7 +162,7 @@ FIELDS = st.one_of(
 )
 
 
-def outcome(call, body):
+def outcome(call: Any, body: Any) -> Any:
     try:
         return call(body)
     except BadRequest as error:
@@ -169,7 +171,7 @@ def outcome(call, body):
 
 @settings(max_examples=1500, deadline=None)
 @given(st.lists(FIELDS, max_size=8), st.integers(0, 3))
-def test_stepping_over_fields_changes_nothing(parts, cut):
+def test_stepping_over_fields_changes_nothing(parts: Any, cut: Any) -> None:
     body = b"".join(parts)
     body = body[: len(body) - cut]
     for envelope, number in ENVELOPES:
@@ -185,7 +187,7 @@ def test_stepping_over_fields_changes_nothing(parts, cut):
         assert outcome(lambda b: bool(messages.parse(messages.Nothing, b)), body) is not BadRequest
 
 
-def test_repeated_keys_follow_protobuf():
+def test_repeated_keys_follow_protobuf() -> None:
     first, last = messages.PredictRequest(), messages.PredictRequest()
     first.model_spec.name, last.model_spec.name = "first", "last"
     split = messages.PredictRequest()
@@ -195,7 +197,7 @@ def test_repeated_keys_follow_protobuf():
     assert PROTOCOLS["seldon"].read_key(seldon(taskId=1) + PADDING + seldon(x=3) + seldon(taskId=2)) == 2
 
 
-def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch):
+def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch: Any) -> None:
     monkeypatch.setattr(protocol, "_LARGE", 0)
     assert messages.fields(b"\x38\x01" * 1_000_000, 1) is None
     assert messages.fields(b"\x0a" + b"\xff" * 1_000_000, 1) is None
@@ -205,7 +207,7 @@ def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch)
 
 
 @pytest.mark.parametrize("padding", [b"", PADDING])
-def test_well_formed(padding):
+def test_well_formed(padding: Any) -> None:
     answer = messages.PredictResponse()
     answer.outputs["y"].float_val.extend([1.0, 2.0])
     assert well_formed(padding + answer.SerializeToString())

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2
@@ -17,13 +18,13 @@ ROOT = Path(__file__).parents[2]
 COMPILED = Path(dl_inference_core.wire.__file__).with_name("messages.binpb")
 
 
-def python(code, *, warn="error"):
+def python(code: Any, *, warn: Any = "error") -> Any:
     done = subprocess.run([sys.executable, "-W", warn, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_compiled_messages_match_their_sources(tmp_path):
+def test_compiled_messages_match_their_sources(tmp_path: Any) -> None:
     out = tmp_path / "messages.binpb"
     sources = sorted(str(path) for path in (ROOT / "protos").glob("*.proto"))
     protoc = [sys.executable, "-m", "grpc_tools.protoc", f"--proto_path={ROOT / 'protos'}", "--include_imports"]
@@ -32,13 +33,13 @@ def test_compiled_messages_match_their_sources(tmp_path):
     assert fresh == kept, "protos/ changed: run `make protos`"
 
 
-def test_the_gateway_side_stays_light():
+def test_the_gateway_side_stays_light() -> None:
     loaded = python("import dl_inference_core.wire.protocol, sys; print(*sys.modules)").split()
     assert not {"numpy", "torch", "tensorflow", "ml_dtypes", "grpc"} & set(loaded)
     assert "dl_inference_core.wire.seldon" not in loaded
 
 
-def test_reflection_can_answer_for_every_service():
+def test_reflection_can_answer_for_every_service() -> None:
     for name, method in {
         "tensorflow.serving.PredictionService": "Predict",
         "seldon.protos.Model": "Predict",
@@ -57,7 +58,7 @@ def test_reflection_can_answer_for_every_service():
     assert {f.name: f.number for f in v1.fields} == {f.name: f.number for f in alpha.fields}
 
 
-def agree(ours, theirs, seen=()):
+def agree(ours: Any, theirs: Any, seen: Any = ()) -> Any:
     """Every field of ours is theirs: by number, name, type and repetition."""
     if ours.full_name in seen:
         return
@@ -76,7 +77,7 @@ def agree(ours, theirs, seen=()):
             }.items()
 
 
-def test_field_numbers_are_the_official_ones():
+def test_field_numbers_are_the_official_ones() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from tensorflow_serving.apis import predict_pb2
@@ -114,7 +115,7 @@ assert messages.PredictRequest is not predict_pb2.PredictRequest
 
 
 @pytest.mark.parametrize("order", [OURS + THEIRS, THEIRS + OURS], ids=["ours first", "theirs first"])
-def test_official_packages_live_beside_ours(order):
+def test_official_packages_live_beside_ours(order: Any) -> None:
     python(order + USE, warn="ignore")
 
 
@@ -160,5 +161,5 @@ assert (request.payload, request.id) == ("hello", "p")
 
 
 @pytest.mark.parametrize("order", [OURS + SELDON, SELDON + OURS], ids=["ours first", "theirs first"])
-def test_seldon_core_could_live_beside_ours(order):
+def test_seldon_core_could_live_beside_ours(order: Any) -> None:
     python(order + USE_SELDON)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -36,13 +37,13 @@ ARRAYS = {
 TYPED = [name for name in ARRAYS if name not in ("FP16", "BF16")]
 
 
-def same(ours, theirs):
+def same(ours: Any, theirs: Any) -> Any:
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     assert ours.tolist() == theirs.tolist() or ours.tobytes() == theirs.tobytes()
 
 
-def triton_request(array, datatype, outputs=("y",), **more):
+def triton_request(array: Any, datatype: Any, outputs: Any = ("y",), **more: Any) -> Any:
     """What tritonclient sends: its own builder, raw contents."""
     from tritonclient.grpc._utils import _get_inference_request
 
@@ -64,9 +65,9 @@ def triton_request(array, datatype, outputs=("y",), **more):
 
 
 @pytest.mark.parametrize("datatype", ARRAYS)
-def test_requests_that_tritonclient_builds(datatype):
+def test_requests_that_tritonclient_builds(datatype: Any) -> None:
     message = triton_request(ARRAYS[datatype], datatype, version="3", parameters={"a": 1, "b": "c", "d": True})
-    decoded = openinference.decode_request(message.SerializeToString())
+    decoded: Any = openinference.decode_request(message.SerializeToString())
     same(decoded.payload["x"], ARRAYS[datatype])
     assert (decoded.form, decoded.model, decoded.version) == (Form.TENSORS_RAW, "textcnn-69", 3)
     assert (decoded.id, decoded.outputs, decoded.parameters) == ("abc", ("y",), {"a": 1, "b": "c", "d": True})
@@ -74,7 +75,7 @@ def test_requests_that_tritonclient_builds(datatype):
 
 @pytest.mark.parametrize("form", [Form.TENSORS, Form.TENSORS_RAW])
 @pytest.mark.parametrize("datatype", ARRAYS)
-def test_answers_that_tritonclient_reads(datatype, form):
+def test_answers_that_tritonclient_reads(datatype: Any, form: Any) -> None:
     request = Request(payload={"x": ARRAYS["FP32"]}, form=form, model="asked", id="abc")
     body = openinference.encode_response(
         Response(payload={"y": ARRAYS[datatype], "z": ARRAYS["FP32"]}, model="m", version=2), request
@@ -88,25 +89,25 @@ def test_answers_that_tritonclient_reads(datatype, form):
         theirs = triton.InferResult(message).as_numpy("y")
         ours = ARRAYS[datatype]
         same(ours.astype(theirs.dtype) if datatype == "BF16" else ours, theirs)
-    decoded = openinference.decode_response(body)
+    decoded: Any = openinference.decode_response(body)
     same(decoded.payload["y"], ARRAYS[datatype])
     assert (decoded.model, decoded.version, decoded.id) == ("m", 2, "abc")
 
 
 @pytest.mark.parametrize("datatype", TYPED)
-def test_typed_requests(datatype):
+def test_typed_requests(datatype: Any) -> None:
     ours = Request(payload={"x": ARRAYS[datatype]}, form=Form.TENSORS, model=69, outputs=("y",), id="i")
     body = openinference.encode_request(ours)
     message = service_pb2.ModelInferRequest.FromString(body)
     assert not message.raw_input_contents
     assert (message.model_name, message.inputs[0].datatype) == ("69", datatype)
-    decoded = openinference.decode_request(message.SerializeToString())
+    decoded: Any = openinference.decode_request(message.SerializeToString())
     same(decoded.payload["x"], ARRAYS[datatype])
     assert (decoded.form, decoded.outputs, decoded.id, decoded.version) == (Form.TENSORS, ("y",), "i", None)
 
 
 @pytest.mark.parametrize("datatype", ARRAYS)
-def test_raw_requests_are_what_tritonclient_would_send(datatype):
+def test_raw_requests_are_what_tritonclient_would_send(datatype: Any) -> None:
     theirs = triton_request(ARRAYS[datatype], datatype)
     ours = Request(payload={"x": ARRAYS[datatype]}, form=Form.TENSORS_RAW, model="textcnn-69", outputs=("y",), id="abc")
     message = service_pb2.ModelInferRequest.FromString(openinference.encode_request(ours))
@@ -114,10 +115,10 @@ def test_raw_requests_are_what_tritonclient_would_send(datatype):
     assert message.inputs == theirs.inputs
 
 
-def test_parameters_keep_their_types():
+def test_parameters_keep_their_types() -> None:
     parameters = {"a": True, "b": -(2**63), "c": 2**64 - 1, "d": 0.5, "e": "x"}
     request = Request(payload={}, form=Form.TENSORS, model="m", parameters=parameters, version=-1)
-    decoded = openinference.decode_request(openinference.encode_request(request))
+    decoded: Any = openinference.decode_request(openinference.encode_request(request))
     assert decoded.parameters == parameters
     assert [type(decoded.parameters[name]) for name in parameters] == [bool, int, int, float, str]
     assert decoded.version == -1
@@ -126,16 +127,17 @@ def test_parameters_keep_their_types():
         openinference.encode_request(Request(payload={}, form=Form.TENSORS, parameters={"a": 2**64}))
 
 
-def test_large_tensors_are_read_in_place():
+def test_large_tensors_are_read_in_place() -> None:
     array = np.arange(1000, dtype=np.float32)
     for form in (Form.TENSORS, Form.TENSORS_RAW):
         body = openinference.encode_request(Request(payload={"x": array}, form=form))
-        decoded = openinference.decode_request(body).payload["x"]
+        x: Any = openinference.decode_request(body).payload
+        decoded = x["x"]
         assert not decoded.flags.owndata
         same(decoded, array)
 
 
-def request(datatype="FP32", shape=(2,), raws=(), **contents):
+def request(datatype: Any = "FP32", shape: Any = (2,), raws: Any = (), **contents: Any) -> Any:
     message = messages.ModelInferRequest(model_name="m", raw_input_contents=raws)
     x = message.inputs.add(name="x", datatype=datatype, shape=shape)
     for name, values in contents.items():
@@ -172,12 +174,12 @@ def request(datatype="FP32", shape=(2,), raws=(), **contents):
         (messages.ModelInferRequest(raw_input_contents=[b""]), r"1 raw contents for 0 inputs \(none\)"),
     ],
 )
-def test_what_does_not_fit_is_a_bad_request(message, match):
+def test_what_does_not_fit_is_a_bad_request(message: Any, match: Any) -> None:
     with pytest.raises(BadRequest, match=match):
         openinference.decode_request(message.SerializeToString())
 
 
-def test_shared_memory_classification_and_twins_are_refused():
+def test_shared_memory_classification_and_twins_are_refused() -> None:
     message = request(fp32_contents=[1, 2])
     message.inputs[0].parameters["shared_memory_region"].string_param = "r"
     with pytest.raises(BadRequest, match='input "x": the parameter "shared_memory_region" is not served'):
@@ -192,7 +194,7 @@ def test_shared_memory_classification_and_twins_are_refused():
         openinference.decode_request(twins.SerializeToString())
 
 
-def test_what_the_protocol_cannot_hold_is_a_type_error():
+def test_what_the_protocol_cannot_hold_is_a_type_error() -> None:
     ours = Request(payload={}, form=Form.TENSORS)
     for payload in ({"y": np.array([1j])}, {"y": [None]}, {"label": {"a": 1}}):
         with pytest.raises(TypeError):

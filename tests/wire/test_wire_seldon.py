@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,24 +16,25 @@ from hypothesis.extra import numpy as hnp
 from dl_inference_core.errors import BadRequest, NodeFailed
 from dl_inference_core.tensors import Form, Request, Response
 from dl_inference_core.wire import messages, seldon
+from dl_inference_core.wire.arrays import field
 
 MATRIX = np.arange(6.0).reshape(2, 3) / 7
 
 
-def message(json):
+def message(json: Any) -> Any:
     return json_format.ParseDict(json, messages.SeldonMessage()).SerializeToString()
 
 
-def decode(json):
+def decode(json: Any) -> Any:
     return seldon.decode_request(message(json))
 
 
-def answer(payload, form=Form.TENSOR, **more):
+def answer(payload: Any, form: Any = Form.TENSOR, **more: Any) -> Any:
     body = seldon.encode_response(Response(payload=payload, **more), Request(payload=b"", form=form))
     return messages.SeldonMessage.FromString(body)
 
 
-def round_trip(payload, form):
+def round_trip(payload: Any, form: Any) -> Any:
     return seldon.decode_request(seldon.encode_request(Request(payload=payload, form=form)))
 
 
@@ -61,13 +63,13 @@ def round_trip(payload, form):
         ({"jsonData": None}, Form.JSON, None),
     ],
 )
-def test_every_payload_is_read(json, form, payload):
+def test_every_payload_is_read(json: Any, form: Any, payload: Any) -> None:
     request = decode(json)
     assert request.form is form
     assert (request.payload.tolist() if isinstance(request.payload, np.ndarray) else request.payload) == payload
 
 
-def test_meta_and_names_are_read():
+def test_meta_and_names_are_read() -> None:
     request = decode(
         {
             "meta": {"puid": "p", "tags": {"taskId": 100, "s": "t", "n": 2, "deep": {"list": [None, False]}}},
@@ -105,36 +107,36 @@ def test_meta_and_names_are_read():
         ({"meta": {"tags": {"taskId": [1]}}, "strData": ""}, "is a list"),
     ],
 )
-def test_what_cannot_be_served_is_a_bad_request(json, match):
+def test_what_cannot_be_served_is_a_bad_request(json: Any, match: Any) -> None:
     with pytest.raises(BadRequest, match=match):
         decode(json)
 
 
-def test_custom_data_is_not_served():
+def test_custom_data_is_not_served() -> None:
     with pytest.raises(BadRequest, match="customData is not served; expected data"):
-        seldon.decode_request(seldon.field(7, seldon.field(1, b"type.googleapis.com/x")))
+        seldon.decode_request(field(7, field(1, b"type.googleapis.com/x")))
 
 
-def test_one_long_string_does_not_widen_the_others():
+def test_one_long_string_does_not_widen_the_others() -> None:
     strings = ["x" * 1_000_000] + ["y"] * 5_000  # as a numpy str array: 20 GB
     request = decode({"data": {"ndarray": strings}})
     assert request.payload.shape == (5_001,)
 
 
 @pytest.mark.parametrize("depth", [10, 30, 45, 60, 1_000, 100_000])
-def test_deep_nesting_is_read_or_refused(depth):
+def test_deep_nesting_is_read_or_refused(depth: Any) -> None:
     body = b""
     for _ in range(min(depth, 2_000)):
-        body = seldon.field(1, seldon.field(6, body))
-    for wrapped in (seldon.field(3, seldon.field(3, body)), seldon.field(6, seldon.field(6, body))):
+        body = field(1, field(6, body))
+    for wrapped in (field(3, field(3, body)), field(6, field(6, body))):
         try:
             seldon.decode_request(wrapped)
         except BadRequest:
             assert depth > 10 or wrapped[0] == 0x1A
 
 
-def test_deep_answers_are_a_type_error_and_others_can_be_read():
-    deep = 1.0
+def test_deep_answers_are_a_type_error_and_others_can_be_read() -> None:
+    deep: Any = 1.0
     for _ in range(30):
         deep = {"a": deep}
     assert seldon.decode_response(answer(deep).SerializeToString()).payload == deep
@@ -161,12 +163,12 @@ def test_deep_answers_are_a_type_error_and_others_can_be_read():
     [MATRIX, {"y": MATRIX}, MATRIX.tolist(), list(MATRIX), MATRIX.astype(">f8"), MATRIX[::-1][::-1]],
     ids=["array", "mapping", "lists", "arrays", "big-endian", "strided"],
 )
-def test_numbers_take_the_form_of_their_request(payload, asked, got):
+def test_numbers_take_the_form_of_their_request(payload: Any, asked: Any, got: Any) -> None:
     message = answer(payload, asked, names=("a", "b", "c"))
     assert message.data.WhichOneof("data_oneof") == got
     assert list(message.data.names) == ["a", "b", "c"]
     assert not message.HasField("status")
-    decoded = seldon.decode_response(message.SerializeToString())
+    decoded: Any = seldon.decode_response(message.SerializeToString())
     assert decoded.payload.tolist() == MATRIX.tolist()
     assert decoded.names == ("a", "b", "c")
     if got == "ndarray":
@@ -174,16 +176,16 @@ def test_numbers_take_the_form_of_their_request(payload, asked, got):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_integers_and_narrow_floats_become_doubles(dtype):
+def test_integers_and_narrow_floats_become_doubles(dtype: Any) -> None:
     array = np.array([[1, 2], [3, 100]], dtype)
     assert list(answer(array).data.tensor.values) == [1, 2, 3, 100]
     assert json_format.MessageToDict(answer(array, Form.NDARRAY).data.ndarray) == [[1, 2], [3, 100]]
-    decoded = seldon.decode_response(answer(array, Form.TFTENSOR).SerializeToString()).payload
+    decoded: Any = seldon.decode_response(answer(array, Form.TFTENSOR).SerializeToString()).payload
     assert decoded.dtype == array.dtype
 
 
 @pytest.mark.parametrize(
-    ("payload", "field", "json"),
+    ("payload", "kind", "json"),
     [
         (b"\x00\xff", "binData", None),
         (bytearray(b"x"), "binData", None),
@@ -205,17 +207,17 @@ def test_integers_and_narrow_floats_become_doubles(dtype):
     ],
 )
 @pytest.mark.parametrize("form", [Form.TENSOR, Form.TFTENSOR, Form.JSON])
-def test_everything_else_has_one_form(payload, field, json, form):
+def test_everything_else_has_one_form(payload: Any, kind: Any, json: Any, form: Any) -> None:
     message = answer(payload, form)
-    if field == "ndarray":
+    if kind == "ndarray":
         assert json_format.MessageToDict(message.data.ndarray) == json
-    elif field == "jsonData":
+    elif kind == "jsonData":
         assert json_format.MessageToDict(message.jsonData) == json
     else:
-        assert getattr(message, field) == payload
+        assert getattr(message, kind) == payload
 
 
-def test_puid_and_tags_come_back():
+def test_puid_and_tags_come_back() -> None:
     request = Request(payload=b"", form=Form.BYTES, tags={"taskId": 100.0, "trace": {"a": [1]}}, id="p")
     body = seldon.encode_response(Response(payload=MATRIX, tags={"trace": "new", "took": np.float32(2)}), request)
     meta = messages.SeldonMessage.FromString(body).meta
@@ -225,7 +227,7 @@ def test_puid_and_tags_come_back():
         "trace": "new",
         "took": 2,
     }
-    decoded = seldon.decode_response(body)
+    decoded: Any = seldon.decode_response(body)
     assert (decoded.id, decoded.tags["trace"]) == ("p", "new")
 
 
@@ -246,7 +248,7 @@ def test_puid_and_tags_come_back():
         (np.array(2.5), Form.TENSOR),
     ],
 )
-def test_what_clients_send_is_what_nodes_read(payload, form):
+def test_what_clients_send_is_what_nodes_read(payload: Any, form: Any) -> None:
     decoded = round_trip(payload, form)
     assert decoded.form is form
     if isinstance(payload, np.ndarray):
@@ -256,10 +258,10 @@ def test_what_clients_send_is_what_nodes_read(payload, form):
         assert decoded.payload == payload
 
 
-def test_clients_name_their_task():
+def test_clients_name_their_task() -> None:
     for model in (100, "textcnn-69"):
         request = Request(payload="x", form=Form.TEXT, model=model, tags={"a": 1.0}, id="p", names=("n",))
-        decoded = seldon.decode_request(seldon.encode_request(request))
+        decoded: Any = seldon.decode_request(seldon.encode_request(request))
         assert (decoded.model, decoded.tags, decoded.id) == (model, {"a": 1.0, "taskId": model}, "p")
 
 
@@ -273,20 +275,20 @@ def test_clients_name_their_task():
         ({"a": 1}, Form.NDARRAY),
     ],
 )
-def test_what_a_form_cannot_hold_is_a_type_error(payload, form):
+def test_what_a_form_cannot_hold_is_a_type_error(payload: Any, form: Any) -> None:
     with pytest.raises(TypeError):
         seldon.encode_request(Request(payload=payload, form=form))
 
 
 @pytest.mark.parametrize("form", [Form.TENSOR, Form.NDARRAY, Form.TFTENSOR])
-def test_not_a_number_passes(form):
+def test_not_a_number_passes(form: Any) -> None:
     array = np.array([[math.nan, math.inf, -math.inf]])
     assert np.array_equal(round_trip(array, form).payload, array, equal_nan=True)
     decoded = round_trip({"a": math.nan}, Form.JSON).payload
     assert math.isnan(decoded["a"])
 
 
-def test_a_failure_is_no_answer():
+def test_a_failure_is_no_answer() -> None:
     failed = message({"status": {"code": 500, "info": "boom", "reason": "MICROSERVICE", "status": "FAILURE"}})
     with pytest.raises(NodeFailed, match="500: MICROSERVICE boom"):
         seldon.decode_response(failed)
@@ -301,7 +303,7 @@ NESTED = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(NESTED, max_size=4))
-def test_the_short_way_for_numbers_only_takes_what_is_one(nested):
+def test_the_short_way_for_numbers_only_takes_what_is_one(nested: Any) -> None:
     values = json_format.ParseDict(nested, messages.Value()).list_value
     numbers = seldon._numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if nested else None
     if numbers is not None:
@@ -314,10 +316,18 @@ def test_the_short_way_for_numbers_only_takes_what_is_one(nested):
 
 @settings(max_examples=200, deadline=None)
 @given(hnp.arrays(np.float64, hnp.array_shapes(max_dims=4, min_side=0, max_side=20)))
-def test_the_short_way_for_numbers_is_the_way_of_protobuf(array):
+def test_the_short_way_for_numbers_is_the_way_of_protobuf(array: Any) -> None:
     body = seldon._encode_numbers(array)
     expected = messages.Value()
     seldon._from_json(array.tolist(), expected)
     assert body == expected.list_value.SerializeToString()
     if array.size:
-        assert seldon._numbers(np.frombuffer(body, np.uint8)).tobytes() == array.tobytes()
+        numbers = seldon._numbers(np.frombuffer(body, np.uint8))
+        assert numbers is not None
+        assert numbers.tobytes() == array.tobytes()
+
+
+def test_a_list_of_objects_in_an_answer_is_read_as_json():
+    request = Request(payload={}, form=Form.JSON)
+    body = seldon.encode_response(Response(payload=[{"label": "cat"}, {"label": "dog"}]), request)
+    assert seldon.decode_response(body).payload == [{"label": "cat"}, {"label": "dog"}]

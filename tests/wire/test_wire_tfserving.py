@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -37,26 +38,26 @@ ARRAYS = {
 
 
 @pytest.fixture(scope="module")
-def tf():
+def tf() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pytest.importorskip("tensorflow")
 
 
 @pytest.fixture(scope="module")
-def predict_pb2(tf):
+def predict_pb2(tf: Any) -> Any:
     from tensorflow_serving.apis import predict_pb2
 
     return predict_pb2
 
 
-def same(ours, theirs):
+def same(ours: Any, theirs: Any) -> Any:
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype.newbyteorder("=")
     assert ours.tobytes() == theirs.astype(theirs.dtype.newbyteorder("=")).tobytes() or (ours == theirs).all()
 
 
-def tensor(dtype, shape=(), **fields):
+def tensor(dtype: Any, shape: Any = (), **fields: Any) -> Any:
     message = messages.PredictRequest()
     x = message.inputs["x"]
     x.dtype = dtype
@@ -70,12 +71,13 @@ def tensor(dtype, shape=(), **fields):
     return message.SerializeToString()
 
 
-def decode(*args, **fields):
-    return tfserving.decode_request(tensor(*args, **fields)).payload["x"]
+def decode(*args: Any, **fields: Any) -> Any:
+    payload: Any = tfserving.decode_request(tensor(*args, **fields)).payload
+    return payload["x"]
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_requests_that_tensorflow_builds(tf, predict_pb2, name):
+def test_requests_that_tensorflow_builds(tf: Any, predict_pb2: Any, name: Any) -> None:
     array = ARRAYS[name]
     request = predict_pb2.PredictRequest()
     request.model_spec.name = "textcnn-69"
@@ -83,14 +85,14 @@ def test_requests_that_tensorflow_builds(tf, predict_pb2, name):
     request.model_spec.signature_name = "classify"
     request.output_filter.extend(["b", "a"])
     request.inputs["x"].CopyFrom(tf.make_tensor_proto(array.astype(array.dtype.newbyteorder("="))))
-    decoded = tfserving.decode_request(request.SerializeToString())
+    decoded: Any = tfserving.decode_request(request.SerializeToString())
     same(decoded.payload["x"], array)
     assert (decoded.form, decoded.model, decoded.version) == (Form.TENSORS, "textcnn-69", 3)
     assert (decoded.signature, decoded.outputs) == ("classify", ("b", "a"))
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_requests_that_tensorflow_reads(tf, predict_pb2, name):
+def test_requests_that_tensorflow_reads(tf: Any, predict_pb2: Any, name: Any) -> None:
     ours = Request(payload={"x": ARRAYS[name]}, form=Form.TENSORS, model=69, signature="s", outputs=("y",))
     request = predict_pb2.PredictRequest.FromString(tfserving.encode_request(ours))
     same(tf.make_ndarray(request.inputs["x"]), ARRAYS[name])
@@ -99,7 +101,7 @@ def test_requests_that_tensorflow_reads(tf, predict_pb2, name):
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-def test_answers_go_out_typed(tf, predict_pb2, name):
+def test_answers_go_out_typed(tf: Any, predict_pb2: Any, name: Any) -> None:
     request = Request(payload={}, form=Form.TENSORS, model="asked", signature="")
     body = tfserving.encode_response(Response(payload={"y": ARRAYS[name]}, model="m", version=2), request)
     answer = predict_pb2.PredictResponse.FromString(body)
@@ -107,12 +109,12 @@ def test_answers_go_out_typed(tf, predict_pb2, name):
     same(tf.make_ndarray(answer.outputs["y"]), ARRAYS[name])
     spec = answer.model_spec
     assert (spec.name, spec.version.value, spec.signature_name) == ("m", 2, "serving_default")
-    decoded = tfserving.decode_response(body)
+    decoded: Any = tfserving.decode_response(body)
     same(decoded.payload["y"], ARRAYS[name])
     assert (decoded.model, decoded.version) == ("m", 2)
 
 
-def test_clients_read_float_val(predict_pb2):
+def test_clients_read_float_val(predict_pb2: Any) -> None:
     body = tfserving.encode_response(
         Response(payload=np.array([1.5, 2.5], np.float32)), Request(payload={}, form=Form.TENSORS, model="m")
     )
@@ -135,13 +137,21 @@ def test_clients_read_float_val(predict_pb2):
         (7, {"tensor_content": b"\x01\x00\x02\x81\x00ab" + b"cd"}, np.array([[b"a", b""], [b"bc", b"d"]], object)),
     ],
 )
-def test_short_lists_repeat_their_last_value(dtype, fields, expected):
+def test_short_lists_repeat_their_last_value(dtype: Any, fields: Any, expected: Any) -> None:
     decoded = decode(dtype, (2, 2), **fields)
     assert decoded.dtype == expected.dtype
     assert decoded.tolist() == expected.tolist()
 
 
-def test_a_large_tensor_is_not_copied_apart():
+def test_packed_unpacked_split_and_alien_values_are_read_as_protobuf_reads_them() -> None:
+    packed, unpacked, alien = b"\x2a\x04\x00\x00\x80\x3f", b"\x2d\x00\x00\x00\x40", b"\x28\x05"
+    shape = b"\x12\x04\x12\x02\x08\x04"
+    for values in (packed + unpacked + packed + unpacked, alien + packed + unpacked + alien + packed + unpacked):
+        proto = messages.TensorProto.FromString(b"\x08\x01" + shape + values)
+        assert tfserving.decode_tensor(proto, "x", tfserving.Room()).tolist() == [1, 2, 1, 2]
+
+
+def test_a_large_tensor_is_not_copied_apart() -> None:
     content = bytes(4 * 1000)
     decoded = decode(1, (10, 100), tensor_content=content)
     assert not decoded.flags.owndata
@@ -168,12 +178,12 @@ def test_a_large_tensor_is_not_copied_apart():
         (7, (1,), {"tensor_content": b"\xff" * 9}, "does not hold"),
     ],
 )
-def test_what_does_not_fit_is_a_bad_request(dtype, shape, fields, match):
+def test_what_does_not_fit_is_a_bad_request(dtype: Any, shape: Any, fields: Any, match: Any) -> None:
     with pytest.raises(BadRequest, match=match):
         decode(dtype, shape, **fields)
 
 
-def test_an_unknown_rank_is_a_bad_request():
+def test_an_unknown_rank_is_a_bad_request() -> None:
     message = messages.PredictRequest()
     message.inputs["x"].dtype = 1
     message.inputs["x"].tensor_shape.unknown_rank = True
@@ -182,14 +192,14 @@ def test_an_unknown_rank_is_a_bad_request():
 
 
 @pytest.mark.parametrize("fields", [{"float_val": [1]}, {}])
-def test_a_small_message_cannot_claim_much_memory(fields):
+def test_a_small_message_cannot_claim_much_memory(fields: Any) -> None:
     with pytest.raises(BadRequest, match="repeating its last value"):
         decode(1, (10**6, 10**6), **fields)
     with pytest.raises(BadRequest, match="repeating its last value"):
         decode(1, (2**62, 2**62), **fields)
 
 
-def test_many_small_inputs_cannot_claim_much_memory_together():
+def test_many_small_inputs_cannot_claim_much_memory_together() -> None:
     message = messages.PredictRequest()
     for index in range(5):
         x = message.inputs[f"x{index}"]
@@ -200,19 +210,19 @@ def test_many_small_inputs_cannot_claim_much_memory_together():
         tfserving.decode_request(message.SerializeToString())
 
 
-def test_version_labels_are_not_served_yet():
+def test_version_labels_are_not_served_yet() -> None:
     message = messages.PredictRequest()
     message.model_spec.version_label = "stable"
     with pytest.raises(BadRequest, match='"stable"; labels are not served yet'):
         tfserving.decode_request(message.SerializeToString())
 
 
-def test_a_version_below_one_is_passed_on():
+def test_a_version_below_one_is_passed_on() -> None:
     request = Request(payload={}, form=Form.TENSORS, model="m", version=-3)
     assert tfserving.decode_request(tfserving.encode_request(request)).version == -3
 
 
-def test_what_tensorflow_cannot_hold_is_a_type_error():
+def test_what_tensorflow_cannot_hold_is_a_type_error() -> None:
     request = Request(payload={}, form=Form.TENSORS)
     for payload in ({"y": np.array(["2020-01-01"], "M8[D]")}, {"y": [None]}, [[1], [1, 2]], {"label": {"a": 1}}):
         with pytest.raises(TypeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -109,10 +108,10 @@ class WeightedRoundRobin(SmoothWeightedRoundRobin):
 class DynamicWeightedRoundRobin(SmoothWeightedRoundRobin):
     """Smooth weighted round robin on effective weights: halved by each failure, half the way back up by each success.
 
-    With W = `scale` × the operator's weight, an effective weight e starts at W, and
+    With W = `scale` * the operator's weight, an effective weight e starts at W, and
 
     - a failure, or an answer that the node has no room, makes it max(1, e >> 1);
-    - a success adds (W − e + 1) >> 1.
+    - a success adds (W - e + 1) >> 1.
 
     A node of weight 0 stays at 0. Source: wuba/dl_inference, `TensorflowServingBlockingStub.updateWeight`.
     """
@@ -122,7 +121,7 @@ class DynamicWeightedRoundRobin(SmoothWeightedRoundRobin):
     class Options(PluginOptions):
         """Attributes:
         scale: the effective weight of a node of weight 1 that answers everything. Of N such nodes a dead one still
-            gets 1 in 1 + (N−1) × scale requests; at 1 nothing is balanced.
+            gets 1 in 1 + (N-1) * scale requests; at 1 nothing is balanced.
         """
 
         scale: int = Field(default=100, ge=1, le=10_000)
