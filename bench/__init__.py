@@ -1,0 +1,1 @@
+"""Measurements: what a request costs, beside peers, in one run on one machine."""

@@ -1,0 +1,65 @@
+"""What our gateway is measured against, as a competent user would write it: `python -m bench.servers echo` and `… proxy`."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import uvloop
+
+MESSAGE_BYTES = 10 * 1024 * 1024
+_SIZES = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
+_SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse{status: SERVING}
+
+Answer = Callable[[bytes, Any], Awaitable[bytes]]
+
+
+class _Generic(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
+    """Every method, as bytes."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = grpc.unary_unary_rpc_method_handler(answer)
+        self._check = grpc.unary_unary_rpc_method_handler(_serving)
+
+    def service(self, details: Any) -> Any:
+        return self._check if details.method == "/grpc.health.v1.Health/Check" else self._answer
+
+
+async def _serving(_: bytes, __: Any) -> bytes:
+    return _SERVING
+
+
+async def _echo(request: bytes, _: Any) -> bytes:
+    return request
+
+
+def _proxy(method: str, nodes: list[str]) -> Answer:
+    """Static round robin over `nodes`, and nothing else."""
+    calls = [grpc.aio.insecure_channel(node, options=_SIZES).unary_unary(method) for node in nodes]
+    turns = itertools.cycle(calls)
+
+    async def answer(request: bytes, _: Any) -> bytes:
+        response: bytes = await next(turns)(request)
+        return response
+
+    return answer
+
+
+async def _serve(arguments: list[str]) -> None:
+    server = grpc.aio.server(options=_SIZES)
+    kind, *rest = arguments
+    server.add_generic_rpc_handlers((_Generic(_echo if kind == "echo" else _proxy(rest[0], rest[1:])),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"serving on 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(sys.argv[1:]))
