@@ -46,17 +46,18 @@ def main(rounds: int, quick: bool, as_json: bool) -> None:
     except LoadError as error:
         console.print(f"error: {error}")
         sys.exit(2)
+    goals = [_goal(rows, *goal) for goal in _GOALS]
     result = {
         "machine": _machine(),
-        "gateway": {size: {n: asdict(r) for n, r in by.items()} for size, by in rows.items()},
+        "gateway": {size: {name: asdict(row) for name, row in by_system.items()} for size, by_system in rows.items()},
+        "goals": goals,
     }
-    result["goals"] = [_goal(rows, *goal) for goal in _GOALS]
     _OUT.parent.mkdir(exist_ok=True)
     _OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(result, indent=2))
     else:
-        _print(Console(), rows, result["goals"])
+        _print(Console(), rows, goals)
 
 
 def _goal(rows: dict[str, dict[str, gateway.Row]], size: str, system: str, most: float) -> dict[str, Any]:
@@ -66,18 +67,12 @@ def _goal(rows: dict[str, dict[str, gateway.Row]], size: str, system: str, most:
 
 
 def _machine() -> dict[str, Any]:
-    model = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     h2load = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": model,
+        "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("dl-inference-core", "grpcio", "uvloop")} | {"h2load": h2load},
@@ -86,17 +81,17 @@ def _machine() -> dict[str, Any]:
 
 
 def _print(console: Console, rows: dict[str, dict[str, gateway.Row]], goals: list[dict[str, Any]]) -> None:
-    table = Table("", "system", "CPU µs/request", "least to most", "requests/s", "p50 ms", "p99 ms", "memory MB")
+    table = Table("size", "system", "CPU µs", "least-most", "req/s", "p50 ms", "p99 ms", "MB")
     for size, by_system in rows.items():
         for name, row in by_system.items():
             table.add_row(
                 size,
                 name,
                 f"{row.cpu_us_per_request:.0f}",
-                f"{row.cpu_us_least:.0f} to {row.cpu_us_most:.0f}",
+                f"{row.cpu_us_least:.0f}-{row.cpu_us_most:.0f}",
                 f"{row.requests_per_s:.0f}",
-                f"{row.p50_ms:.2f}",
-                f"{row.p99_ms:.2f}",
+                f"{row.p50_ms:.1f}",
+                f"{row.p99_ms:.1f}",
                 f"{row.memory_mb:.0f}",
             )
     console.print(table)

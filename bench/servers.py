@@ -1,4 +1,4 @@
-"""What our gateway is measured against, as a competent user would write it: `python -m bench.servers echo` and `… proxy`."""
+"""What our gateway is measured against, as a competent user would write it: an echo server and a plain proxy."""
 
 from __future__ import annotations
 

@@ -168,6 +168,7 @@ class App:
     async def close(self) -> None:
         """Say NOT_SERVING, let requests in flight finish for at most `drain_s` seconds, and take everything down."""
         self._readiness.serving = False
+        self._readiness.ending.set()
         if self._server is not None:
             await self._server.drain(self._config.drain_s)
         if self.gateway is not None:

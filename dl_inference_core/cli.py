@@ -101,7 +101,13 @@ async def _work(config: Config, config_file: Path | None, index: int, port: int)
     if config.metrics_port:
         update["metrics_port"] = config.metrics_port + index
     ending = asyncio.Event()
-    asyncio.get_running_loop().add_reader(sys.stdin, ending.set)  # its end is the supervisor's
+    loop = asyncio.get_running_loop()
+
+    def orphaned() -> None:
+        loop.remove_reader(sys.stdin)  # which is readable for ever now
+        ending.set()
+
+    loop.add_reader(sys.stdin, orphaned)  # its end is the supervisor's
     await _serve(
         config.model_copy(update=update), config_file, f"{config.host}:0", f"{config.host}:{port}", ending=ending
     )

@@ -7,7 +7,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,8 +52,12 @@ class NodeConfig(_Section):
         return cls(address=f"{match['host']}:{port}", weight=weight)
 
 
-def _node(value: Any) -> Any:
-    return NodeConfig.parse(value) if isinstance(value, str) else value
+def _node(value: Any) -> NodeConfig:
+    if isinstance(value, NodeConfig):
+        return value
+    if isinstance(value, str):
+        return NodeConfig.parse(value)
+    raise ValueError("expected a string, host:port or host:port@weight")
 
 
 class RouteConfig(_Section):
@@ -127,7 +131,7 @@ class Config(_Section):
     """the network stack's own options"""
     message_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
     """bytes of the largest message, in either direction; over it RESOURCE_EXHAUSTED"""
-    drain_s: float = Field(default=10.0, ge=0)
+    drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     """seconds that requests in flight have to finish after SIGTERM"""
     models: ModelsConfig = ModelsConfig()
     gateway: GatewayConfig = GatewayConfig()
@@ -181,6 +185,18 @@ def _resolved(config: Config, folder: Path) -> Config:
     )
 
 
+def differences(one: BaseModel, other: BaseModel, within: str = "") -> list[str]:
+    """The keys whose values differ between two configs, as "gateway.nodefile"."""
+    found: list[str] = []
+    for name in type(one).model_fields:
+        values = getattr(one, name), getattr(other, name)
+        if isinstance(values[0], BaseModel):
+            found += differences(*values, within=f"{within}{name}.")
+        elif values[0] != values[1]:
+            found.append(f"{within}{name}")
+    return found
+
+
 def validated(model: type[ModelT], values: Mapping[str, Any], where: str) -> ModelT:
     """`values` as a `model`.
 
@@ -194,7 +210,20 @@ def validated(model: type[ModelT], values: Mapping[str, Any], where: str) -> Mod
         for problem in error.errors(include_url=False):
             key = ".".join(map(str, problem["loc"]))
             if problem["type"] == "extra_forbidden":
-                problems.append(f'unknown key "{key}" (known: {", ".join(model.model_fields)})')
+                known = ", ".join(_section(model, problem["loc"][:-1]).model_fields)
+                problems.append(f'unknown key "{key}" ({f"known: {known}" if known else "there are none"})')
             else:
-                problems.append(f"{key}: {problem['msg']}" if key else problem["msg"])
+                said = problem["msg"].removeprefix("Value error, ")
+                problems.append(f"{key}: {said}" if key else said)
         raise ConfigError(f"{where}: {'; '.join(problems)}") from None
+
+
+def _section(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model of the table at `place` in a `model`."""
+    for part in place:
+        if isinstance(part, str):
+            types: list[Any] = [model.model_fields[part].annotation]
+            for annotation in types:
+                types += get_args(annotation)
+            model = next(each for each in types if isinstance(each, type) and issubclass(each, BaseModel))
+    return model

@@ -46,8 +46,7 @@ class GrpcioTransport(Transport):
     class Options(PluginOptions):
         """Attributes:
         connect_timeout_ms: how long a connection to a node may take to come up.
-        reconnect_ms: the first pause before a failed connection is tried again; doubles, with jitter, up to
-            `connect_timeout_ms`.
+        reconnect_ms: the first pause before a failed connection is tried again; the later ones are twice as long.
         """
 
         connect_timeout_ms: int = 1000
@@ -80,7 +79,7 @@ class GrpcioTransport(Transport):
             options=[
                 *_size_options(limits),
                 ("grpc.initial_reconnect_backoff_ms", self.options.reconnect_ms),
-                ("grpc.max_reconnect_backoff_ms", self.options.connect_timeout_ms),
+                ("grpc.max_reconnect_backoff_ms", 2 * self.options.reconnect_ms),
                 # Despite its name, the time that grpc gives one attempt to connect.
                 ("grpc.min_reconnect_backoff_ms", self.options.connect_timeout_ms),
                 # Which node a request goes to, and whether again, is decided above this seam.

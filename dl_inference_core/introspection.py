@@ -4,8 +4,9 @@ live, ready and metadata."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpc_health.v1 import health_pb2
@@ -28,9 +29,14 @@ _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 @dataclass(slots=True)
 class Readiness:
-    """Whether this process takes requests. Set by the app, read by health and ready."""
+    """Whether this process takes requests. Set by the app, read by health and ready.
+
+    Attributes:
+        ending: set once it will never again: streams end then, after having said so.
+    """
 
     serving: bool = False
+    ending: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Introspection:
@@ -59,7 +65,8 @@ class Introspection:
 
         async def reflect(_: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
             # v1 and v1alpha differ in nothing but their name.
-            parsed = (messages.parse(reflection_pb2.ServerReflectionRequest, body) async for body in requests)
+            bodies = self._while_serving(requests)
+            parsed = (messages.parse(reflection_pb2.ServerReflectionRequest, body) async for body in bodies)
             async for response in servicer.ServerReflectionInfo(parsed, None):
                 yield response.SerializeToString()
 
@@ -87,16 +94,41 @@ class Introspection:
 
     async def _watch(self, _: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         said = None
-        async for body in requests:
+        ending = self._readiness.ending
+        async for body in self._while_serving(requests):
             service = messages.parse(health_pb2.HealthCheckRequest, body).service
             while True:
+                last = ending.is_set()
                 status = self._status(service)
                 if status is None:
                     status = _Status.SERVICE_UNKNOWN
                 if status != said:
                     said = status
                     yield _body(health_pb2.HealthCheckResponse(status=status))
-                await asyncio.sleep(_WATCH_S)
+                if last:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ending.wait(), _WATCH_S)
+
+    async def _while_serving(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """`requests`, until the server ends: a client that holds its stream open must not hold up a drain."""
+        ending = asyncio.ensure_future(self._readiness.ending.wait())
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(requests))
+                awaited: set[asyncio.Future[Any]] = {ending, following}
+                try:
+                    await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+                    if not following.done():
+                        return
+                    body = following.result()
+                except StopAsyncIteration:
+                    return
+                finally:
+                    following.cancel()
+                yield body
+        finally:
+            ending.cancel()
 
     async def _server_live(self, _: Call) -> bytes:
         return _body(messages.ServerLiveResponse(live=True))

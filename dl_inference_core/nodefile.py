@@ -44,18 +44,20 @@ class NodeFile:
 def parse(content: bytes) -> NodeFile:
     """`content` line by line. Never raises: what is wrong is in `problems`."""
     if len(content) > _LARGEST:
-        return NodeFile(routes={}, problems=(f"it has {len(content)} bytes, over {_LARGEST}",), readable=False)
+        return NodeFile(routes={}, problems=(f"it has over {_LARGEST} bytes",), readable=False)
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return NodeFile(routes={}, problems=("it is UTF-16; expected UTF-8",), readable=False)
     routes: dict[int | str, RouteConfig] = {}
     problems: list[str] = []
     broken: set[int | str] = set()
     readable = True
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         key: int | str | None = None
         try:
+            if raw.lstrip().startswith(b"#"):  # in whatever encoding
+                continue
             line = raw.decode("utf-8").strip()
-            if not line or line.startswith("#"):
+            if not line:
                 continue
             key, rest = _split(line)
             if key in routes or key in broken:
@@ -117,7 +119,7 @@ class Watched:
             ConfigError: it cannot be read.
         """
         try:
-            self._taken = self._seen = self._path.read_bytes()
+            self._taken = self._seen = self._content()
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror or error}") from error
         return self._taken
@@ -126,7 +128,7 @@ class Watched:
         """The content, if it is new and has stayed the same since the last look; None otherwise, and while it cannot be
         read. Blocks for as long as reading the file takes."""
         try:
-            content = self._path.read_bytes()
+            content = self._content()
         except OSError as error:
             self.complaint = f"{self._path}: {error.strerror or error}"
             self._seen = None
@@ -140,3 +142,7 @@ class Watched:
             return None
         self._taken = content
         return content
+
+    def _content(self) -> bytes:
+        with self._path.open("rb") as file:
+            return file.read(_LARGEST + 1)

@@ -13,7 +13,7 @@ import pluggy
 
 from dl_inference_core import hookspecs
 from dl_inference_core.config import validated
-from dl_inference_core.errors import PluginError
+from dl_inference_core.errors import ConfigError, PluginError
 
 
 class Kind(enum.Enum):
@@ -108,7 +108,7 @@ class Plugins:
             except pluggy.PluginValidationError:
                 self._manager.unregister(name=entry.name)
                 raise
-        except Exception as error:  # whatever a stranger's module raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
             plugin.error = _reason(error)
 
     def classes(self, kind: Kind) -> Mapping[str, type[Any]]:
@@ -119,14 +119,17 @@ class Plugins:
                 plugin = self._plugins[implementation.plugin_name]
                 try:
                     self._add(kind, plugin, implementation.function())
-                except Exception as error:
-                    plugin.error = _reason(error)
+                except (Exception, SystemExit) as error:
+                    reason = f"{kind.hook}: {_reason(error)}"
+                    plugin.error = f"{plugin.error}; {reason}" if plugin.error else reason
         return self._classes[kind]
 
     def _add(self, kind: Kind, plugin: Plugin, classes: Sequence[type[Any]]) -> None:
+        if not isinstance(classes, Sequence):
+            raise PluginError(f"it gave {classes!r}, which is no list of classes")
         for cls in classes:
             if not (isinstance(cls, type) and issubclass(cls, kind.interface)):
-                raise PluginError(f"{kind.hook} gave {cls!r}, which is not a subclass of {kind.interface.__name__}")
+                raise PluginError(f"it gave {cls!r}, which is not a subclass of {kind.interface.__name__}")
             name = getattr(cls, "name", None)
             if not (isinstance(name, str) and name):
                 raise PluginError(f"{kind.value} class {cls.__qualname__} has no `name`")
@@ -161,11 +164,18 @@ class Plugins:
         """An object of the class of that kind and name, made with its strict `Options`.
 
         Raises:
-            PluginError: as `get`.
+            PluginError: as `get`; or the class raises.
             ConfigError: the options do not fit.
         """
         cls = self.get(kind, name, where)
-        return cls(validated(cls.Options, options, f"{where}: options of {kind.value} {name}"))
+        values = validated(cls.Options, options, f"{where}: options of {kind.value} {name}")
+        try:
+            return cls(values)
+        except (ConfigError, PluginError):
+            raise
+        except Exception as error:
+            owner = self._owner(kind, name)
+            raise PluginError(f'{where}: {owner} cannot make the {kind.value} "{name}": {_reason(error)}') from error
 
     def describe(self) -> list[Plugin]:
         """Every plugin, with all it provides; imports what the kinds need (numpy, for backends and handlers)."""
@@ -175,4 +185,5 @@ class Plugins:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    said = " ".join(str(error).split())
+    return said if isinstance(error, PluginError) else f"{type(error).__name__}: {said}"

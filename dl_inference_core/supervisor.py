@@ -62,6 +62,7 @@ class Supervisor:
             finally:
                 everyone.cancel()
                 self._ending.set()
+                await asyncio.gather(everyone, ending, return_exceptions=True)
                 await self._end(keeping)
             for task in keeping:
                 task.result()
@@ -106,6 +107,8 @@ class Supervisor:
             stdout=asyncio.subprocess.PIPE,
         )
         self._processes[index] = process
+        if self._ending.is_set():  # it came too late to be ended with the others
+            process.terminate()
         assert process.stdout is not None
         async for line in process.stdout:
             text = line.decode().rstrip()

@@ -96,15 +96,15 @@ def as_tensor(value: Any) -> Tensor:
             raise TypeError(f"no tensor can hold this value: {error}") from error
     if array.dtype.kind not in "OUS":
         return array
-    strings = np.empty(array.shape, dtype=object)
-    for index, item in np.ndenumerate(array):
+    strings = np.empty(array.size, dtype=object)
+    for index, item in enumerate(array.ravel()):
         if isinstance(item, str):
             strings[index] = item.encode()
         elif isinstance(item, bytes):
             strings[index] = bytes(item)
         else:
             raise TypeError(f"no tensor can hold a value of type {type(item).__name__}")
-    return strings
+    return strings.reshape(array.shape)
 
 
 def as_tensors(payload: Payload) -> dict[str, Tensor]:

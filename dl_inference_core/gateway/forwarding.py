@@ -34,7 +34,7 @@ class Forwarder:
         self.pool = pool
         self._fallback = RoundRobin(RoundRobin.Options())
         self._metrics = metrics
-        self._balancer_failed = False
+        self._complained_of: Balancer | None = None
         self.configure(config, balancer)
 
     def configure(self, config: RouteConfig, balancer: Balancer) -> list[Node]:
@@ -44,8 +44,11 @@ class Forwarder:
         self.balancer = balancer
         self._timeout_s = config.timeout_ms / 1000
         gone = self.pool.update(config.nodes)
-        for node in gone:
-            balancer.forget(node)
+        try:
+            for node in gone:
+                balancer.forget(node)
+        except Exception:
+            self._balancer_raised()
         return gone
 
     @property
@@ -61,8 +64,11 @@ class Forwarder:
         if call.deadline is not None and call.deadline < end:
             end = call.deadline
         tried: tuple[Node, ...] = ()
+        nodes: Sequence[Node] = self.pool.usable()
+        if not nodes:
+            raise NoNodeAvailable(f"route {self.name} has no nodes")
         while True:
-            node = self._choose(tried)
+            node = self._choose(nodes)
             tried = (*tried, node)
             outgoing = Call(
                 method=protocol.node_method,
@@ -74,8 +80,10 @@ class Forwarder:
                 answer = await self._attempt(node, outgoing, call.deadline, protocol)
             except InferenceError as error:
                 start = time.monotonic()
+                nodes = self._others(tried)
                 if (
                     not error.another_node
+                    or not nodes
                     or len(tried) >= config.attempts
                     or start >= end
                     or (isinstance(error, NodeFailed) and not config.retry_failed)
@@ -90,26 +98,18 @@ class Forwarder:
         """Forward an Open Inference `ModelMetadata` call."""
         return await self.answer(call, METADATA)
 
-    def _choose(self, tried: tuple[Node, ...]) -> Node:
-        nodes: Sequence[Node] = self.pool.usable()
-        if tried:
-            nodes = (
-                [node for node in nodes if node not in tried]
-                or [node for node in self.pool.nodes if node not in tried]
-                or nodes
-            )
-        if not nodes:
-            raise NoNodeAvailable(f"route {self.name} has no nodes")
+    def _others(self, tried: tuple[Node, ...]) -> Sequence[Node]:
+        """The nodes that have not been tried: those known to be well, or else any."""
+        usable = [node for node in self.pool.usable() if node not in tried]
+        return usable or [node for node in self.pool.nodes if node not in tried]
+
+    def _choose(self, nodes: Sequence[Node]) -> Node:
         try:
             node = self.balancer.choose(nodes)
             if not isinstance(node, Node) or node.removed:
                 raise TypeError(f"it chose {node!r}, which is not among the nodes")
         except Exception:
-            if not self._balancer_failed:
-                self._balancer_failed = True
-                _log.exception(
-                    'balancer "%s" failed on route %s; round robin chooses when it does', self.balancer.name, self.name
-                )
+            self._balancer_raised()
             return self._fallback.choose(nodes)  # type: ignore[return-value] # one of `nodes`
         return node
 
@@ -160,9 +160,15 @@ class Forwarder:
         try:
             self.balancer.record(node, outcome, seconds)
         except Exception:
-            if not self._balancer_failed:
-                self._balancer_failed = True
-                _log.exception('balancer "%s" failed on route %s', self.balancer.name, self.name)
+            self._balancer_raised()
+
+    def _balancer_raised(self) -> None:
+        """Log what is being handled, the first time."""
+        if self._complained_of is not self.balancer:
+            self._complained_of = self.balancer
+            _log.exception(
+                'balancer "%s" failed on route %s; round robin chooses when it does', self.balancer.name, self.name
+            )
 
     async def close(self) -> None:
         """Release every node, once its attempts have ended."""

@@ -73,16 +73,18 @@ class Health:
             self._probing = asyncio.ensure_future(self._bring_back())
 
     async def _verify(self) -> None:
-        if await self._answers():
-            self._probing = None
-            return
-        self.usable = False
-        self._changed()
+        answers = await self._answers()
+        if self.usable:  # not left out meanwhile
+            if answers:
+                self._probing = None
+                return
+            self.usable = False
+            self._changed()
         await self._bring_back()
 
     async def _bring_back(self) -> None:
         while True:
-            await asyncio.sleep(self._pause_s * random.uniform(0.8, 1.2))  # noqa: S311 - jitter
+            await asyncio.sleep(self._pause_s * random.uniform(0.75, 1))  # noqa: S311 - jitter
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             if await self._answers():
                 break

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 
@@ -47,18 +48,22 @@ class Gateway:
         """
         self._config = config
         self._config_path = config_file
+        self._poll_s = config.gateway.poll_interval_ms / 1000
+        patience = math.ceil(_PATIENCE_S / self._poll_s)
         self._config_file: nodefile.Watched | None = None
         if config_file is not None:
-            self._config_file = nodefile.Watched(config_file, patience=1)
+            self._config_file = nodefile.Watched(config_file, patience=patience)
+        self._written = config
+        """What the config file said at the start, without the command line."""
         self._nodefile: nodefile.Watched | None = None
         self._from_nodefile: Mapping[int | str, RouteConfig] = {}
-        self._poll_s = config.gateway.poll_interval_ms / 1000
         if config.gateway.nodefile is not None:
-            self._nodefile = nodefile.Watched(config.gateway.nodefile, patience=round(_PATIENCE_S / self._poll_s))
+            self._nodefile = nodefile.Watched(config.gateway.nodefile, patience=patience)
         self._make_balancer = balancer
         self._metrics = metrics
         self._endpoints = Endpoints(connect)
-        self._forwarders: dict[str | int, Forwarder] = {}
+        self.forwarders: Collection[Forwarder] = ()
+        """Every route's, once."""
         self._retiring: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._complained: dict[str, str] = {}
@@ -71,8 +76,9 @@ class Gateway:
         Raises:
             ConfigError, PluginError: the routes cannot be built.
         """
-        if self._config_file is not None:
-            self._config_file.read()
+        if self._config_file is not None and self._config_path is not None:
+            self._written = configs.parse(self._config_file.read(), self._config_path)
+            self._config = self._config.model_copy(update={"routes": self._written.routes})
         if self._nodefile is not None:
             parsed = nodefile.parse(self._nodefile.read())
             if parsed.problems and not parsed.routes:
@@ -83,52 +89,65 @@ class Gateway:
         if self._config_file is not None or self._nodefile is not None:
             self._watching = asyncio.create_task(self._watch(), name="watch the config files")
 
-    @property
-    def forwarders(self) -> Collection[Forwarder]:
-        """Every route's, once."""
-        return self._forwarders.values()
-
     async def close(self) -> None:
         """Stop watching, and close every connection once its requests have ended."""
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        await asyncio.gather(*(forwarder.close() for forwarder in self._forwarders.values()), *self._retiring)
+        await asyncio.gather(*(forwarder.close() for forwarder in self.forwarders), *self._retiring)
 
     def _wanted(
         self, routes: Sequence[RouteConfig], others: Mapping[int | str, RouteConfig]
     ) -> dict[str | int, RouteConfig]:
         wanted: dict[str | int, RouteConfig] = {route.key: route for route in routes}
         taken = {route.task_id for route in routes} | set(wanted)
-        for key, route in others.items():
-            if key in taken:
-                self._complain("conflict", f"task {key} stands in the config and in the node file; the config counts")
-            else:
-                wanted[key] = route
+        wanted |= {key: route for key, route in others.items() if key not in taken}
+        twice = ", ".join(str(key) for key in others if key in taken)
+        self._complain("conflict", twice and f"the config and the node file both have {twice}; the config counts")
         return wanted
 
     def _apply(self, wanted: Mapping[str | int, RouteConfig]) -> None:
-        balancers = {key: self._balancer(key, route) for key, route in wanted.items()}
+        """Raises:
+        ConfigError, PluginError: and nothing has changed.
+        """
+        kept = self._kept(wanted)
+        balancers = {key: self._balancer(kept.get(key), route) for key, route in wanted.items()}
         gone: list[tuple[Pool, Node]] = []
         forwarders: dict[str | int, Forwarder] = {}
         for key, route in wanted.items():
-            forwarder = self._forwarders.pop(key, None)
+            forwarder = kept.get(key)
             if forwarder is None:
                 forwarder = Forwarder(route, Pool(self._endpoints), balancers[key], self._metrics)
             elif forwarder.config != route:
                 gone += [(forwarder.pool, node) for node in forwarder.configure(route, balancers[key])]
             forwarders[key] = forwarder
-        for forwarder in self._forwarders.values():
+        for forwarder in set(self.forwarders).difference(kept.values()):
             self._retire(forwarder.close())
         for pool, node in gone:
             self._retire(pool.retire(node))
-        self._forwarders = forwarders
+        self.forwarders = tuple(forwarders.values())
         self.models = {route.name: forwarders[key] for key, route in wanted.items() if route.name}
         self.tasks = {route.task_id: forwarders[key] for key, route in wanted.items() if route.task_id is not None}
 
-    def _balancer(self, key: str | int, route: RouteConfig) -> Balancer:
+    def _kept(self, wanted: Mapping[str | int, RouteConfig]) -> dict[str | int, Forwarder]:
+        """Which of the wanted routes is there already: one of the same name, or else of the same task id."""
+        kept: dict[str | int, Forwarder] = {}
+        free = set(self.forwarders)
+        for key, route in wanted.items():
+            if (forwarder := self.models.get(route.name)) is not None:
+                kept[key] = forwarder
+                free.discard(forwarder)
+        for key, route in wanted.items():
+            if key in kept or route.task_id is None:
+                continue
+            forwarder = self.tasks.get(route.task_id)
+            if forwarder in free:
+                kept[key] = forwarder
+                free.discard(forwarder)
+        return kept
+
+    def _balancer(self, forwarder: Forwarder | None, route: RouteConfig) -> Balancer:
         """The strategy that serves the route already, with all it has learned, unless the config wants another."""
-        forwarder = self._forwarders.get(key)
         if forwarder is not None and (forwarder.config.balancer, forwarder.config.balancer_options) == (
             route.balancer,
             route.balancer_options,
@@ -150,36 +169,31 @@ class Gateway:
                 _log.exception("looking at the config files failed; the routes stay as they are")
 
     async def _look(self) -> None:
-        config, others = self._config, self._from_nodefile
-        if self._config_file is not None and (content := await self._content(self._config_file, "config")) is not None:
-            config = self._reloaded(content)
         if self._nodefile is not None and (content := await self._content(self._nodefile, "node file")) is not None:
             self._take_nodefile(await asyncio.to_thread(nodefile.parse, content))
-        if config is self._config and others is self._from_nodefile:
-            return
-        try:
-            self._apply(self._wanted(config.routes, self._from_nodefile))
-        except InferenceError as error:
-            self._complain("routes", f"reload failed, the routes stay as they are: {error}")
-        else:
-            self._config = config
-            self._complain("routes", "")
+            self._apply(self._wanted(self._config.routes, self._from_nodefile))
+        if self._config_file is not None and (content := await self._content(self._config_file, "config")) is not None:
+            self._take_config(content)
 
     async def _content(self, file: nodefile.Watched, what: str) -> bytes | None:
         content = await asyncio.to_thread(file.look)
         self._complain(f"{what} unreadable", file.complaint and f"{file.complaint}; the routes stay as they are")
         return content
 
-    def _reloaded(self, content: bytes) -> Config:
+    def _take_config(self, content: bytes) -> None:
         assert self._config_path is not None
         try:
-            config = configs.parse(content, self._config_path)
-        except ConfigError as error:
+            written = configs.parse(content, self._config_path)
+            self._apply(self._wanted(written.routes, self._from_nodefile))
+        except InferenceError as error:
             self._complain("config", f"reload failed, the routes stay as they are: {error}")
-            return self._config
+            return
         self._complain("config", "")
+        changed = [name for name in configs.differences(self._written, written) if name != "routes"]
+        what = ", ".join(changed)
+        self._complain("restart", what and f"{self._config_path}: {what}: changes take effect at the next start")
         # What the command line said, and what only a start can change, stays.
-        return self._config.model_copy(update={"routes": config.routes})
+        self._config = self._config.model_copy(update={"routes": written.routes})
 
     def _take_nodefile(self, parsed: nodefile.NodeFile) -> None:
         self._from_nodefile = parsed.onto(self._from_nodefile)
@@ -188,7 +202,7 @@ class Gateway:
         self._complain("node file", shown and f"{self._config.gateway.nodefile}: {shown}{more}")
 
     def _complain(self, about: str, message: str) -> None:
-        """Log `message`, unless it was the last word on that matter already."""
+        """Log `message`, if any, unless it was the last word on that matter already."""
         if message and message != self._complained.get(about):
             _log.warning("%s", message)
         self._complained[about] = message

@@ -73,6 +73,8 @@ class Processor(Handler):
         if isinstance(x, bytes | str):
             raise BadRequest(f"this model takes tensors, not {request.form.value}: its processor.py has no preprocess")
         inputs = self.signature.inputs
+        if request.form in (Form.TENSORS, Form.TENSORS_RAW) and isinstance(x, Mapping):
+            self.signature.bind(x)
         if not inputs or any(spec.dtype is None for spec in inputs):
             return x
         bound = bind(self.signature, request)
@@ -83,7 +85,7 @@ class Processor(Handler):
             return self._run_model(model.native, inputs, **_kwargs(request))
         inputs = model.to_native(inputs)
         arguments = {name: request.tags[name] for name in self.options.model_arguments if name in request.tags}
-        if isinstance(inputs, Mapping) and inputs.keys() <= {spec.name for spec in self.signature.inputs}:
+        if isinstance(inputs, Mapping) and inputs.keys() == {spec.name for spec in self.signature.inputs}:
             return model.native(**{**arguments, **inputs})
         return model.native(inputs, **arguments)
 

@@ -162,9 +162,7 @@ def test_what_postprocess_may_return(result: str, payload: Any) -> None:
     np.testing.assert_equal(answer, payload)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "names"), [(("a", "b", "c"), ["a", "b"]), (("a", "b"), ["a", "b"]), (("a",), []), ((), [])]
-)
+@pytest.mark.parametrize(("inputs", "names"), [(("a", "b"), ["a", "b"]), ((), [])])
 def test_tensors_become_keyword_arguments_only_under_the_models_own_names(
     inputs: tuple[str, ...], names: list[str]
 ) -> None:
@@ -173,6 +171,14 @@ def test_tensors_become_keyword_arguments_only_under_the_models_own_names(
     ((args, kwargs),) = model.calls
     assert sorted(kwargs) == names
     assert len(args) == (not names)
+
+
+@pytest.mark.parametrize("inputs", [("a", "b", "c"), ("a",)])
+def test_tensors_of_other_names_than_the_models_are_the_clients_fault(inputs: tuple[str, ...]) -> None:
+    model = NativeModel(*inputs, answer=0)
+    with pytest.raises(BadRequest, match="expected the inputs"):
+        ask(model, {"a": ARRAY, "b": ARRAY}, Form.TENSORS, "def postprocess(x, **kwargs): return 0")
+    assert not model.calls
 
 
 def test_input_of_a_stated_dtype_is_cast_and_checked() -> None:

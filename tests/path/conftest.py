@@ -19,8 +19,6 @@ from typing import Any, TypeVar
 import grpc
 import pytest
 
-from dl_inference_core.plugins import Kind, Plugins
-
 T = TypeVar("T")
 
 PATIENCE_S = 60.0
@@ -55,7 +53,7 @@ class Process:
         def look() -> str:
             lines = self.text().splitlines(keepends=True)
             found = next((line for line in lines if line.endswith("\n") and all(word in line for word in words)), "")
-            assert found or self.popen.poll() is None, f"{self.popen.args} ended:\n{self.text()}"
+            assert found or self.popen.poll() is None, f"{self.popen.args!r} ended:\n{self.text()}"
             return found
 
         return _wait_for(f"{words} in\n{self.log}", look, within_s)
@@ -169,12 +167,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 Serve = Callable[[str], Process]
 
 
-@pytest.fixture(scope="session", params=sorted(Plugins().classes(Kind.TRANSPORTS)))
-def transport(request: pytest.FixtureRequest) -> str:
-    """The name of each installed transport."""
-    return str(request.param)
-
-
 @pytest.fixture(scope="session")
 def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Serve:
     """Starts `dl-inference-core serve` with a config, and returns when it says that it serves."""
@@ -216,14 +208,16 @@ class Net(torch.nn.Module):
         return x * scale + sum(more.values())
 '''
 
-ECHO = '''
+ECHO = """
 import numpy as np
 
 
 def preprocess(x, **kwargs):
     if isinstance(x, np.ndarray) and x.dtype.kind in "biuf":
         return x
-    return {"as it is": x[::-1] if isinstance(x, (bytes, np.ndarray)) else x.upper() if isinstance(x, str) else {"given": x}}
+    if isinstance(x, (bytes, np.ndarray)):
+        return {"as it is": x[::-1]}
+    return {"as it is": x.upper() if isinstance(x, str) else {"given": x}}
 
 
 def run_model(model, x, **kwargs):
@@ -236,7 +230,7 @@ def run_model(model, x, **kwargs):
 
 def postprocess(x, **kwargs):
     return x
-'''
+"""
 
 WORDS = '''
 import numpy as np
@@ -322,14 +316,13 @@ class Trouble(Handler):
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
 
 
-def _export(folder: Path, module: Any, *inputs: Any, free: bool = True) -> None:
+def _export(folder: Path, module: Any, *inputs: Any) -> None:
     """`module` as `model.pt2`, with a free first axis."""
     import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     batch = torch.export.Dim("batch", min=1, max=4096)
-    shapes = tuple({0: batch} for _ in inputs) if free else None
-    program = torch.export.export(module.eval(), inputs, dynamic_shapes=shapes)
+    program = torch.export.export(module.eval(), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    folder.mkdir(parents=True, exist_ok=True)
     part = folder / "model.part"
     with part.open("wb") as file:
         torch.export.save(program, file)
@@ -381,7 +374,7 @@ class ModelMaker:
                 given = locals()
                 return {name: value.clone() for name, value in given.items() if name != "self"}
 
-        names = "bool uint8 int8 int16 int32 int64 float16 bfloat16 float32 float64".split()
+        names = ["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
         _export(folder, Same(), *(torch.zeros(2, 2, dtype=getattr(torch, name)) for name in names))
 
     def pickled(self, folder: Path, source: str = NET) -> str:

@@ -1,4 +1,4 @@
-"""A real Seldon node behind a gateway of ours."""
+"""A real Seldon node behind a gateway of ours, a real SeldonClient in front of ours, and every payload form."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -60,8 +61,6 @@ def foreign(start: Any, seldon_python: Path, wait_for: Callable[..., Any]) -> It
 
 
 def _answers(process: Any, body: bytes) -> bool:
-    import grpc
-
     try:
         process.call(ENTRANCES[2], body, timeout=1)
     except grpc.RpcError:
@@ -100,3 +99,172 @@ def test_a_seldon_node_answers_through_the_gateway_as_it_does_directly(
         "jsonData": {"given": payload},
     }[form]
     np.testing.assert_equal(answer.payload, expected)
+
+
+def test_a_seldon_node_that_fails_is_never_ok(foreign: Any, front: Any) -> None:
+    _, body = build(TASK, "fail")
+    direct, through = (process.refusal(ENTRANCES[2], body) for process in (foreign, front))
+    assert through[0] is direct[0] is grpc.StatusCode.UNKNOWN
+    assert direct[1] in through[1]
+
+
+def test_a_message_too_large_for_the_seldon_node(foreign: Any, front: Any) -> None:
+    before = front.attempts()
+    _, body = build(TASK, b"x" * (5 * 1024 * 1024))
+    code, message = front.refusal(ENTRANCES[0], body)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in message
+    after = front.attempts()
+    assert {outcome: after[outcome] - before.get(outcome, 0) for outcome in after if outcome != "neutral"} == {
+        outcome: 0 for outcome in after if outcome != "neutral"
+    }
+    assert after["neutral"] == before.get("neutral", 0) + 1
+
+
+# What SeldonClient sends in each form; it leaves out the tags with json_data, but not those in raw_data.
+SENT: dict[str, dict[str, Any]] = {
+    "tensor": {"data": NUMBERS.tolist(), "payload_type": "tensor", "names": ["a", "b", "c"]},
+    "ndarray": {"data": NUMBERS.tolist(), "payload_type": "ndarray"},
+    "one number": {"data": [2.5], "payload_type": "tensor"},
+    "ndarray of strings": {"data": [["one", "two"], ["three", "zwölf"]], "payload_type": "ndarray"},
+    "binData": {"bin_data": "bytes"},
+    "strData": {"str_data": "grüße\n"},
+    "strData, empty": {"str_data": ""},
+    "jsonData": {"raw_data": {"jsonData": {"deep": [1, {"er": None}], "on": True}}},
+    "jsonData, a list": {"raw_data": {"jsonData": [1, "two", None]}},
+    "raw tensor": {"raw_data": {"data": {"tensor": {"shape": [2], "values": [1, 2]}}, "meta": {"puid": "the-puid"}}},
+}
+
+
+@pytest.fixture(scope="module")
+def ask(seldon_python: Path) -> Iterator[Callable[..., Any]]:
+    """Makes a call with a real SeldonClient, in its own environment."""
+    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
+    with subprocess.Popen(
+        [seldon_python, "echo_client.py"],
+        cwd=SOURCES,
+        env={**environment, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(address: str, arguments: dict[str, Any], method: str = "predict") -> Any:
+            call = {"address": address, "method": method, "arguments": arguments}
+            print(json.dumps(call), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+        process.wait(20)
+
+
+def tagged(arguments: dict[str, Any], task: Any) -> dict[str, Any]:
+    tags = {"taskId": task, "who": ["we", 1]}
+    if (raw := arguments.get("raw_data")) is not None:
+        return {"raw_data": {**raw, "meta": {**raw.get("meta", {}), "tags": tags}}}
+    return {**arguments, "meta": tags}
+
+
+@pytest.mark.parametrize("form", SENT)
+def test_seldon_client_gets_from_us_what_a_seldon_node_answers(
+    ask: Callable[..., Any], foreign: Any, peer: Any, form: str
+) -> None:
+    """Our node has the same functions, in the original's processor.py."""
+    arguments = tagged(SENT[form], 69)
+    theirs, ours = (ask(address, arguments) for address in (foreign.address, peer.address))
+    assert theirs["success"], theirs
+    assert ours["success"], ours
+    theirs["answer"]["meta"].pop("requestPath", None)  # which image a Seldon node was started from
+    # A Seldon node makes up names for columns: t:0, t:1, ….
+    theirs["answer"].get("data", {}).pop("names", None)
+    assert ours["answer"] == theirs["answer"]
+    assert ours["answer"]["meta"]["tags"] == {"taskId": 69, "who": ["we", 1]}
+
+
+@pytest.mark.parametrize("form", SENT)
+def test_seldon_client_reaches_a_seldon_node_through_the_gateway(
+    ask: Callable[..., Any], foreign: Any, front: Any, form: str
+) -> None:
+    arguments = tagged(SENT[form], "echo")
+    theirs, ours = (ask(address, arguments) for address in (foreign.address, front.address))
+    assert theirs["success"], theirs
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("predict", {"json_data": {"a": 1}}), ("microservice", {"str_data": "text"})]
+)
+def test_seldon_client_without_tags_is_told_what_is_missing(
+    ask: Callable[..., Any], peer: Any, method: str, arguments: dict[str, Any]
+) -> None:
+    outcome = ask(peer.address, arguments, method)
+    assert not outcome["success"]
+    assert "INVALID_ARGUMENT" in outcome["message"]
+    assert "taskId" in outcome["message"]
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("task", [69, "69", "echo", "anything-69", 69.0])
+def test_ways_to_name_a_task(peer: Any, entrance: str, task: Any) -> None:
+    _, body = build(task, "text")
+    assert seldon.decode_response(peer.call(entrance, body)).payload == "TEXT"
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("form", [Form.TENSOR, Form.NDARRAY, Form.TFTENSOR])
+def test_an_exported_model_answers_numbers_in_the_form_of_the_request(
+    peer: Any, make: Any, entrance: str, form: Form
+) -> None:
+    x = np.array([[1, 2, 3], [4, 5, 6.5]], np.float32)
+    _, body = build(7, x, form=form, tags={"who": "we"}, id="the-puid")
+    message = messages.SeldonMessage.FromString(peer.call(entrance, body))
+    answer = seldon.decode_response(message.SerializeToString())
+    np.testing.assert_array_equal(answer.payload, make.answer(x, 10))
+    assert message.data.WhichOneof("data_oneof") == form.value
+    assert answer.id == "the-puid"
+    assert answer.tags == {"taskId": 7, "who": "we"}
+    if form is Form.TFTENSOR:
+        assert answer.payload.dtype == np.float32
+
+
+def test_json_names_the_inputs_of_a_model_with_several(peer: Any) -> None:
+    _, body = build(8, {"a": [[1, 2]], "b": [[10, 20]]})
+    answer = seldon.decode_response(peer.call(ENTRANCES[0], body))
+    assert answer.payload == {"sum": [[11, 22]], "difference": [[-9, -18]]}
+
+
+def test_one_tensor_cannot_stand_for_two(peer: Any) -> None:
+    _, body = build(8, NUMBERS)
+    code, message = peer.refusal(ENTRANCES[0], body)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert '"a" (float32, [?, 2]), "b" (float32, [?, 2])' in message
+
+
+@pytest.mark.parametrize("payload", ["text", b"bytes"])
+def test_text_and_bytes_to_a_model_without_a_handler(peer: Any, payload: Any) -> None:
+    _, body = build(7, payload)
+    code, message = peer.refusal(ENTRANCES[0], body)
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "takes tensors" in message
+
+
+@pytest.mark.parametrize(
+    ("payload", "form"),
+    [
+        (np.array([b"one", "zwölf".encode()], dtype=object), Form.NDARRAY),
+        (np.array([b"one", "zwölf".encode()], dtype=object), Form.TFTENSOR),
+        ("zwölf", Form.TEXT),
+        (b"bytes", Form.BYTES),
+    ],
+    ids=["ndarray", "tftensor", "text", "bytes"],
+)
+def test_a_handler_takes_strings_in_any_form(peer: Any, payload: Any, form: Form) -> None:
+    _, body = build("words", payload, form=form, tags={"who": "we"})
+    answer = seldon.decode_response(peer.call(ENTRANCES[0], body)).payload
+    words = payload if isinstance(payload, np.ndarray) else [payload.encode() if form is Form.TEXT else payload]
+    assert answer["capitals"] == [word.upper().decode() for word in words]
+    assert [int(length) for (length,) in answer["lengths"]] == [len(word) for word in words]
+    assert answer["tags"] == ["[('taskId', 'words'), ('who', 'we')]"]

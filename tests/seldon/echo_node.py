@@ -10,6 +10,8 @@ class Echo:
         if isinstance(x, bytes):
             return x[::-1]
         if isinstance(x, str):
+            if x == "fail":
+                raise RuntimeError("asked to fail")
             return x.upper()
         if isinstance(x, np.ndarray):
             return x * 2 if np.issubdtype(x.dtype, np.number) else x[::-1]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -16,11 +17,15 @@ from dl_inference_core.node.sources import imports_from, load_module
 if TYPE_CHECKING:
     import torch
 
-_SUFFIXES = (".pt2", ".pt", ".safetensors", ".pth")
+SUFFIXES = (".pt2", ".safetensors", ".pt", ".pth")
 
 
 class TorchBackend(Backend):
-    """Loads `.pt2` (torch.export), TorchScript, state dicts and safetensors with a factory, and whole pickles."""
+    """Loads `.pt2` (torch.export), TorchScript, state dicts and safetensors with a factory, and whole pickles.
+
+    The one file that ends in one of `SUFFIXES` is the model; where there are several, `file` says which. What a `.pt`
+    or `.pth` is follows from what is in it.
+    """
 
     name = "torch"
 
@@ -37,14 +42,15 @@ class TorchBackend(Backend):
         """Attributes:
         file: the model's file; needed only where the folder holds several that could be.
         factory: "module:function" beside the model that makes the `nn.Module` of a state dict.
-        sha256: digests of files that may be unpickled whole, which runs whatever code is in them.
+        sha256: digests in hex; with any, only files that have one of them are loaded, and those are unpickled whole,
+            which runs whatever code is in them, unless there are `allow_classes`.
         allow_classes: classes, as "module.Class", that a whole pickle may hold; nothing else of it is run.
         """
 
         file: str | None = Field(default=None, pattern=r"^[^/\\]+$")
         factory: str = Field(default="model:create_model", pattern=r"^\w+:\w+$")
-        sha256: tuple[str, ...] = ()
-        allow_classes: tuple[str, ...] = ()
+        sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
+        allow_classes: tuple[Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")], ...] = ()
 
     options: Options
 
@@ -59,49 +65,54 @@ class TorchBackend(Backend):
 
     def load(self, directory: Path, options: PluginOptions, device: str) -> Model:
         assert isinstance(options, self.ModelOptions)
-        import torch
-
-        from dl_inference_torch_backend import files, modules
-
         self._set_threads()
         place = _device(device)
         path = _file(directory, options)
         try:
-            if path.suffix == ".pt2":
-                return modules.ExportedModel(files.load_exported(path, options.sha256), place)
+            content = path.read_bytes()
+            _check_digest(path, content, options)
             with imports_from(directory):
-                content = path.read_bytes()
-                if files.is_torchscript(content):
-                    return modules.ScriptedModel(files.load_scripted(content, place), place)
-                if path.suffix == ".safetensors":
-                    module = _from_state(directory, options, files.load_safetensors(content))
-                else:
-                    module = files.unpickle(path, content, options.sha256, options.allow_classes)
-                    if isinstance(module, dict):
-                        module = _from_state(directory, options, module)
-            if not isinstance(module, torch.nn.Module):
-                raise ModelError(f"{path} holds a {type(module).__qualname__}; expected an nn.Module or a state dict")
-            return modules.EagerModel(module, place)
+                return _model(path, content, options, place)
         except ModelError:
             raise
-        except Exception as error:
-            raise ModelError(f"{path} cannot be loaded") from error
+        except (Exception, SystemExit) as error:
+            import torch
+
+            raise ModelError(
+                f"{path} cannot be loaded: it is damaged, or torch {torch.__version__} or the sources beside it "
+                "are not those that it was saved with"
+            ) from error
 
     def _set_threads(self) -> None:
-        """Once per process, before torch does any work in parallel: later it refuses."""
+        """Once per process; torch takes the number of inter-op threads only before its first parallel work.
+
+        Raises:
+            ModelError: it is too late for that.
+        """
         import torch
 
         with self._lock:
-            if not self._threads_set:
-                self._threads_set = True
-                if self.options.intra_op_threads is not None:
-                    torch.set_num_threads(self.options.intra_op_threads)
-                if self.options.inter_op_threads is not None:
-                    torch.set_num_interop_threads(self.options.inter_op_threads)
+            if self._threads_set:
+                return
+            intra, inter = self.options.intra_op_threads, self.options.inter_op_threads
+            if inter is not None and inter != torch.get_num_interop_threads():
+                try:
+                    torch.set_num_interop_threads(inter)
+                except RuntimeError as error:
+                    raise ModelError(
+                        f"inter_op_threads is {torch.get_num_interop_threads()} in this process and cannot become "
+                        f"{inter} any more: restart it"
+                    ) from error
+            if intra is not None:
+                torch.set_num_threads(intra)
+            self._threads_set = True
 
 
 def _candidates(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir() if entry.suffix in _SUFFIXES and entry.is_file())
+    try:
+        return sorted(entry.name for entry in directory.iterdir() if entry.suffix in SUFFIXES and entry.is_file())
+    except OSError:
+        return []
 
 
 def _file(directory: Path, options: TorchBackend.ModelOptions) -> Path:
@@ -110,42 +121,85 @@ def _file(directory: Path, options: TorchBackend.ModelOptions) -> Path:
         if options.file not in names:
             raise ModelError(f"{directory} has no model file {options.file}; it has {', '.join(names) or 'none'}")
         return directory / options.file
-    if len(names) != 1:
+    if not names:
+        raise ModelError(f"{directory} has no file that ends in one of {', '.join(SUFFIXES)}")
+    if len(names) > 1:
         raise ModelError(
-            f"{directory} has {', '.join(names) or 'no model file'}: expected one file that ends in "
-            f'{", ".join(_SUFFIXES)}, or `file = "…"` under [options] in model.toml'
+            f"{directory} has several files that could be the model, {', '.join(names)}: say which with "
+            f'`file = "{names[0]}"` under [options] in model.toml'
         )
     return directory / names[0]
 
 
-def _from_state(directory: Path, options: TorchBackend.ModelOptions, state: dict[str, Any]) -> torch.nn.Module:
+def _check_digest(path: Path, content: bytes, options: TorchBackend.ModelOptions) -> None:
+    digest = hashlib.sha256(content).hexdigest()
+    if options.sha256 and digest not in options.sha256:
+        raise ModelError(
+            f"{path} has the SHA-256 {digest}, which is not in `sha256` under [options] in model.toml; "
+            f'if you trust the file, put `sha256 = ["{digest}"]` there'
+        )
+
+
+def _model(path: Path, content: bytes, options: TorchBackend.ModelOptions, device: torch.device) -> Model:
+    import torch
+
+    from dl_inference_torch_backend import files, modules
+
+    trusted = bool(options.sha256) and not options.allow_classes
+    if path.suffix == ".pt2":
+        return modules.ExportedModel(files.load_exported(path, content, trusted=trusted), device)
+    if path.suffix == ".safetensors":
+        return modules.EagerModel(_from_state(path, options, files.load_safetensors(content)), device)
+    if files.is_torchscript(content):
+        return modules.ScriptedModel(files.load_scripted(content, device), device)
+    held = files.unpickle(path, content, options.allow_classes, trusted=trusted)
+    if isinstance(held, dict):
+        held = _from_state(path, options, held)
+    if not isinstance(held, torch.nn.Module):
+        raise ModelError(f"{path} holds a {type(held).__qualname__}; expected an nn.Module or a state dict")
+    return modules.EagerModel(held, device)
+
+
+def _from_state(path: Path, options: TorchBackend.ModelOptions, state: dict[str, Any]) -> torch.nn.Module:
     """What the factory makes, with the weights in `state`."""
+    import torch
+
     module_name, _, function = options.factory.partition(":")
-    source = directory / f"{module_name}.py"
+    source = path.with_name(f"{module_name}.py")
     if not source.is_file():
         raise ModelError(
-            f"{directory} holds weights alone; expected {source.name} with a function {function}() that makes the "
-            'nn.Module for them, or `factory = "module:function"` under [options] in model.toml'
+            f"{path} holds weights alone; expected {source.name} beside it with a function {function}() that makes "
+            'the nn.Module for them, or `factory = "module:function"` under [options] in model.toml'
         )
     factory = getattr(load_module(source), function, None)
     if not callable(factory):
         raise ModelError(f"{source} has no function {function}")
-    module: torch.nn.Module = factory()
-    module.load_state_dict(state)
+    try:
+        module = factory()
+    except (Exception, SystemExit) as error:
+        raise ModelError(f"{function}() in {source} failed") from error
+    if not isinstance(module, torch.nn.Module):
+        raise ModelError(f"{function}() in {source} gave a {type(module).__qualname__}; expected an nn.Module")
+    try:
+        module.load_state_dict(state)
+    except Exception as error:
+        raise ModelError(f"the weights in {path} do not fit the module that {function}() in {source} makes") from error
     return module
 
 
 def _device(name: str) -> torch.device:
     import torch
 
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if there else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f'there is no device "{name}"; expected cpu, cuda, cuda:N or auto') from error
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= there):
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda" or (device.index or 0) >= there:
         has = ", ".join(["cpu", *(f"cuda:{index}" for index in range(there))])
         raise ModelError(f'device "{name}" is not available; this machine has {has}')
     return device

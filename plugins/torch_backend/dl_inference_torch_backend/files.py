@@ -1,7 +1,8 @@
-"""Model files → what is in them, running nothing that the operator has not allowed.
+"""Model files → what is in them, running nothing of a pickle that the operator has not allowed.
 
-A pickle can run any code when it is loaded, and `.pt2` archives may hold pickles too. So a file is read once, judged
-and loaded from those same bytes.
+Everything is loaded from the bytes that were hashed and judged, never from the path again. Call all of it inside
+`imports_from`, one thread at a time: torch's deserializer, the classes it is allowed and the filters of warnings are
+the process's.
 """
 
 from __future__ import annotations
@@ -10,12 +11,9 @@ import hashlib
 import importlib
 import io
 import json
-import os
-import threading
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,14 +23,14 @@ import torch
 from torch.export.pt2_archive import PT2ArchiveReader
 from torch.export.pt2_archive import constants as pt2
 
-from dl_inference_core.errors import ModelError
+# torch.export.load wraps it, but falls back to an older, pickled format and swallows the error.
+from torch.export.pt2_archive._package import load_pt2
 
-_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-_lock = threading.Lock()  # the environment is the process's
+from dl_inference_core.errors import ModelError
 
 
 def is_torchscript(content: bytes) -> bool:
-    """Whether `content` is a TorchScript archive, which torch.jit.load runs no Python of."""
+    """Whether `content` is a TorchScript archive, whose loader runs no Python."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -53,96 +51,83 @@ def load_safetensors(content: bytes) -> dict[str, Any]:
     return safetensors.torch.load(content)
 
 
-def load_exported(path: Path, allowed: Sequence[str]) -> torch.export.ExportedProgram:
-    """The program in a `.pt2` archive.
+def load_exported(path: Path, content: bytes, *, trusted: bool) -> torch.export.ExportedProgram:
+    """The program in a `.pt2` archive. A hostile one can run code even if it holds no pickle: torch evaluates the
+    expressions of symbolic sizes and the guards in it as Python.
 
     Raises:
-        ModelError: it holds pickled objects or compiled code, and its digest is not among `allowed`.
+        ModelError: it holds pickled objects or compiled code and is not `trusted`, or it holds no program.
     """
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() in allowed:
-        return torch.export.load(io.BytesIO(content))
-    unsafe = _unsafe_record(content)
-    if unsafe is not None:
-        raise ModelError(f"{path} holds {unsafe}, which could run any code; {_how_to_allow(content)}")
-    with _no_code():
-        return torch.export.load(io.BytesIO(content))
+    if not trusted and (record := _unsafe_record(content)) is not None:
+        raise ModelError(f"{path} is refused: it holds {record}, which could run any code; {_pin(content)}")
+    programs = load_pt2(io.BytesIO(content)).exported_programs
+    if len(programs) != 1:
+        raise ModelError(f"{path} holds {len(programs)} exported programs; expected one")
+    return next(iter(programs.values()))
 
 
 def _unsafe_record(content: bytes) -> str | None:
-    """What in the archive is more than a graph and plain tensors; read with the reader that will load it."""
+    """What in the archive is no graph and no plain tensor, seen by the reader that will load it."""
     reader = PT2ArchiveReader(io.BytesIO(content))
     for name in reader.get_file_names():
         if name.startswith(pt2.AOTINDUCTOR_DIR):
             return f"compiled code ({name})"
         if name.startswith((pt2.WEIGHTS_DIR, pt2.CONSTANTS_DIR)) and name.endswith(".json"):
             for entry in json.loads(reader.read_string(name))["config"].values():
-                if entry["use_pickle"] or entry["path_name"].startswith(
-                    (pt2.OPAQUE_OBJ_FILENAME_PREFIX, pt2.CUSTOM_OBJ_FILENAME_PREFIX)
-                ):
+                plain = (pt2.WEIGHT_FILENAME_PREFIX, pt2.TENSOR_CONSTANT_FILENAME_PREFIX)
+                if entry["use_pickle"] or not entry["path_name"].startswith(plain):
                     return f"a pickled object ({entry['path_name']})"
+        elif name.endswith(".pt"):
+            try:
+                torch.load(io.BytesIO(reader.read_bytes(name)), weights_only=True)
+            except Exception:  # torch.export would unpickle it whole, then
+                return f"a pickled object ({name})"
     return None
 
 
-@contextmanager
-def _no_code() -> Iterator[None]:
-    """torch.load unpickles nothing but tensors, whatever its caller asks: torch.export.load asks for more when the
-    example inputs kept in an archive are no plain tensors."""
-    with _lock:
-        before = os.environ.get(_FORCE)
-        os.environ[_FORCE] = "1"
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[_FORCE]
-            else:
-                os.environ[_FORCE] = before
-
-
-def unpickle(path: Path, content: bytes, allowed: Sequence[str], classes: Sequence[str]) -> Any:
+def unpickle(path: Path, content: bytes, classes: Sequence[str], *, trusted: bool) -> Any:
     """What `torch.save` wrote. Tensors and plain containers of them always; more only as the operator allowed it.
 
     Args:
         path: for messages.
-        allowed: digests of files that are unpickled whatever they hold.
+        content: the file's bytes.
         classes: classes that may be in it.
+        trusted: whether it may be unpickled whatever it holds.
 
     Raises:
         ModelError: it holds more; names what, and says how to allow it.
     """
-    if hashlib.sha256(content).hexdigest() in allowed:
+    if trusted:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
-    try:
-        with torch.serialization.safe_globals([_class(path, name) for name in classes]):
+    with torch.serialization.safe_globals([_class(name) for name in classes]):
+        try:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ModelError(
-            f"{path} is a whole pickle, which could run any code, and is refused: {_first_refused(content, classes)}; "
-            f"{_how_to_allow(content)}"
-        ) from error
+        except UnpicklingError as error:
+            names = _refused(content)
+            held = names or "more than tensors and objects of the allowed classes"
+            # torch's own words advise `weights_only=False`: they are of use only where ours say too little.
+            raise ModelError(
+                f"{path} is a whole pickle, which could run any code, and is refused: it holds {held}; "
+                f"{_pin(content)}, or only the classes that you trust in `allow_classes`"
+            ) from (None if names else error)
 
 
-def _class(path: Path, name: str) -> Any:
+def _class(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ModelError(f'{path}: allow_classes names "{name}", which cannot be imported') from error
+    except (Exception, SystemExit) as error:
+        raise ModelError(f'allow_classes names "{name}", which cannot be imported') from error
 
 
-def _first_refused(content: bytes, classes: Sequence[str]) -> str:
+def _refused(content: bytes) -> str:
+    """The classes and functions at which `torch.load` stops; "" if it is something else that stops it."""
     try:
-        held = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
-    except Exception:  # a file damaged on purpose may fail in any way
-        return "it is no file that torch.save writes today"
-    refused = sorted(set(held) - set(classes))
-    return f"it holds {', '.join(refused)}" if refused else "it does more than make objects of the allowed classes"
+        return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))))
+    except Exception:  # no file that torch.save writes today
+        return ""
 
 
-def _how_to_allow(content: bytes) -> str:
+def _pin(content: bytes) -> str:
     digest = hashlib.sha256(content).hexdigest()
-    return (
-        f'to load it all the same, trust it and put `sha256 = ["{digest}"]` under [options] in model.toml; '
-        'or, of a pickle, only the classes you trust: `allow_classes = ["module.Class"]`'
-    )
+    return f'if you trust the file, put `sha256 = ["{digest}"]` under [options] in model.toml'

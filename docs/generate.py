@@ -1,0 +1,175 @@
+"""Writes configuration.md from the config's models: `python docs/generate.py`."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any, get_args
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dl_inference_core.config import Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig
+from dl_inference_core.node.loading import ModelConfig
+
+PAGE = Path(__file__).with_name("configuration.md")
+
+HEAD = """\
+# Configuration
+
+<!-- Written by docs/generate.py from dl_inference_core/config.py and dl_inference_core/node/loading.py. -->
+
+A process reads one TOML file: `dl-inference-core serve --config server.toml`. Command-line options take the place of
+what it says. A key that is not listed here is an error; `dl-inference-core check --config server.toml` says so without
+serving.
+
+While a process runs it re-reads the routes, from the config file and from the node file. Routes and nodes that stay
+keep their connections and what is known of them; requests in flight are finished. A file that cannot be used changes
+nothing, and one warning says why. Any other change takes effect at the next start, and one warning says so too.
+
+## A complete example
+"""
+
+EXAMPLE = """\
+host = "0.0.0.0"
+port = 8500
+metrics_port = 9500
+workers = 1
+transport = "grpcio"
+transport_options = { reconnect_ms = 100 }
+message_bytes = 10485760
+drain_s = 10.0
+
+[models]
+directory = "models"
+poll_interval_ms = 1000
+
+[backends.torch]
+intra_op_threads = 1
+
+[gateway]
+nodefile = "nodefile.txt"
+poll_interval_ms = 250
+
+[[routes]]
+name = "textcnn"
+task_id = 69
+nodes = ["10.0.0.1:8500", "10.0.0.2:8500@2", "[2001:db8::3]:8500"]
+timeout_ms = 100
+attempts = 2
+retry_failed = true
+balancer = "weighted_round_robin"
+balancer_options = {}
+"""
+
+NODE_FILE = """\
+## The node file
+
+The original's `nodefile.txt`, named by `gateway.nodefile` or `--nodes`: one line per task,
+`taskid=timeout_ms,host:port,…`. A name may stand in the place of the id, and a weight behind a node.
+
+```
+# comment
+69=100,10.0.0.1:8500,10.0.0.2:8500@2
+textcnn=100,[2001:db8::3]:8500
+```
+
+- A line that cannot be used changes nothing for its task, which keeps what it had; the other lines count. One warning
+  says which lines, and why.
+- A task whose line is gone is NOT_FOUND. As long as there is a line that does not even say which task it is for, every
+  task keeps what it had.
+- Of two lines for one task the first counts. Where the config file has a route for the task, that one counts.
+- A file is taken once it has stayed the same between two looks; one whose last line has no end, once it has for two
+  seconds. A file that is missing or cannot be read changes nothing.
+"""
+
+MODEL_HEAD = """\
+## model.toml
+
+In a model's folder, or in a version's, whose keys take the place of the model's.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [
+        HEAD,
+        f"```toml\n{EXAMPLE}```\n",
+        _table("## At the top of the file", Config, leave_out=("models", "gateway", "routes")),
+        _table("## `[models]`", ModelsConfig),
+        _table("## `[gateway]`", GatewayConfig),
+        _table("## `[[routes]]`", RouteConfig),
+        NODE_FILE,
+        f"{MODEL_HEAD}\n{_rows(ModelConfig)}",
+    ]
+    return "\n".join(parts)
+
+
+def _table(heading: str, model: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
+    return f"{heading}\n\n{inspect.getdoc(model)}\n\n{_rows(model, leave_out)}"
+
+
+def _rows(model: type[BaseModel], leave_out: tuple[str, ...] = ()) -> str:
+    rows = ["| key | type | default | |", "| --- | --- | --- | --- |"]
+    for name, field in model.model_fields.items():
+        if name not in leave_out:
+            meaning = " ".join((field.description or "").split())
+            rows.append(f"| `{name}` | {_type(field)} | {_default(field)} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(field: FieldInfo) -> str:
+    limits = {kind: limit for item in field.metadata for kind, limit in _limits(item).items()}
+    low, high = limits.get("ge"), limits.get("le", limits.get("lt"))
+    name = _name(field.annotation)
+    if low is None and high is None:
+        return name
+    if high is None:
+        return f"{name}, {low} or more"
+    return f"{name}, {low} to {f'{high - 1}' if 'lt' in limits else high}"
+
+
+def _limits(item: Any) -> dict[str, Any]:
+    match item:
+        case annotated_types.Ge(ge=limit):
+            return {"ge": limit}
+        case annotated_types.Le(le=limit):
+            return {"le": limit}
+        case annotated_types.Lt(lt=limit):
+            return {"lt": limit}
+    return {}
+
+
+def _name(annotation: Any) -> str:
+    names = {str: "string", Path: "path", bool: "true or false", int: "integer", float: "number"}
+    if annotation in names:
+        return names[annotation]
+    parts = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
+    origin = getattr(annotation, "__origin__", None)
+    if origin is dict:
+        return "table"
+    if origin is tuple:
+        inside = get_args(parts[0])
+        return "list of strings" if NodeConfig in (*inside, parts[0]) else f"list of {_name(parts[0])}"
+    return _name(parts[0])
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    match field.default:
+        case None | "":
+            return ""
+        case bool(value):
+            return f"`{str(value).lower()}`"
+        case str(value):
+            return f'`"{value}"`'
+        case dict():
+            return "`{}`"
+        case value:
+            return f"`{value}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(reference(), encoding="utf-8")
