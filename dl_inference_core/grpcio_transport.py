@@ -32,7 +32,7 @@ from dl_inference_core.transport import (
 
 _STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
 _LONGEST_ASCII, _LONGEST = 2000, 500
-_RESERVED = frozenset({"user-agent", "te", "content-type", "grpc-timeout", "grpc-encoding", "grpc-accept-encoding"})
+_RESERVED = frozenset({"user-agent", "te", "content-type"})
 
 
 class GrpcioTransport(Transport):
@@ -162,7 +162,7 @@ def _call(method: str, request: bytes, context: Any) -> Call:
 
 
 def _callers_own(metadata: Any) -> Metadata:
-    return tuple([(key, value) for key, value in metadata if key not in _RESERVED])
+    return tuple([pair for pair in metadata if pair[0] not in _RESERVED and not pair[0].startswith("grpc-")])
 
 
 async def _abort(context: Any, error: InferenceError, call: Call) -> None:
@@ -194,12 +194,12 @@ class GrpcioConnection(Connection):
             response: bytes = await rpc
             trailers = await rpc.trailing_metadata()
         except grpc.aio.AioRpcError as error:
-            call.trailers.extend(error.trailing_metadata() or ())
+            call.trailers.extend(_callers_own(error.trailing_metadata() or ()))
             raise from_status(Code(error.code().value[0]), error.details() or "") from None
         except grpc.aio.UsageError as error:
             raise NodeUnreachable("the connection was closed") from error
         if trailers:
-            call.trailers.extend(trailers)
+            call.trailers.extend(_callers_own(trailers))
         return response
 
     async def close(self) -> None:

@@ -30,7 +30,7 @@ class Kind(enum.Enum):
 
     @property
     def interface(self) -> type:
-        """The class that each class of this kind derives from; imported on first use, as a gateway needs no backends."""
+        """The class that each class of this kind derives from; imported on first use: a gateway needs no backends."""
         module, _, name = _INTERFACES[self].rpartition(".")
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
 

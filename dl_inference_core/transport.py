@@ -24,7 +24,7 @@ class Call:
         method: "/package.Service/Method".
         request: the request message's bytes.
         metadata: the caller's own metadata in order; keys in lower case, values `bytes` where the key ends in "-bin".
-            Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with a colon).
+            Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with ":").
         deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
         trailers: what goes back, or came back, beside the answer. Who answers appends to it.
     """

@@ -43,7 +43,7 @@ def test_an_empty_file_is_the_defaults() -> None:
 
 def test_a_config_is_frozen() -> None:
     with pytest.raises(ValidationError):
-        Config().port = 1  # type: ignore[misc]
+        Config().port = 1
 
 
 @pytest.mark.parametrize(

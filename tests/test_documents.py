@@ -51,6 +51,7 @@ def test_every_make_target_that_a_document_names_exists() -> None:
 @pytest.mark.parametrize("command", ["serve", "plugins", "check", "predict"])
 def test_the_readme_shows_only_options_that_exist(command: str) -> None:
     from click.testing import CliRunner
+
     from dl_inference_core.cli import main
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")

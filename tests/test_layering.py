@@ -91,8 +91,8 @@ LOADED = f"print([name for name in {HEAVY!r} if name in sys.modules])"
 
 
 def test_importing_the_gateway_takes_neither_numpy_nor_a_framework() -> None:
-    names = ("app", "cli", "grpcio_transport", "listener", "introspection", "supervisor", "hookspecs", "builtins")
-    names += tuple(f"gateway.{path.stem}" for path in (PACKAGE / "gateway").glob("[a-z]*.py"))
+    names = ["app", "cli", "grpcio_transport", "listener", "introspection", "supervisor", "hookspecs", "builtins"]
+    names += (f"gateway.{path.stem}" for path in (PACKAGE / "gateway").glob("[a-z]*.py"))
     lines = "\n".join(f"import dl_inference_core.{name}" for name in names)
     assert run(f"import sys\n{lines}\n{LOADED}") == "[]"
 

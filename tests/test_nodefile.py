@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dl_inference_core.config import RouteConfig
+from dl_inference_core.config import NodeConfig, RouteConfig
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.nodefile import NodeFile, Watched, parse
 
@@ -181,13 +181,13 @@ def check(content: bytes) -> None:
         assert any(states(line, key, route) for line in lines), (key, route)
     assert not parsed.broken & parsed.routes.keys()
     assert len(parsed.problems) <= len(lines) + 1
-    last = {**dict.fromkeys(parsed.broken, RouteConfig(task_id=1, nodes=("old:1",))), 10**18: OLD}
+    last = {**dict.fromkeys(parsed.broken, OLD), 10**18: OLD}
     now = parsed.onto(last)
     assert all(now[key] is last[key] for key in parsed.broken)
     assert (10**18 in now) is not parsed.readable
 
 
-OLD = RouteConfig(task_id=1, nodes=("old:1",))  # type: ignore[arg-type]
+OLD = RouteConfig(task_id=1, nodes=(NodeConfig.parse("old:1"),))
 
 
 def states(line: bytes, key: int | str, route: RouteConfig) -> bool:

@@ -9,8 +9,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import dl_inference_core
 import pytest
+
+import dl_inference_core
 
 ROOT = Path(__file__).parents[1]
 PROJECTS = sorted(

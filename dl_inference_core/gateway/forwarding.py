@@ -1,4 +1,4 @@
-"""A request's bytes to a node and the answer's bytes back: attempts, deadlines, and what each outcome says of the node."""
+"""A request's bytes to a node and the answer's bytes back: attempts, deadlines, what each outcome says of a node."""
 
 from __future__ import annotations
 

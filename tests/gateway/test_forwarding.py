@@ -504,11 +504,10 @@ asyncio.run(main())
 """
 
 
-def start_node(transport: str, name: str, address: str = "127.0.0.1:0") -> tuple[subprocess.Popen[str], str]:
+def start_node(transport: str, name: str, address: str = "127.0.0.1:0") -> tuple[Any, str]:
     body = messages.ModelInferResponse(model_name="m", id=name).SerializeToString()
     command = [sys.executable, "-c", NODE, transport, body.hex(), PROTOCOLS["openinference"].node_method, address]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process: Any = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     return process, f"127.0.0.1:{process.stdout.readline().strip()}"
 
 
