@@ -37,7 +37,7 @@ check: .venv/ready ## formatting, lint, types
 	$(BIN)/mypy
 
 bench: .venv/ready ## the gateway's cost beside an echo server and a plain proxy, measured in one run
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --docs
 
 protos: .venv/ready ## dl_inference_core/wire/messages.binpb from protos/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --include_imports \

@@ -194,12 +194,12 @@ class GrpcioConnection(Connection):
             response: bytes = await rpc
             trailers = await rpc.trailing_metadata()
         except grpc.aio.AioRpcError as error:
-            call.trailers.extend(_callers_own(error.trailing_metadata() or ()))
+            call.trailers.extend(error.trailing_metadata() or ())
             raise from_status(Code(error.code().value[0]), error.details() or "") from None
         except grpc.aio.UsageError as error:
             raise NodeUnreachable("the connection was closed") from error
         if trailers:
-            call.trailers.extend(_callers_own(trailers))
+            call.trailers.extend(trailers)
         return response
 
     async def close(self) -> None:

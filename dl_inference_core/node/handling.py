@@ -7,6 +7,7 @@ outputs back.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from dl_inference_core.config import PluginOptions
@@ -47,9 +48,13 @@ class Handler:
         self.options = options
         self.signature = Signature()
 
-    def load(self, model: Model) -> None:
+    def load(self, model: Model, directory: Path) -> None:
         """Called once, after the model is loaded and before the first request, on a thread that runs it and inside its
-        session: the place to warm it up."""
+        session: the place to warm it up.
+
+        Args:
+            directory: the version's folder, for what lies beside the model: a vocabulary, labels.
+        """
         self.signature = model.signature
 
     def preprocess(self, request: Request) -> Any:

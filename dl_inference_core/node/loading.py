@@ -94,7 +94,7 @@ class Loader:
         model = backend.load(folder, options, config.device)
         try:
             with model.session():
-                handler.load(model)
+                handler.load(model, folder)
         except BaseException:
             model.close()
             raise

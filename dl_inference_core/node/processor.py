@@ -10,6 +10,7 @@ Any subset of these; `kwargs["meta"]["tags"]` holds the request's tags::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -54,8 +55,8 @@ class Processor(Handler):
         if not (self._preprocess or self._run_model or self._postprocess):
             raise ModelError(f"{module.__file__}: defines none of preprocess, run_model and postprocess")
 
-    def load(self, model: Model) -> None:
-        super().load(model)
+    def load(self, model: Model, directory: Path) -> None:
+        super().load(model, directory)
         self._model = model
 
     def preprocess(self, request: Request) -> Any:

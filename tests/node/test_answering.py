@@ -357,8 +357,8 @@ def test_everything_happens_inside_the_session_on_the_versions_own_threads(
         threads.add(threading.current_thread().name)
 
     class Watching(Handler):
-        def load(self, model: Model) -> None:
-            super().load(model)
+        def load(self, model: Model, directory: Path) -> None:
+            super().load(model, directory)
             note()
 
         def preprocess(self, request: Request) -> Any:

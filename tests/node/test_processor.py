@@ -67,7 +67,7 @@ def ask(model: Model, payload: Payload, form: Form, source: str, *, options: Any
     module.__file__ = "processor.py"
     exec(source, vars(module))
     handler = Processor(Processor.Options(**(options or {})), module)
-    handler.load(model)
+    handler.load(model, Path())
     request = Request(payload=payload, form=form, tags=tags)
     return handler.postprocess(handler.run_model(model, handler.preprocess(request), request), request)
 

@@ -535,7 +535,7 @@ def test_handler_that_cannot_load_closes_the_model(tmp_path: Path) -> None:
     class Needy(Handler):
         name = "needy"
 
-        def load(self, model: Model) -> None:
+        def load(self, model: Model, directory: Path) -> None:
             raise LookupError("no vocabulary")
 
     FakeBackend.write(tmp_path / "m" / "1")
