@@ -75,7 +75,7 @@ def _goal(rows: dict[str, dict[str, gateway.Row]], size: str, system: str, most:
 def _machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    h2load = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+    h2load = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": models[0] if models else platform.machine(),

@@ -112,20 +112,29 @@ class GrpcioServer(Server):
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
     def __init__(self, methods: Methods) -> None:
+        # Reading a context's metadata costs 3 % of a gateway's request, and nearly always there is none.
+        self._without_metadata = {
+            path: grpc.unary_unary_rpc_method_handler(_unary(path, handler, metadata=False))
+            for path, handler in methods.unary.items()
+        }
         self._handlers = {
-            path: grpc.unary_unary_rpc_method_handler(_unary(path, handler)) for path, handler in methods.unary.items()
+            path: grpc.unary_unary_rpc_method_handler(_unary(path, handler, metadata=True))
+            for path, handler in methods.unary.items()
         } | {
             path: grpc.stream_stream_rpc_method_handler(_streaming(path, handler))
             for path, handler in methods.streaming.items()
         }
 
     def service(self, details: Any) -> Any:
+        metadata = details.invocation_metadata
+        if len(metadata) == 1 and metadata[0][0] == "user-agent" and details.method in self._without_metadata:
+            return self._without_metadata[details.method]
         return self._handlers.get(details.method)
 
 
-def _unary(method: str, handler: UnaryHandler) -> Any:
+def _unary(method: str, handler: UnaryHandler, *, metadata: bool) -> Any:
     async def answer(request: bytes, context: Any) -> bytes:
-        call = _call(method, request, context)
+        call = _call(method, request, context, metadata=metadata)
         try:
             response = await handler(call)
         except InferenceError as error:
@@ -139,7 +148,7 @@ def _unary(method: str, handler: UnaryHandler) -> Any:
 
 def _streaming(method: str, handler: StreamHandler) -> Any:
     async def answer(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        call = _call(method, b"", context)
+        call = _call(method, b"", context, metadata=True)
         try:
             async for response in handler(call, requests):
                 yield response
@@ -151,12 +160,12 @@ def _streaming(method: str, handler: StreamHandler) -> Any:
     return answer
 
 
-def _call(method: str, request: bytes, context: Any) -> Call:
+def _call(method: str, request: bytes, context: Any, *, metadata: bool) -> Call:
     remaining = context.time_remaining()
     return Call(
         method=method,
         request=request,
-        metadata=_callers_own(context.invocation_metadata()),
+        metadata=_callers_own(context.invocation_metadata()) if metadata else (),
         deadline=None if remaining is None else time.monotonic() + remaining,
     )
 

@@ -91,7 +91,8 @@ class Forwarder:
                     call.trailers.extend(outgoing.trailers)
                     raise
             else:
-                call.trailers.extend(outgoing.trailers)
+                if outgoing.trailers:
+                    call.trailers.extend(outgoing.trailers)
                 return answer
 
     async def metadata(self, call: Call) -> bytes:
@@ -121,8 +122,6 @@ class Forwarder:
             answer = await node.endpoint.connection.call(outgoing)
             if not well_formed(answer):
                 raise NodeFailed(f"the answer is no {protocol.name} message")
-        except asyncio.CancelledError:
-            raise
         except InferenceError as error:
             raised = self._judged(node, error, outgoing, client_deadline)
             outcome = _OUTCOMES.get(raised.blame, Outcome.NEUTRAL)
