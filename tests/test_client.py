@@ -1,0 +1,128 @@
+"""The client, against a server that answers with what it was sent."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dl_inference_core.client import AsyncClient, Client, build
+from dl_inference_core.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    InferenceError,
+    ModelNotFound,
+    NodeUnreachable,
+    Overloaded,
+)
+from dl_inference_core.grpcio_transport import GrpcioTransport
+from dl_inference_core.tensors import Response
+from dl_inference_core.transport import Call, Limits, Methods, Server
+from dl_inference_core.wire.protocol import PROTOCOLS
+
+TENSORS = {"x": np.arange(6, dtype=np.int64).reshape(2, 3), "y": np.array([True, False])}
+PAYLOADS: list[tuple[str, Any]] = [
+    ("openinference", TENSORS),
+    ("tfserving", TENSORS),
+    ("seldon", np.array([[1.5, 2.5]])),
+    ("seldon", np.array([[b"a", b"b"]], dtype=object)),
+    ("seldon", b"\x00\xff"),
+    ("seldon", "text"),
+    ("seldon", {"a": [1.0, None], "b": {"c": True}}),
+]
+
+
+class Echo:
+    """Answers in each protocol with the request's payload; `raises` or `waits` instead, where set."""
+
+    def __init__(self) -> None:
+        self.raises: InferenceError | None = None
+        self.waits = False
+        self.calls: list[Call] = []
+
+    def methods(self) -> Methods:
+        def handler(codec: Any) -> Any:
+            async def answer(call: Call) -> bytes:
+                self.calls.append(call)
+                if self.raises is not None:
+                    raise self.raises
+                if self.waits:
+                    await asyncio.Event().wait()
+                request = codec.decode_request(call.request)
+                return codec.encode_response(Response(payload=request.payload, tags=request.tags), request)
+
+            return answer
+
+        return Methods(unary={protocol.node_method: handler(protocol.codec) for protocol in PROTOCOLS.values()})
+
+    async def serve(self) -> tuple[Server, str]:
+        transport = GrpcioTransport(GrpcioTransport.Options())
+        server = await transport.serve(self.methods(), ("127.0.0.1:0",), Limits())
+        return server, f"127.0.0.1:{server.ports[0]}"
+
+
+@pytest.mark.parametrize(("protocol", "payload"), PAYLOADS)
+@pytest.mark.parametrize("blocking", [True, False])
+async def test_what_goes_out_comes_back(protocol: str, payload: Any, blocking: bool) -> None:
+    server, address = await Echo().serve()
+    if blocking:
+        with Client(address) as client:
+            response = await asyncio.to_thread(client.predict, "m", payload, protocol=protocol)
+    else:
+        async with AsyncClient(address) as async_client:
+            response = await async_client.predict("m", payload, protocol=protocol)
+    np.testing.assert_equal(response.payload, payload)
+    await server.drain(1)
+
+
+async def test_tags_metadata_and_the_task_go_along() -> None:
+    echo = Echo()
+    server, address = await echo.serve()
+    async with AsyncClient(address) as client:
+        response = await client.predict(69, b"x", tags={"user": "u"}, metadata=(("x-request-id", "7"),))
+    assert response.tags == {"user": "u", "taskId": 69.0}
+    assert ("x-request-id", "7") in echo.calls[0].metadata
+    await server.drain(1)
+
+
+@pytest.mark.parametrize("error", [BadRequest("no"), ModelNotFound("none"), Overloaded("full")])
+async def test_a_status_becomes_an_exception(error: InferenceError) -> None:
+    echo = Echo()
+    echo.raises = error
+    server, address = await echo.serve()
+    with Client(address) as client, pytest.raises(InferenceError, match=str(error)) as caught:
+        await asyncio.to_thread(client.predict, "m", b"x")
+    assert caught.value.code is error.code
+    async with AsyncClient(address) as async_client:
+        with pytest.raises(type(caught.value), match=str(error)):
+            await async_client.predict("m", b"x")
+    await server.drain(1)
+
+
+async def test_a_deadline_is_kept_and_passed_on() -> None:
+    echo = Echo()
+    echo.waits = True
+    server, address = await echo.serve()
+    with Client(address, timeout_s=0.2) as client, pytest.raises(DeadlineExceeded):
+        await asyncio.to_thread(client.predict, "m", b"x")
+    async with AsyncClient(address) as async_client:
+        with pytest.raises(DeadlineExceeded):
+            await async_client.predict("m", b"x", timeout_s=0.2)
+    assert all(call.deadline is not None for call in echo.calls)
+    await server.drain(1)
+
+
+async def test_nobody_there_is_an_exception_too() -> None:
+    server, address = await Echo().serve()
+    await server.drain(0)
+    with Client(address) as client, pytest.raises(NodeUnreachable):
+        await asyncio.to_thread(client.predict, "m", b"x")
+
+
+def test_what_a_protocol_cannot_hold_is_said_before_anything_is_sent() -> None:
+    with pytest.raises(BadRequest, match="there is no protocol"):
+        build("m", b"x", protocol="rest")
+    with pytest.raises(BadRequest, match="tfserving cannot hold"):
+        build("m", {"x": [1, None]}, protocol="tfserving")
