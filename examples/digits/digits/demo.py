@@ -81,6 +81,9 @@ class Server:
         except TimeoutError:
             process.kill()
             raise Failed(f"serve {' '.join(arguments)} does not serve after a minute: {server.output}") from None
+        except asyncio.CancelledError:
+            process.kill()
+            raise
         return server
 
     async def _until_serving(self) -> None:
@@ -164,10 +167,17 @@ class Demo:
         gateway = None
         try:
             with self._bar("start", _NODES + 1) as advance:
-                starting = [asyncio.create_task(Server.start(*self._node_arguments)) for _ in range(_NODES)]
-                for start in starting:
-                    nodes.append(await start)
+
+                async def start_node() -> None:
+                    nodes.append(await Server.start(*self._node_arguments))
                     advance()
+
+                try:
+                    async with asyncio.TaskGroup() as group:
+                        for _ in range(_NODES):
+                            group.create_task(start_node())
+                except* Failed as failures:
+                    raise failures.exceptions[0] from None
                 addresses = ", ".join(f'"{node.address}"' for node in nodes)
                 self._config.write_text(
                     "port = 0\nmetrics_port = 0\n[[routes]]\n"
