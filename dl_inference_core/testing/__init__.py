@@ -1,7 +1,36 @@
 """For plugin authors: a conformance suite per kind of plugin, and fakes of what a plugin is given.
 
-A suite is a class of pytest tests: subclass it in a test file, as its docstring shows, and the tests run against
-your class.
+A suite is a class of pytest tests: subclass it in a test file, and the tests run against your class. Its docstring and
+attributes say what else it can be told.
+
+A balancing strategy::
+
+    class TestFewestInFlight(BalancerConformance):
+        balancer_class = FewestInFlight
+        weighs = True
+
+A backend, with a model whose answers are known::
+
+    class TestTorch(BackendConformance):
+        backend_class = TorchBackend
+        inputs = {"x": np.ones((2, 3), np.float32)}
+        outputs = {"y": np.full((2, 3), 2, np.float32)}
+
+        @pytest.fixture
+        def directory(self, tmp_path):
+            return write_a_model_that_doubles(tmp_path / "model")
+
+A handler, with requests and what answers them; the model is a `FakeModel` unless the fixture `model` gives another::
+
+    class TestSentiment(HandlerConformance):
+        handler_class = Sentiment
+        samples = [(Request(payload="good", form=Form.TEXT), {"score": np.array([0.9], np.float32)})]
+        rejected = [Request(payload=b"\\x00", form=Form.BYTES)]
+
+A transport::
+
+    class TestGrpcioTransport(TransportConformance):
+        transport_class = GrpcioTransport
 """
 
 from __future__ import annotations
@@ -10,7 +39,8 @@ import pytest
 
 # Before they are imported, so that a failed assertion shows its values.
 pytest.register_assert_rewrite(
-    *(f"dl_inference_core.testing.{name}" for name in ("plugin", "balancer", "backend", "handler", "transport"))
+    *(f"dl_inference_core.testing.{name}" for name in ("plugin", "fakes", "balancer", "backend", "handler")),
+    *(f"dl_inference_core.testing.{name}" for name in ("loopback", "transport_servers", "transport")),
 )
 
 from dl_inference_core.testing.backend import BackendConformance  # noqa: E402

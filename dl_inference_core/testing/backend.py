@@ -15,9 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from dl_inference_core.errors import (
-    ModelError,
-)
+from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Backend, Model, Signature
 from dl_inference_core.tensors import Tensors, as_json
 from dl_inference_core.testing.plugin import PluginConformance, assert_equal

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from dl_inference_core.config import PluginOptions
-from dl_inference_core.errors import (
-    ModelError,
-)
+from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Backend, Model, Signature, TensorSpec
 from dl_inference_core.tensors import Tensor
 

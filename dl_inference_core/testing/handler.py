@@ -10,9 +10,7 @@ from typing import ClassVar
 
 import pytest
 
-from dl_inference_core.errors import (
-    BadRequest,
-)
+from dl_inference_core.errors import BadRequest
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.tensors import Payload, Request, as_json, as_tensors

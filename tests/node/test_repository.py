@@ -536,7 +536,7 @@ def test_handler_that_cannot_load_closes_the_model(tmp_path: Path) -> None:
         name = "needy"
 
         def load(self, model: Model, directory: Path) -> None:
-            raise LookupError("no vocabulary")
+            raise LookupError(f"no vocabulary in {directory}")
 
     FakeBackend.write(tmp_path / "m" / "1")
     toml(tmp_path / "m", 'handler = "needy"')
@@ -544,7 +544,7 @@ def test_handler_that_cannot_load_closes_the_model(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with serving(tmp_path, backend, {"needy": Needy}) as repository:
-            assert "LookupError: no vocabulary" in repository.models["m"].versions[1].error
+            assert f"LookupError: no vocabulary in {tmp_path / 'm' / '1'}" in repository.models["m"].versions[1].error
             assert backend.models[0].closed
 
     asyncio.run(main())

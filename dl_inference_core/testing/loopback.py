@@ -1,0 +1,231 @@
+"""What the suite for transports stands on: servers and connections on the loopback interface, and their handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+
+import grpc.aio
+import pytest
+
+from dl_inference_core.errors import InferenceError
+from dl_inference_core.testing.plugin import PluginConformance
+from dl_inference_core.transport import (
+    Call,
+    Connection,
+    Limits,
+    Methods,
+    Server,
+    StreamHandler,
+    Transport,
+    UnaryHandler,
+)
+
+ECHO = "/conformance.Test/Echo"
+HOLD = "/conformance.Test/Hold"
+WARM = "/conformance.Test/Warm"
+LOOPBACK = ("127.0.0.1:0",)
+
+SelfT = TypeVar("SelfT", bound="LoopbackConformance")
+P = ParamSpec("P")
+
+
+def asynchronous(
+    test: Callable[Concatenate[SelfT, P], Coroutine[Any, Any, None]],
+) -> Callable[Concatenate[SelfT, P], None]:
+    """A test that is a coroutine, run by the suite's `run`."""
+
+    @functools.wraps(test)
+    def run(self: SelfT, /, *args: P.args, **kwargs: P.kwargs) -> None:
+        self.run(test(self, *args, **kwargs))
+
+    return run
+
+
+class LoopbackConformance(PluginConformance):
+    """Makes the transport, and runs tests that are coroutines."""
+
+    transport_class: ClassVar[type[Transport]]
+    prompt_s: ClassVar[float] = 1.0
+    """How many seconds something may take that is to happen at once."""
+
+    @pytest.fixture
+    def transport(self) -> Transport:
+        return self.transport_class(self.transport_class.Options(**self.options))
+
+    def run(self, test: Coroutine[Any, Any, None]) -> None:
+        """Runs one test on an event loop of its own, for at most a minute. Override it if the loop must be another."""
+
+        async def bounded() -> None:
+            async with asyncio.timeout(60):
+                await test
+
+        with asyncio.Runner() as runner:
+            runner.run(bounded())
+
+
+async def echo(call: Call) -> bytes:
+    return call.request
+
+
+class Recorder:
+    """A handler that answers with the request, and keeps its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+    async def __call__(self, call: Call) -> bytes:
+        self.calls.append(call)
+        return call.request
+
+
+class Hold:
+    """A handler, of either kind, that holds its calls until told, and notes how they ended."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+        self.cancelled = asyncio.Event()
+
+    async def __call__(self, call: Call) -> bytes:
+        self.entered.set()
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        return call.request
+
+    async def was_entered(self) -> None:
+        async with asyncio.timeout(10):
+            await self.entered.wait()
+
+    async def was_cancelled(self, within_s: float) -> None:
+        async with asyncio.timeout(within_s):
+            await self.cancelled.wait()
+
+    async def stream(self, call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        yield b"first"
+        yield await self(call)
+
+
+@asynccontextmanager
+async def serving(
+    transport: Transport,
+    unary: Mapping[str, UnaryHandler] | None = None,
+    streaming: Mapping[str, StreamHandler] | None = None,
+    limits: Limits | None = None,
+) -> AsyncIterator[str]:
+    """A server on the loopback interface, on which `warm` works too: its address."""
+    methods = Methods(unary={**(unary or {}), WARM: echo}, streaming=streaming or {})
+    server = await transport.serve(methods, LOOPBACK, limits or Limits())
+    assert isinstance(server, Server)
+    try:
+        yield f"127.0.0.1:{server.ports[0]}"
+    finally:
+        await server.drain(0)
+
+
+@asynccontextmanager
+async def connected(transport: Transport, address: str, limits: Limits | None = None) -> AsyncIterator[Connection]:
+    connection = transport.connect(address, limits or Limits())
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def pair(
+    transport: Transport,
+    handler: UnaryHandler,
+    server_limits: Limits | None = None,
+    client_limits: Limits | None = None,
+) -> AsyncIterator[Connection]:
+    """A connection to a server whose methods ECHO and HOLD are `handler`."""
+    methods = {ECHO: handler, HOLD: handler}
+    async with (
+        serving(transport, methods, limits=server_limits) as address,
+        connected(transport, address, client_limits) as connection,
+    ):
+        yield connection
+
+
+@asynccontextmanager
+async def official(address: str, **options: Any) -> AsyncIterator[Any]:
+    """A channel of the grpcio package's own."""
+    async with grpc.aio.insecure_channel(
+        address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)], **options
+    ) as channel:
+        yield channel
+
+
+@asynccontextmanager
+async def peer(answer: bytes | None) -> AsyncIterator[str]:
+    """The address of a TCP server that answers so to whatever comes, and hangs up; None never answers."""
+    done = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if answer is None:
+            await done.wait()
+        else:
+            await reader.read(100)
+            writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        done.set()
+        server.close()
+
+
+def by_key(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[str, str | bytes]]:
+    """In the order of the keys, equal ones as they stood: gRPC promises no order between different keys."""
+    return sorted(((key, value) for key, value in metadata), key=lambda item: item[0])
+
+
+async def error_of(call: Coroutine[Any, Any, bytes]) -> InferenceError:
+    with pytest.raises(InferenceError) as error:
+        await call
+    return error.value
+
+
+async def warm(connection: Connection) -> None:
+    """A call there and back, so that the connection stands."""
+    assert await connection.call(Call(method=WARM, request=b"warm")) == b"warm"
+
+
+async def refusal(connection: Connection, within_s: float) -> InferenceError:
+    """The error of the first call that is not answered any more."""
+    async with asyncio.timeout(within_s):
+        while True:
+            try:
+                await connection.call(Call(method=ECHO, request=b""))
+            except InferenceError as error:
+                return error
+
+
+async def reached(connection: Connection, within_s: float) -> None:
+    """Calls until one is answered."""
+    async with asyncio.timeout(within_s):
+        while True:
+            try:
+                await connection.call(Call(method=ECHO, request=b""))
+            except InferenceError:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
