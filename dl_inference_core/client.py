@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 from dl_inference_core.errors import BadRequest, Code, from_status
-from dl_inference_core.grpcio_transport import GrpcioTransport
+from dl_inference_core.grpcio_transport import GrpcioTransport, size_options
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.transport import Call, Limits, Metadata
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
@@ -84,12 +84,7 @@ class Client:
         """
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", message_bytes),
-                ("grpc.max_send_message_length", message_bytes),
-                ("grpc.enable_http_proxy", 0),
-            ],
+            address, options=[*size_options(Limits(message_bytes=message_bytes)), ("grpc.enable_http_proxy", 0)]
         )
 
     def predict(

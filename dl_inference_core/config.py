@@ -84,9 +84,8 @@ class RouteConfig(_Section):
     def _check(self) -> RouteConfig:
         if not self.name and self.task_id is None:
             raise ValueError("a route needs a name or a task_id")
-        addresses = [node.address for node in self.nodes]
-        twice = {address for address in addresses if addresses.count(address) > 1}
-        if twice:
+        counts = Counter(node.address for node in self.nodes)
+        if twice := [address for address, count in counts.items() if count > 1]:
             raise ValueError(f"node {min(twice)} stands twice")
         return self
 

@@ -57,7 +57,7 @@ class GrpcioTransport(Transport):
     async def serve(
         self, methods: Methods, addresses: tuple[str, ...], limits: Limits, *, share_port: bool = False
     ) -> Server:
-        server = grpc.aio.server(options=[*_size_options(limits), ("grpc.so_reuseport", int(share_port))])
+        server = grpc.aio.server(options=[*size_options(limits), ("grpc.so_reuseport", int(share_port))])
         server.add_generic_rpc_handlers((_Handlers(methods),))
         ports = []
         for address in addresses:
@@ -77,7 +77,7 @@ class GrpcioTransport(Transport):
         channel = grpc.aio.insecure_channel(
             address,
             options=[
-                *_size_options(limits),
+                *size_options(limits),
                 ("grpc.initial_reconnect_backoff_ms", self.options.reconnect_ms),
                 ("grpc.max_reconnect_backoff_ms", 2 * self.options.reconnect_ms),
                 # Despite its name, the time that grpc gives one attempt to connect.
@@ -92,7 +92,8 @@ class GrpcioTransport(Transport):
         return GrpcioConnection(channel)
 
 
-def _size_options(limits: Limits) -> list[tuple[str, int]]:
+def size_options(limits: Limits) -> list[tuple[str, int]]:
+    """What gRPC calls the limits of a channel or server."""
     return [
         ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", limits.message_bytes),

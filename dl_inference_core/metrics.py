@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -34,14 +32,15 @@ class Metrics:
             registry=self._registry,
         )
         # labels() costs more than all the rest of a request's accounting.
-        self._children: dict[tuple[str, ...], Any] = {}
+        self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
+        self._of_attempts: dict[tuple[str, str, str], Counter] = {}
 
     def request(self, protocol: str, upstream: str, code: str, seconds: float) -> None:
         """A request was answered; `upstream` is "" where the routing key named none."""
         key = (protocol, upstream, code)
-        children = self._children.get(key)
+        children = self._of_requests.get(key)
         if children is None:
-            children = self._children[key] = (
+            children = self._of_requests[key] = (
                 self._requests.labels(*key),
                 self._seconds.labels(protocol, upstream),
             )
@@ -51,10 +50,10 @@ class Metrics:
 
     def attempt(self, route: str, node: str, outcome: str) -> None:
         """An attempt at a node ended."""
-        key = (route, node, outcome, "")
-        counter = self._children.get(key)
+        key = (route, node, outcome)
+        counter = self._of_attempts.get(key)
         if counter is None:
-            counter = self._children[key] = self._attempts.labels(route, node, outcome)
+            counter = self._of_attempts[key] = self._attempts.labels(*key)
         counter.inc()
 
     def serve(self, host: str, port: int) -> int:

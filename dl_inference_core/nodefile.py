@@ -104,7 +104,7 @@ class Watched:
         """Args:
         patience: how many looks a file whose last line has no end must stay the same; others must for one.
         """
-        self._path = path
+        self.path = path
         self._patience = patience
         self._seen: bytes | None = None
         self._same_for = 0
@@ -121,7 +121,7 @@ class Watched:
         try:
             self._taken = self._seen = self._content()
         except OSError as error:
-            raise ConfigError(f"{self._path}: {error.strerror or error}") from error
+            raise ConfigError(f"{self.path}: {error.strerror or error}") from error
         return self._taken
 
     def look(self) -> bytes | None:
@@ -130,7 +130,7 @@ class Watched:
         try:
             content = self._content()
         except OSError as error:
-            self.complaint = f"{self._path}: {error.strerror or error}"
+            self.complaint = f"{self.path}: {error.strerror or error}"
             self._seen = None
             return None
         self.complaint = ""
@@ -144,5 +144,5 @@ class Watched:
         return content
 
     def _content(self) -> bytes:
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             return file.read(_LARGEST + 1)

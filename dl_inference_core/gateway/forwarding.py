@@ -80,13 +80,12 @@ class Forwarder:
                 answer = await self._attempt(node, outgoing, call.deadline, protocol)
             except InferenceError as error:
                 start = time.monotonic()
-                nodes = self._others(tried)
                 if (
                     not error.another_node
-                    or not nodes
                     or len(tried) >= config.attempts
                     or start >= end
                     or (isinstance(error, NodeFailed) and not config.retry_failed)
+                    or not (nodes := self._others(tried))
                 ):
                     call.trailers.extend(outgoing.trailers)
                     raise

@@ -47,7 +47,6 @@ class Gateway:
         balancer: makes a route's strategy; raises PluginError or ConfigError.
         """
         self._config = config
-        self._config_path = config_file
         self._poll_s = config.gateway.poll_interval_ms / 1000
         patience = math.ceil(_PATIENCE_S / self._poll_s)
         self._config_file: nodefile.Watched | None = None
@@ -76,14 +75,14 @@ class Gateway:
         Raises:
             ConfigError, PluginError: the routes cannot be built.
         """
-        if self._config_file is not None and self._config_path is not None:
-            self._written = configs.parse(self._config_file.read(), self._config_path)
+        if self._config_file is not None:
+            self._written = configs.parse(self._config_file.read(), self._config_file.path)
             self._config = self._config.model_copy(update={"routes": self._written.routes})
         if self._nodefile is not None:
             parsed = nodefile.parse(self._nodefile.read())
             if parsed.problems and not parsed.routes:
-                raise ConfigError(f"{self._config.gateway.nodefile}: {'; '.join(parsed.problems[:3])}")
-            self._take_nodefile(parsed)
+                raise ConfigError(f"{self._nodefile.path}: {'; '.join(parsed.problems[:3])}")
+            self._take_nodefile(parsed, self._nodefile.path)
         self._apply(self._wanted(self._config.routes, self._from_nodefile))
         await self._endpoints.probe_all()
         if self._config_file is not None or self._nodefile is not None:
@@ -170,20 +169,19 @@ class Gateway:
 
     async def _look(self) -> None:
         if self._nodefile is not None and (content := await self._content(self._nodefile, "node file")) is not None:
-            self._take_nodefile(await asyncio.to_thread(nodefile.parse, content))
+            self._take_nodefile(await asyncio.to_thread(nodefile.parse, content), self._nodefile.path)
             self._apply(self._wanted(self._config.routes, self._from_nodefile))
         if self._config_file is not None and (content := await self._content(self._config_file, "config")) is not None:
-            self._take_config(content)
+            self._take_config(content, self._config_file.path)
 
     async def _content(self, file: nodefile.Watched, what: str) -> bytes | None:
         content = await asyncio.to_thread(file.look)
         self._complain(f"{what} unreadable", file.complaint and f"{file.complaint}; the routes stay as they are")
         return content
 
-    def _take_config(self, content: bytes) -> None:
-        assert self._config_path is not None
+    def _take_config(self, content: bytes, path: Path) -> None:
         try:
-            written = configs.parse(content, self._config_path)
+            written = configs.parse(content, path)
             self._apply(self._wanted(written.routes, self._from_nodefile))
         except InferenceError as error:
             self._complain("config", f"reload failed, the routes stay as they are: {error}")
@@ -191,15 +189,15 @@ class Gateway:
         self._complain("config", "")
         changed = [name for name in configs.differences(self._written, written) if name != "routes"]
         what = ", ".join(changed)
-        self._complain("restart", what and f"{self._config_path}: {what}: changes take effect at the next start")
+        self._complain("restart", what and f"{path}: {what}: changes take effect at the next start")
         # What the command line said, and what only a start can change, stays.
         self._config = self._config.model_copy(update={"routes": written.routes})
 
-    def _take_nodefile(self, parsed: nodefile.NodeFile) -> None:
+    def _take_nodefile(self, parsed: nodefile.NodeFile, path: Path) -> None:
         self._from_nodefile = parsed.onto(self._from_nodefile)
         shown = "; ".join(parsed.problems[:5])
         more = f"; and {len(parsed.problems) - 5} more" if len(parsed.problems) > 5 else ""
-        self._complain("node file", shown and f"{self._config.gateway.nodefile}: {shown}{more}")
+        self._complain("node file", shown and f"{path}: {shown}{more}")
 
     def _complain(self, about: str, message: str) -> None:
         """Log `message`, if any, unless it was the last word on that matter already."""

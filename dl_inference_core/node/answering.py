@@ -15,8 +15,6 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import numpy as np
-
 from dl_inference_core.errors import (
     DeadlineExceeded,
     HandlerFailed,
@@ -28,8 +26,8 @@ from dl_inference_core.node.backend import Model, Signature
 from dl_inference_core.node.handling import Handler, narrow
 from dl_inference_core.tensors import Request, Response
 from dl_inference_core.transport import Call
-from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, Protocol
+from dl_inference_core.wire import openinference
+from dl_inference_core.wire.protocol import Protocol
 
 T = TypeVar("T")
 
@@ -298,18 +296,15 @@ class ServedModel:
             ModelNotFound, ModelNotReady: as `answer`.
         """
         # Name and version stand where they stand in a ModelInferRequest.
-        loaded = self._pick(METADATA.codec.decode_request(call.request).version).loaded
-        message = messages.ModelMetadataResponse(
-            name=self.name, versions=map(str, sorted(self._loaded)), platform=loaded.platform
+        loaded = self._pick(openinference.decode_request(call.request).version).loaded
+        signature = loaded.model.signature
+        return openinference.encode_metadata(
+            self.name,
+            sorted(self._loaded),
+            loaded.platform,
+            inputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.inputs],
+            outputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.outputs],
         )
-        for specs, tensors in (
-            (loaded.model.signature.inputs, message.inputs),
-            (loaded.model.signature.outputs, message.outputs),
-        ):
-            for spec in specs:
-                shape = (-1 if size is None else size for size in spec.shape or ())
-                tensors.add(name=spec.name, datatype=_datatype(spec.dtype), shape=shape)
-        return message.SerializeToString()  # type: ignore[no-any-return]
 
     def signature(self, version: int | None = None) -> Signature:
         """What that version, or the newest, takes and gives.
@@ -344,14 +339,3 @@ class ServedModel:
             ", ".join(f"version {number} is {status.state.value}" for number, status in sorted(self.versions.items()))
             or "it has no versions"
         )
-
-
-def _datatype(dtype: np.dtype[Any] | None) -> str:
-    """The Open Inference Protocol's name of `dtype`; "" where it has none."""
-    if dtype is None:
-        return ""
-    if dtype.name == "bfloat16":
-        return "BF16"
-    kinds = {"b": "BOOL", "O": "BYTES", "i": "INT", "u": "UINT", "f": "FP"}
-    name = kinds.get(dtype.kind, "")
-    return f"{name}{8 * dtype.itemsize}" if dtype.kind in "iuf" else name

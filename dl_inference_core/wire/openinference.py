@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from dl_inference_core.wire.arrays import (
     reshape,
     take,
 )
+
+Described: TypeAlias = tuple[str, np.dtype[Any] | None, tuple[int | None, ...] | None]
+"""A tensor's name, dtype and shape, as far as they are known."""
 
 # Each datatype, and the list in which it travels with the dtype of that list's numbers.
 _DATATYPES: dict[str, tuple[np.dtype[Any], str, np.dtype[Any]]] = {
@@ -99,6 +102,18 @@ def encode_request(request: Request) -> bytes:
     tensors = {str(name): as_tensor(value) for name, value in request.payload.items()}
     raw = request.form is Form.TENSORS_RAW
     _encode_tensors(tensors, message.inputs, message.raw_input_contents, raw=raw)
+    return message.SerializeToString()  # type: ignore[no-any-return]
+
+
+def encode_metadata(
+    name: str, versions: Iterable[int], platform: str, *, inputs: Iterable[Described], outputs: Iterable[Described]
+) -> bytes:
+    """A ModelMetadataResponse; "" is a datatype that is unknown or that the protocol lacks, -1 a free size."""
+    message = messages.ModelMetadataResponse(name=name, versions=map(str, versions), platform=platform)
+    for described, tensors in ((inputs, message.inputs), (outputs, message.outputs)):
+        for tensor, dtype, sizes in described:
+            shape = (-1 if size is None else size for size in sizes or ())
+            tensors.add(name=tensor, datatype="" if dtype is None else _NAMES.get(dtype, ""), shape=shape)
     return message.SerializeToString()  # type: ignore[no-any-return]
 
 

@@ -12,8 +12,8 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -304,22 +304,13 @@ class Demo:
                 await asyncio.sleep(seconds / 20)
                 advance()
 
-    def _bar(self, what: str, total: int | None) -> _Bar:
-        return _Bar(self._progress, what, total)
-
-
-class _Bar:
-    def __init__(self, progress: Progress, what: str, total: int | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task(what, total=total)
-        self._total = total
-
-    def __enter__(self) -> Callable[[], None]:
-        return lambda: self._progress.advance(self._task)
-
-    def __exit__(self, *_: object) -> None:
-        if self._total is None:
-            self._progress.update(self._task, total=1, completed=1)
+    @contextmanager
+    def _bar(self, what: str, total: int | None) -> Iterator[Callable[[], None]]:
+        """A progress bar, and what advances it; without a total it is full at the end."""
+        task = self._progress.add_task(what, total=total)
+        yield lambda: self._progress.advance(task)
+        if total is None:
+            self._progress.update(task, total=1, completed=1)
 
 
 async def _keep_asking(client: AsyncClient, held_out: training.HeldOut, load: Load) -> None:

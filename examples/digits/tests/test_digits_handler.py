@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from digits.handler import Digits, pixels
 from PIL import Image
 
 from dl_inference_core.errors import BadRequest
+from dl_inference_core.node.backend import Signature, TensorSpec
 from dl_inference_core.tensors import Form, Request
+from dl_inference_core.testing import FakeModel, HandlerConformance
 
 
 def png(image: Image.Image) -> bytes:
@@ -48,9 +51,34 @@ def test_scores_become_a_digit_and_a_confidence() -> None:
     np.testing.assert_allclose(answer["confidence"], [0.7, 0.5], rtol=1e-5)
 
 
-class TestOptions:
-    unknown: ClassVar[dict[str, Any]] = {"inverted": True}
+def test_an_unknown_option_is_an_error() -> None:
+    with pytest.raises(ValueError, match="inverted"):
+        Digits.Options.model_validate({"inverted": True})
 
-    def test_an_unknown_option_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="inverted"):
-            Digits.Options.model_validate(self.unknown)
+
+class Scores(FakeModel):
+    """A model that is sure of a 3, whatever it sees."""
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"scores": np.tile(np.where(np.arange(10) == 3, 0.0, -np.inf), (len(inputs["image"]), 1))}
+
+
+class TestDigits(HandlerConformance):
+    handler_class = Digits
+    samples = (
+        (Request(payload=png(Image.new("L", (8, 8))), form=Form.BYTES), {"digit": [3], "confidence": [1.0]}),
+        (
+            Request(payload={"image": np.zeros((2, 1, 8, 8), np.float32)}, form=Form.TENSORS),
+            {"digit": [3, 3], "confidence": [1.0, 1.0]},
+        ),
+    )
+    rejected = (
+        Request(payload=b"no picture", form=Form.BYTES),
+        Request(payload="text", form=Form.TEXT),
+        Request(payload={"picture": np.zeros((1, 1, 8, 8), np.float32)}, form=Form.TENSORS),
+    )
+
+    @pytest.fixture
+    def model(self) -> FakeModel:
+        image = TensorSpec(name="image", dtype=np.dtype(np.float32), shape=(None, 1, 8, 8))
+        return Scores(signature=Signature(inputs=(image,)))

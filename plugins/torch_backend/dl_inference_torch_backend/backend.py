@@ -132,8 +132,7 @@ def _file(directory: Path, options: TorchBackend.ModelOptions) -> Path:
 
 
 def _check_digest(path: Path, content: bytes, options: TorchBackend.ModelOptions) -> None:
-    digest = hashlib.sha256(content).hexdigest()
-    if options.sha256 and digest not in options.sha256:
+    if options.sha256 and (digest := hashlib.sha256(content).hexdigest()) not in options.sha256:
         raise ModelError(
             f"{path} has the SHA-256 {digest}, which is not in `sha256` under [options] in model.toml; "
             f'if you trust the file, put `sha256 = ["{digest}"]` there'

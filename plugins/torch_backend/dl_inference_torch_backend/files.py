@@ -59,7 +59,7 @@ def load_exported(path: Path, content: bytes, *, trusted: bool) -> torch.export.
         ModelError: it holds pickled objects or compiled code and is not `trusted`, or it holds no program.
     """
     if not trusted and (record := _unsafe_record(content)) is not None:
-        raise ModelError(f"{path} is refused: it holds {record}, which could run any code; {_pin(content)}")
+        raise ModelError(f"{path} is refused: it holds {record}, which could run any code; {pin(content)}")
     programs = load_pt2(io.BytesIO(content)).exported_programs
     if len(programs) != 1:
         raise ModelError(f"{path} holds {len(programs)} exported programs; expected one")
@@ -108,7 +108,7 @@ def unpickle(path: Path, content: bytes, classes: Sequence[str], *, trusted: boo
             # torch's own words advise `weights_only=False`: they are of use only where ours say too little.
             raise ModelError(
                 f"{path} is a whole pickle, which could run any code, and is refused: it holds {held}; "
-                f"{_pin(content)}, or only the classes that you trust in `allow_classes`"
+                f"{pin(content)}, or only the classes that you trust in `allow_classes`"
             ) from (None if names else error)
 
 
@@ -128,6 +128,7 @@ def _refused(content: bytes) -> str:
         return ""
 
 
-def _pin(content: bytes) -> str:
+def pin(content: bytes) -> str:
+    """How an operator says that a file is trusted."""
     digest = hashlib.sha256(content).hexdigest()
     return f'if you trust the file, put `sha256 = ["{digest}"]` under [options] in model.toml'
