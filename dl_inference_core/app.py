@@ -7,10 +7,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dl_inference_core import admin
 from dl_inference_core.config import Config, RouteConfig
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.gateway.balancing import Balancer
 from dl_inference_core.gateway.reloading import Gateway
+from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Introspection, Readiness
 from dl_inference_core.listener import Listener
 from dl_inference_core.metrics import Metrics
@@ -41,7 +43,6 @@ class App:
         self._config = config
         self._plugins = plugins
         self.metrics = Metrics()
-        self.metrics_port: int | None = None
         self.transport: Transport = plugins.make(
             Kind.TRANSPORTS, config.transport, config.transport_options, "transport"
         )
@@ -62,6 +63,7 @@ class App:
             raise ConfigError("nothing to serve: give a folder of models, or routes, or a node file")
         self._readiness = Readiness()
         self._server: Server | None = None
+        self._http_server: HttpServer | None = None
 
     def _build_repository(self, directory: Path) -> Repository:
         from dl_inference_core.node.repository import Repository
@@ -86,6 +88,11 @@ class App:
             Kind.BALANCERS, name, route.balancer_options, f"route {route.key}: balancer"
         )
         return balancer
+
+    @property
+    def http_port(self) -> int | None:
+        """The port of its own that HTTP is answered on; None is none."""
+        return None if self._http_server is None else self._http_server.port
 
     async def load(self) -> None:
         """Load the models and build the routes, without serving.
@@ -128,7 +135,7 @@ class App:
         return rows
 
     async def serve(self, *addresses: str, share_port: bool = False) -> tuple[int, ...]:
-        """Load, listen, and return the ports as soon as requests would succeed.
+        """Load, listen, and return the ports as soon as requests would succeed. HTTP is answered from the start.
 
         Args:
             addresses: "host:port"; by default the config's.
@@ -137,6 +144,12 @@ class App:
         Raises:
             ConfigError, PluginError: as `load`; or an address cannot be listened on.
         """
+        http = admin.app(self.metrics, self._readiness)
+        if self._config.http_port is not None:
+            try:
+                self._http_server = await HttpServer.start(http, self._config.host, self._config.http_port)
+            except OSError as error:
+                raise ConfigError(f"http_port {self._config.http_port}: {error.strerror or error}") from error
         await self.load()
         routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
         listener = Listener(routes, self.metrics)
@@ -146,12 +159,8 @@ class App:
             addresses or (f"{self._config.host}:{self._config.port}",),
             self._limits,
             share_port=share_port,
+            http=http,
         )
-        if self._config.metrics_port is not None:
-            try:
-                self.metrics_port = self.metrics.serve(self._config.host.strip("[]"), self._config.metrics_port)
-            except OSError as error:
-                raise ConfigError(f"metrics_port {self._config.metrics_port}: {error.strerror or error}") from error
         await self._until_ready(routes)
         self._readiness.serving = True
         return self._server.ports
@@ -175,6 +184,8 @@ class App:
             await self.gateway.close()
         if self.repository is not None:
             await self.repository.close()
+        if self._http_server is not None:
+            await self._http_server.close()
 
 
 def _inputs(signature: Signature) -> str:

@@ -66,7 +66,7 @@ def _sources(command: Callable[..., None]) -> Callable[..., None]:
 @_sources
 @click.option("--host", metavar="H", help="Listen on this address only.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="P", help="0 is any free one.  [default: 8500]")
-@click.option("--metrics-port", type=click.IntRange(0, 65535), metavar="P", help="Prometheus metrics by HTTP.")
+@click.option("--http-port", type=click.IntRange(0, 65535), metavar="P", help="Metrics and health by HTTP.")
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Processes that share the port.  [default: 1]"
 )
@@ -98,8 +98,8 @@ async def _supervise(config: Config) -> None:
 async def _work(config: Config, config_file: Path | None, index: int, port: int) -> None:
     """Serve as one worker of several: on the shared port, and on one of its own, by which it is known."""
     update: dict[str, Any] = {}
-    if config.metrics_port:
-        update["metrics_port"] = config.metrics_port + index
+    if config.http_port:
+        update["http_port"] = config.http_port + index
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -132,8 +132,8 @@ async def _serve(
             await asyncio.gather(starting, return_exceptions=True)
             return
         port = starting.result()[0]
-        if app.metrics_port is not None:
-            click.echo(f"metrics on http://{config.host}:{app.metrics_port}/metrics")
+        if app.http_port is not None:
+            click.echo(f"http on http://{config.host}:{app.http_port}")
         click.echo(f"serving on {config.host}:{port}")
         await waiting
     finally:

@@ -120,8 +120,9 @@ class Config(_Section):
     """the address to listen on; "0.0.0.0" or "[::]" for every interface"""
     port: int = Field(default=8500, ge=0, le=65535)
     """the port for every protocol; 0 is any free one"""
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """an HTTP port for Prometheus metrics, on the same host; none if left out"""
+    http_port: int | None = Field(default=None, ge=0, le=65535)
+    """an HTTP port for metrics and health on the same host, beside the gRPC port; none if left out; of several workers
+    each has its own, counted up from here"""
     workers: int = Field(default=1, ge=1, le=256)
     """processes that share the port, each with its own copy of the models"""
     transport: str = "grpcio"

@@ -21,6 +21,7 @@ from dl_inference_core.errors import (
 from dl_inference_core.transport import (
     Call,
     Connection,
+    HttpApp,
     Limits,
     Metadata,
     Methods,
@@ -55,7 +56,13 @@ class GrpcioTransport(Transport):
     options: Options
 
     async def serve(
-        self, methods: Methods, addresses: tuple[str, ...], limits: Limits, *, share_port: bool = False
+        self,
+        methods: Methods,
+        addresses: tuple[str, ...],
+        limits: Limits,
+        *,
+        share_port: bool = False,
+        http: HttpApp | None = None,
     ) -> Server:
         server = grpc.aio.server(options=[*size_options(limits), ("grpc.so_reuseport", int(share_port))])
         server.add_generic_rpc_handlers((_Handlers(methods),))

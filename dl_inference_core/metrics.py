@@ -1,8 +1,9 @@
-"""Every counter and histogram, one object, handed in. Served by prometheus-client on an HTTP port of its own."""
+"""Every counter and histogram, one object, handed in."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import choose_encoder
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
@@ -56,11 +57,8 @@ class Metrics:
             counter = self._of_attempts[key] = self._attempts.labels(*key)
         counter.inc()
 
-    def serve(self, host: str, port: int) -> int:
-        """Answer HTTP GETs with the metrics, on a daemon thread; returns the port.
-
-        Raises:
-            OSError: the address cannot be listened on.
-        """
-        server, _ = start_http_server(port, addr=host, registry=self._registry)
-        return int(server.server_port)
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """All of them in the format of Prometheus or OpenMetrics that an HTTP Accept header prefers; and its media
+        type."""
+        encode, media_type = choose_encoder(accept)
+        return encode(self._registry), media_type

@@ -7,9 +7,9 @@ trailers into these few types and back; `dl_inference_core.testing.TransportConf
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from dl_inference_core.config import PluginOptions
 
@@ -49,6 +49,17 @@ class Methods:
 
     unary: Mapping[str, UnaryHandler]
     streaming: Mapping[str, StreamHandler] = field(default_factory=dict)
+
+
+HttpApp: TypeAlias = Callable[
+    [
+        MutableMapping[str, Any],
+        Callable[[], Awaitable[MutableMapping[str, Any]]],
+        Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ],
+    Awaitable[None],
+]
+"""An ASGI application that answers HTTP requests; it is never asked about its lifespan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,17 +105,27 @@ class Transport(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[type[PluginOptions]] = PluginOptions
+    http_on_same_port: ClassVar[bool] = False
+    """Whether `serve` answers HTTP on the port of gRPC; else `http` is ignored."""
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
 
     @abstractmethod
     async def serve(
-        self, methods: Methods, addresses: tuple[str, ...], limits: Limits, *, share_port: bool = False
+        self,
+        methods: Methods,
+        addresses: tuple[str, ...],
+        limits: Limits,
+        *,
+        share_port: bool = False,
+        http: HttpApp | None = None,
     ) -> Server:
         """Listen on each of `addresses` ("host:port"; port 0 is any free one) and answer `methods`.
 
-        With `share_port`, other servers that say so too may listen on the same ports (SO_REUSEPORT).
+        Args:
+            share_port: other servers that say so too may listen on the same ports (SO_REUSEPORT).
+            http: answers what is no gRPC, where `http_on_same_port`.
 
         Raises:
             ConfigError: an address cannot be listened on.

@@ -34,7 +34,7 @@ nothing, and one warning says why. Any other change takes effect at the next sta
 EXAMPLE = """\
 host = "0.0.0.0"
 port = 8500
-metrics_port = 9500
+http_port = 9500
 workers = 1
 transport = "grpcio"
 transport_options = { reconnect_ms = 100 }

@@ -114,13 +114,13 @@ def test_a_port_in_use_is_a_config_error_with_one_process_and_with_several(tmp_p
         assert result.stdout == ""
 
 
-def test_a_metrics_port_in_use_is_a_config_error(tmp_path: Path, busy_port: int) -> None:
+def test_an_http_port_in_use_is_a_config_error(tmp_path: Path, busy_port: int) -> None:
     file = tmp_path / "nodefile.txt"
     file.write_text("1=5,127.0.0.1:1\n")
-    result = run("serve", "--nodes", file, "--port", "0", "--metrics-port", str(busy_port))
+    result = run("serve", "--nodes", file, "--port", "0", "--http-port", str(busy_port))
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: metrics_port {busy_port}: ")
+    assert line.startswith(f"error: http_port {busy_port}: ")
 
 
 @pytest.mark.parametrize(
@@ -266,12 +266,12 @@ async def test_it_says_where_it_serves_once_and_ends_on_sigterm(lab: Lab) -> Non
     node = await lab.node()
     nodefile = lab.folder / "nodefile.txt"
     nodefile.write_text(f"m=1000,{node.address}\n")
-    async with serving(lab.folder, "--nodes", nodefile, "--port", "0", "--metrics-port", "0") as served:
+    async with serving(lab.folder, "--nodes", nodefile, "--port", "0", "--http-port", "0") as served:
         await served.ready()
         assert served.address.startswith("127.0.0.1:")
         assert await served.call() == "a"
         assert await served.end() == 0
-        assert [line.partition(" on ")[0] for line in served.lines] == ["metrics", "serving"]
+        assert [line.partition(" on ")[0] for line in served.lines] == ["http", "serving"]
         assert served.log == ""
 
 
@@ -375,6 +375,26 @@ async def test_workers_share_the_port_and_have_addresses_of_their_own(lab: Lab) 
         assert set(await asyncio.gather(*calls)) == {"a"}
         assert await served.end() == 0
         assert not any(alive(pid) for pid in pids)
+
+
+async def test_each_worker_has_an_http_port_of_its_own(lab: Lab) -> None:
+    first = two_free_ports()
+    path = config(lab, await lab.node(), more=f"http_port = {first}\n")
+    async with serving(lab.folder, "--config", path, "--workers", "2") as served:
+        await served.ready()
+        said = [line for line in served.lines if " http on " in line]
+        assert sorted(said) == [f"worker {index}: http on http://127.0.0.1:{first + index}" for index in (0, 1)]
+        assert await served.end() == 0
+        assert served.log == ""
+
+
+def two_free_ports() -> int:
+    """The first of two that follow each other."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one, contextlib.suppress(OSError):
+            port: int = one.getsockname()[1]
+            socket.create_server(("127.0.0.1", port + 1)).close()
+            return port
 
 
 async def test_a_worker_that_is_killed_is_started_again(lab: Lab) -> None:

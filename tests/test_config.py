@@ -49,7 +49,7 @@ def test_a_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("prot = 1", 'unknown key "prot" (known: host, port, metrics_port, workers, transport,'),
+        ("prot = 1", 'unknown key "prot" (known: host, port, http_port, workers, transport,'),
         ("[gateway]\nnodes = 1", 'unknown key "gateway.nodes" (known: nodefile, poll_interval_ms)'),
         ("[models]\ndir = 1", 'unknown key "models.dir" (known: directory, poll_interval_ms)'),
         (ROUTE + "timeout = 1", 'unknown key "routes.0.timeout" (known: name, task_id, nodes, timeout_ms, attempts'),

@@ -16,9 +16,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
     ("tensors", "config"),
     ("nodefile", "hookspecs", "metrics", "wire", "transport"),
-    ("plugins", "routing", "grpcio_transport"),
+    ("plugins", "routing", "grpcio_transport", "http_server"),
     ("gateway", "node", "introspection"),
-    ("listener", "client", "builtins"),
+    ("listener", "client", "builtins", "admin"),
     ("app", "supervisor"),
     ("cli", "testing"),
 )

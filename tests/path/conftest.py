@@ -173,10 +173,10 @@ def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory
 
     def serve(config: str) -> Process:
         file = tmp_path_factory.mktemp("config") / "server.toml"
-        file.write_text(f'port = 0\nmetrics_port = 0\ntransport = "{transport}"\n{config}')
+        file.write_text(f'port = 0\nhttp_port = 0\ntransport = "{transport}"\n{config}')
         process = start(Path(sys.executable).with_name("dl-inference-core"), "serve", "--config", file)
         process.connect(process.written("serving on ").split()[-1])
-        process.metrics = process.written("metrics on ").split()[-1]
+        process.metrics = process.written("http on ").split()[-1] + "/metrics"
         return process
 
     return serve

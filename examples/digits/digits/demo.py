@@ -91,8 +91,8 @@ class Server:
         async for raw in self.process.stdout:
             line = raw.decode().rstrip()
             self._output.append(line)
-            if line.startswith("metrics on "):
-                self.metrics = line.removeprefix("metrics on ")
+            if line.startswith("http on "):
+                self.metrics = line.removeprefix("http on ") + "/metrics"
             if line.startswith("serving on "):
                 self.address = line.removeprefix("serving on ")
                 self._rest = asyncio.create_task(self._read_on())
@@ -180,7 +180,7 @@ class Demo:
                     raise failures.exceptions[0] from None
                 addresses = ", ".join(f'"{node.address}"' for node in nodes)
                 self._config.write_text(
-                    "port = 0\nmetrics_port = 0\n[[routes]]\n"
+                    "port = 0\nhttp_port = 0\n[[routes]]\n"
                     f'name = "digits"\ntask_id = {training.TASK_ID}\ntimeout_ms = 2000\nnodes = [{addresses}]\n',
                     encoding="utf-8",
                 )
