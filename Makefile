@@ -36,7 +36,7 @@ check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/ready ## the gateway's cost beside an echo server and a plain proxy, measured in one run
+bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs
 
 protos: .venv/ready ## dl_inference_core/wire/messages.binpb from protos/

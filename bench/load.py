@@ -7,10 +7,12 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
+
+_LONGEST_S = 120
 
 
 class LoadError(Exception):
@@ -24,6 +26,10 @@ class Load:
     requests: int
     clients: int
     streams: int
+
+    def part(self, share: float) -> Load:
+        """`share` of the requests, as many at once."""
+        return replace(self, requests=max(round(self.requests * share), 2 * self.clients))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +57,19 @@ def check(address: str, method: str, message: bytes) -> None:
     """
     size = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(address, options=size) as channel:
-        if channel.unary_unary(method)(message, timeout=10) != message:
-            raise LoadError(f"{address} does not answer with what it was sent")
+        try:
+            answer = channel.unary_unary(method)(message, timeout=10)
+        except grpc.RpcError as error:
+            raise LoadError(f"{address}: {error.code().name}: {error.details()}") from error
+    if answer != message:
+        raise LoadError(f"{address} does not answer with what it was sent")
 
 
 def run(address: str, method: str, message: bytes, load: Load) -> Run:
     """Send `message` `load.requests` times.
 
     Raises:
-        LoadError: some requests failed, or their answers were too short to hold the message.
+        LoadError: as `read`, or it took more than two minutes.
     """
     with tempfile.TemporaryDirectory() as folder:
         body, log = Path(folder) / "body", Path(folder) / "log"
@@ -67,17 +77,28 @@ def run(address: str, method: str, message: bytes, load: Load) -> Run:
         command = ["h2load", "-n", str(load.requests), "-c", str(load.clients), "-m", str(load.streams)]
         command += ["-t", "1", "-d", str(body), "--log-file", str(log)]
         command += ["-H", "content-type: application/grpc", "-H", "te: trailers", f"http://{address}{method}"]
-        output = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
-        latencies = [int(line.split("\t")[2]) for line in log.read_text().splitlines()]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=True).stdout
+        except subprocess.SubprocessError as error:
+            raise LoadError(f"{address}: {error}") from error
+        return read(output, log.read_text(), load.requests, len(message))
+
+
+def read(output: str, log: str, requests: int, message_bytes: int) -> Run:
+    """What h2load says of a run in its output and its log.
+
+    Raises:
+        LoadError: some of the requests failed, or their answers were too short to hold the message.
+    """
     succeeded = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", output)
     rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", output)
     received = re.search(r"\((\d+)\) data", output)
     if not (succeeded and rate and received):
         raise LoadError(f"h2load's output is not understood: {output}")
-    if [int(count) for count in succeeded.groups()] != [load.requests, 0, 0]:
-        raise LoadError(f"{address}: {succeeded[0]} of {load.requests}")
+    if [int(count) for count in succeeded.groups()] != [requests, 0, 0]:
+        raise LoadError(f"{succeeded[0]} of {requests}")
     # A gRPC error is an HTTP success without data.
-    if int(received[1]) < load.requests * len(message):
-        raise LoadError(f"{address}: {received[1]} bytes came back for {load.requests} requests of {len(message)}")
-    cuts = statistics.quantiles(latencies, n=100)
+    if int(received[1]) < requests * message_bytes:
+        raise LoadError(f"{received[1]} bytes came back for {requests} requests of {message_bytes}")
+    cuts = statistics.quantiles([int(line.split("\t")[2]) for line in log.splitlines()], n=100)
     return Run(requests_per_s=float(rate[1]), p50_ms=cuts[49] / 1000, p99_ms=cuts[98] / 1000)

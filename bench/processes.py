@@ -1,54 +1,148 @@
-"""Server processes on loopback: started, asked what they have used, ended by their id."""
+"""Server processes on loopback: started, asked what they and their descendants have used, ended by their ids."""
 
 from __future__ import annotations
 
 import os
+import select
+import signal
+import socket
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
+_START_S, _END_S = 60.0, 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stat:
+    """What /proc/PID/stat says of one process; its CPU includes that of its children that have ended."""
+
+    parent: int
+    cpu_s: float
+    memory_mb: float
 
 
 class Server:
-    """One server process, its threads included."""
+    """One server process and its descendants, their threads included."""
 
-    def __init__(self, process: subprocess.Popen[str], address: str) -> None:
-        self._proc = Path("/proc") / str(process.pid)
+    def __init__(self, pid: int, address: str) -> None:
+        self._pid = pid
         self.address = address
 
     def cpu_s(self) -> float:
         """Seconds of CPU, user and system, used so far."""
-        fields = (self._proc / "stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) * _TICK_S
+        return sum(stat.cpu_s for stat in _family(self._pid).values())
 
     def memory_mb(self) -> float:
-        """Resident memory now."""
-        return int((self._proc / "statm").read_text().split()[1]) * _PAGE_MB
+        """Resident memory now; pages that two of the processes share count twice."""
+        return sum(stat.memory_mb for stat in _family(self._pid).values())
 
 
 @contextmanager
-def server(*command: str) -> Iterator[Server]:
-    """Run `command` under this Python until the block ends; it must print "serving on HOST:PORT".
+def announcing(
+    *command: str, environment: Mapping[str, str] | None = None, ends_with_input: bool = False
+) -> Iterator[Server]:
+    """Run `command` until the block ends; it must print "serving on HOST:PORT".
+
+    Args:
+        environment: what the process has beside the environment of this one.
+        ends_with_input: it ends by itself once its standard input does, and is not told otherwise.
 
     Raises:
-        RuntimeError: it ended instead.
+        RuntimeError: it ended instead, or was ended as it had not done so within a minute.
     """
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
-    try:
+    with _process(command, environment or {}, subprocess.PIPE, ends_with_input) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("serving on "):
-                yield Server(process, line.split()[-1])
-                return
-        raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()}")
-    finally:
-        process.terminate()
+        too_late = threading.Timer(_START_S, _end, (process,))
+        too_late.start()
+        lines = (line for line in process.stdout if line.startswith("serving on "))
+        address = next(lines, "").rpartition(" ")[2].strip()
+        too_late.cancel()
+        if not address:
+            raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()}")
+        yield Server(process.pid, address)
+
+
+@contextmanager
+def listening(address: str, *command: str) -> Iterator[Server]:
+    """Run `command` until the block ends; it must take connections on `address`, "host:port".
+
+    Raises:
+        RuntimeError: it ended instead, or did not within a minute.
+    """
+    host, _, port = address.rpartition(":")
+    with _process(command, {}, subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + _START_S
+        while True:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{' '.join(command)} does not listen on {address}; status {process.returncode}")
+            with suppress(OSError), socket.create_connection((host, int(port))):
+                break
+            time.sleep(0.02)
+        yield Server(process.pid, address)
+
+
+def free_address() -> str:
+    """A loopback address that nothing listened on just now."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return "127.0.0.1:{1}".format(*taken.getsockname())
+
+
+@contextmanager
+def _process(
+    command: tuple[str, ...], environment: Mapping[str, str], stdout: int, ends_with_input: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """`command`, running, with a standard input that ends when this process does, however it does."""
+    with subprocess.Popen(
+        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=stdout, text=True
+    ) as process:
         try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            yield process
+        finally:
+            _end(process, ends_with_input)
+
+
+def _end(process: subprocess.Popen[str], ends_with_input: bool = False) -> None:
+    """Tell it to end, and return when it and its descendants are gone; what takes too long is killed.
+
+    A server that was left over would take a share of the next one's requests, where they share a port.
+    """
+    members = []
+    for pid in _family(process.pid):
+        with suppress(ProcessLookupError):
+            members.append(os.pidfd_open(pid))
+    assert process.stdin is not None
+    process.stdin.close()
+    if not ends_with_input:
+        process.terminate()
+    deadline = time.monotonic() + _END_S
+    for member in members:
+        if not select.select([member], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(member, signal.SIGKILL)
+            select.select([member], [], [])
+        os.close(member)
+    process.wait()
+
+
+def _family(pid: int) -> dict[int, _Stat]:
+    """The process `pid` and its descendants that are still there."""
+    everyone: dict[int, _Stat] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            everyone[int(path.parent.name)] = _Stat(
+                parent=int(fields[1]),
+                cpu_s=sum(map(int, fields[11:15])) * _TICK_S,
+                memory_mb=int(fields[21]) * _PAGE_MB,
+            )
+    family = [pid] if pid in everyone else []
+    for member in family:
+        family += [other for other, stat in everyone.items() if stat.parent == member]
+    return {member: everyone[member] for member in family}

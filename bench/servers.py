@@ -12,9 +12,9 @@ import grpc
 import grpc.aio
 import uvloop
 
-MESSAGE_BYTES = 10 * 1024 * 1024
+from bench.contract import HEALTH, MESSAGE_BYTES, METHOD, SERVING
+
 _SIZES = [("grpc.max_receive_message_length", MESSAGE_BYTES), ("grpc.max_send_message_length", MESSAGE_BYTES)]
-_SERVING = b"\x08\x01"  # grpc.health.v1.HealthCheckResponse{status: SERVING}
 
 Answer = Callable[[bytes, Any], Awaitable[bytes]]
 
@@ -27,20 +27,20 @@ class _Generic(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
         self._check = grpc.unary_unary_rpc_method_handler(_serving)
 
     def service(self, details: Any) -> Any:
-        return self._check if details.method == "/grpc.health.v1.Health/Check" else self._answer
+        return self._check if details.method == HEALTH else self._answer
 
 
 async def _serving(_: bytes, __: Any) -> bytes:
-    return _SERVING
+    return SERVING
 
 
 async def _echo(request: bytes, _: Any) -> bytes:
     return request
 
 
-def _proxy(method: str, nodes: list[str]) -> Answer:
+def _proxy(nodes: list[str]) -> Answer:
     """Static round robin over `nodes`, and nothing else."""
-    calls = [grpc.aio.insecure_channel(node, options=_SIZES).unary_unary(method) for node in nodes]
+    calls = [grpc.aio.insecure_channel(node, options=_SIZES).unary_unary(METHOD) for node in nodes]
     turns = itertools.cycle(calls)
 
     async def answer(request: bytes, _: Any) -> bytes:
@@ -52,8 +52,8 @@ def _proxy(method: str, nodes: list[str]) -> Answer:
 
 async def _serve(arguments: list[str]) -> None:
     server = grpc.aio.server(options=_SIZES)
-    kind, *rest = arguments
-    server.add_generic_rpc_handlers((_Generic(_echo if kind == "echo" else _proxy(rest[0], rest[1:])),))
+    kind, *nodes = arguments
+    server.add_generic_rpc_handlers((_Generic(_echo if kind == "echo" else _proxy(nodes)),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"serving on 127.0.0.1:{port}", flush=True)

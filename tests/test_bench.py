@@ -1,4 +1,4 @@
-"""The benchmark runs and its output is whole; what it measures is not tested."""
+"""The benchmark measures what is installed, and its output is whole; the figures are not tested."""
 
 from __future__ import annotations
 
@@ -6,32 +6,205 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from bench import chart, goals, load, peers, processes, systems
+from bench.__main__ import main
+from bench.load import LoadError
+from bench.report import Report
+from bench.rounds import SIZES, Row
 
 ROOT = Path(__file__).parents[1]
+OUTPUT = """\
+finished in 2.05s, 9756.10 req/s, 5.87MB/s
+requests: 4 total, 4 started, 4 done, {succeeded} succeeded, {failed} failed, 0 errored, 0 timeout
+status codes: 4 2xx, 0 3xx, 0 4xx, 0 5xx
+traffic: 12.06MB (12648112) total, 12.34KB (123) headers (space savings 96.62%), 11.54MB ({data}) data
+"""
+LOG = "".join(f"1764000000000000\t200\t{latency_us}\t1\n" for latency_us in (1000, 2000, 3000, 4000))
+
+
+def row(cpu_us: float, alone_ms: float = 1.0) -> Row:
+    return Row(
+        cpu_us_per_request=cpu_us,
+        cpu_us_least=cpu_us - 1,
+        cpu_us_most=cpu_us + 1,
+        requests_per_s=1e6 / cpu_us,
+        p50_ms=10.0,
+        p99_ms=20.0,
+        alone_p50_ms=alone_ms,
+        memory_mb=50.0,
+    )
+
+
+ROWS = {
+    "gateway": {
+        "600B": {
+            "ours-envoy": row(120, alone_ms=0.9),
+            "ours-grpcio": row(400, alone_ms=0.8),
+            "plain-envoy": row(100),
+        }
+    },
+    "node": {"echo@128": {"echo-envoy": row(70), "echo-grpcio": row(200)}},
+}
 
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
-def test_a_quick_run_measures_every_system_at_every_size() -> None:
+def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "bench", "--quick", "--json"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    assert set(result["gateway"]) == {"600B", "600KB"}
-    for rows in result["gateway"].values():
-        assert set(rows) == {"echo-grpcio", "proxy-grpcio", "ours-grpcio"}
-        for row in rows.values():
-            assert all(
-                row[name] > 0 for name in ("cpu_us_per_request", "requests_per_s", "p50_ms", "p99_ms", "memory_mb")
-            )
+    tables = systems.installed()
+    assert {table.name for table in tables} >= {"gateway", "node"}
+    assert set(result) == {"machine", *(table.name for table in tables), "goals", "absent"}
+    for table in tables:
+        assert set(result[table.name]) == {size.name if table.node else size.node_name for size in SIZES}
+        for rows in result[table.name].values():
+            assert set(rows) == {system.name for system in table.systems}
+            assert all(value > 0 for figures in rows.values() for value in figures.values())
+            assert all(set(figures) == set(asdict(row(1))) for figures in rows.values())
+    assert set(result["absent"]) == set(systems.absent())
     assert {"date", "cpu", "cores", "python", "versions", "command"} <= set(result["machine"])
-    assert [goal["goal"] for goal in result["goals"]] == [3.0, 1.15, 1.15]
+    assert {"dl-inference-core", "grpcio", "h2load"} <= set(result["machine"]["versions"])
+    assert {goal["system"] for goal in result["goals"]} >= {"ours-grpcio"}
+
+
+def test_what_is_not_installed_is_left_out_with_a_word_on_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "binary", lambda _: None)
+    names = {system.name for table in systems.installed() for system in table.systems}
+    assert "ours-grpcio" in names
+    assert not names & {"nginx", "haproxy"}
+    assert systems.absent(("nginx", "haproxy", "ours-grpcio")) == {
+        "nginx": "apt-get install nginx-light",
+        "haproxy": "apt-get install haproxy",
+    }
+
+
+def test_only_the_systems_asked_for_are_measured() -> None:
+    found = systems.installed(("echo-grpcio", "proxy-grpcio"), ("grpcio",))
+    assert {table.name: [system.name for system in table.systems] for table in found} == {
+        "gateway": ["echo-grpcio", "proxy-grpcio"],
+        "node": ["echo-grpcio"],
+    }
+    assert [table.name for table in systems.installed(("proxy-grpcio",), ("grpcio",))] == ["gateway"]
+
+
+def test_a_system_that_there_is_not_is_refused_by_name() -> None:
+    result = CliRunner().invoke(main, ["--systems", "nginx,apache"])
+    assert result.exit_code == 2
+    assert "there is no apache" in result.output
+    assert "ours-envoy" in result.output
 
 
 def test_a_message_has_the_size_that_it_is_named_after() -> None:
-    from bench.gateway import SIZES, message
+    assert [len(size.message()) for size in SIZES] == [600, 600_000]
 
-    assert [len(message(size)) for size in SIZES.values()] == [600, 600_000]
+
+def test_h2load_is_read() -> None:
+    run = load.read(OUTPUT.format(succeeded=4, failed=0, data=2420), LOG, 4, 600)
+    assert run == load.Run(requests_per_s=9756.10, p50_ms=2.5, p99_ms=pytest.approx(4, abs=1))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (OUTPUT.format(succeeded=3, failed=1, data=2420), "3 succeeded, 1 failed"),
+        (OUTPUT.format(succeeded=4, failed=0, data=0), "0 bytes came back"),
+        ("", "not understood"),
+    ],
+    ids=["failed", "gRPC error", "nothing"],
+)
+def test_a_run_in_which_not_all_was_answered_is_an_error(output: str, message: str) -> None:
+    with pytest.raises(LoadError, match=message):
+        load.read(output, LOG, 4, 600)
+
+
+def test_goals_are_ratios_of_what_was_measured() -> None:
+    found = {(outcome.goal.table, outcome.goal.figure, outcome.goal.than): outcome for outcome in goals.outcomes(ROWS)}
+    assert {key: (round(outcome.ratio, 3), outcome.met) for key, outcome in found.items()} == {
+        ("gateway", "cpu_us_per_request", "plain-envoy"): (1.2, True),
+        ("gateway", "cpu_us_per_request", "ours-grpcio"): (0.3, True),
+        ("gateway", "alone_p50_ms", "ours-grpcio"): (1.125, False),
+        ("node", "cpu_us_per_request", "echo-grpcio"): (0.35, True),
+    }
+    assert str(found["gateway", "alone_p50_ms", "ours-grpcio"]) == (
+        "gateway, 600B, p50 alone: ours-envoy / ours-grpcio = 1.12, at most 1.00: NOT met"
+    )
+
+
+def test_the_page_has_every_figure_and_goal() -> None:
+    machine = {"date": "D", "cpu": "C", "cores": 2, "python": "3", "versions": {"nginx": "1.22"}, "command": "c"}
+    report = Report(
+        machine=machine | {"rounds": 5, "loads": "600B: 16 connections"},
+        rows=ROWS,
+        titles={"gateway": "Gateway", "node": "Node"},
+        outcomes=goals.outcomes(ROWS),
+        absent={"haproxy": "apt-get install haproxy"},
+    )
+    page = report.page()
+    assert "nginx 1.22" in page
+    assert "## Gateway: 600B" in page
+    assert "| echo-envoy | 70 | 69 to 71 | 14286 | 10.0 | 20.0 | 1.00 | 50 |" in page
+    assert all(str(outcome) in page for outcome in report.outcomes)
+    assert "apt-get install haproxy" in page
+    json.dumps(report.values())
+
+
+def test_the_same_figures_give_the_same_chart(tmp_path: Path) -> None:
+    files = [tmp_path / "one.svg", tmp_path / "two.svg"]
+    for file in files:
+        chart.svg(ROWS, {"gateway": "Gateway", "node": "Node"}, file)
+    one, two = (file.read_text(encoding="utf-8") for file in files)
+    assert one == two
+    assert all(name in one for name in ("ours-envoy", "echo-grpcio", "Node: echo@128"))
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there, and no zombie, which an init of a container may leave."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_servers_children_count_and_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_END_S", 0.2)
+    child = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True)\nwhile True: pass"
+    parent = textwrap.dedent(f"""
+        import subprocess, sys, time
+        child = subprocess.Popen([sys.executable, "-c", {child!r}], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        print("serving on 127.0.0.1:%d" % child.pid, flush=True)
+        time.sleep(60)
+    """)
+    with processes.announcing(sys.executable, "-c", parent) as server:
+        pid = int(server.address.rpartition(":")[2])
+        deadline = time.monotonic() + 30
+        before = server.cpu_s()
+        while server.cpu_s() < before + 0.2:
+            assert time.monotonic() < deadline, "the child's time is not counted"
+            time.sleep(0.01)
+        assert server.memory_mb() > processes.Server(pid, "").memory_mb() > 1
+        assert runs(pid)
+    assert not runs(pid)
+
+
+def test_a_server_that_does_not_start_is_an_error() -> None:
+    with (
+        pytest.raises(RuntimeError, match="ended with status 3"),
+        processes.announcing(sys.executable, "-c", "import sys; sys.exit(3)"),
+    ):
+        pass
+    with (
+        pytest.raises(RuntimeError, match="does not listen"),
+        processes.listening(processes.free_address(), sys.executable, "-c", ""),
+    ):
+        pass

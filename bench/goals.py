@@ -1,0 +1,67 @@
+"""What the figures of one run should be, as ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.rounds import Row
+
+Rows = Mapping[str, Mapping[str, Mapping[str, Row]]]
+"""By table, load and system."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """A figure of one system is at most `most` times that of another, in one table at one load."""
+
+    table: str
+    load: str
+    system: str
+    than: str
+    most: float
+    figure: Literal["cpu_us_per_request", "alone_p50_ms"] = "cpu_us_per_request"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a goal."""
+
+    goal: Goal
+    ratio: float
+
+    @property
+    def met(self) -> bool:
+        return self.ratio <= self.goal.most
+
+    def __str__(self) -> str:
+        goal = self.goal
+        figure = {"cpu_us_per_request": "CPU", "alone_p50_ms": "p50 alone"}[goal.figure]
+        return (
+            f"{goal.table}, {goal.load}, {figure}: {goal.system} / {goal.than} = {self.ratio:.2f}, "
+            f"at most {goal.most:.2f}: {'met' if self.met else 'NOT met'}"
+        )
+
+
+GOALS = (
+    Goal(table="gateway", load="600B", system="ours-grpcio", than="echo-grpcio", most=3.0),
+    Goal(table="gateway", load="600B", system="ours-grpcio", than="proxy-grpcio", most=1.15),
+    Goal(table="gateway", load="600KB", system="ours-grpcio", than="proxy-grpcio", most=1.15),
+    Goal(table="gateway", load="600B", system="ours-envoy", than="plain-envoy", most=1.25),
+    Goal(table="gateway", load="600B", system="ours-envoy", than="ours-grpcio", most=0.35),
+    Goal(table="gateway", load="600KB", system="ours-envoy", than="plain-envoy", most=1.6),
+    Goal(table="gateway", load="600B", system="ours-envoy", than="ours-grpcio", most=1.0, figure="alone_p50_ms"),
+    Goal(table="node", load="echo@128", system="echo-envoy", than="echo-grpcio", most=0.35),
+)
+
+
+def outcomes(rows: Rows) -> list[Outcome]:
+    """Of those goals whose two systems were measured."""
+    found = []
+    for goal in GOALS:
+        measured = rows.get(goal.table, {}).get(goal.load, {})
+        if goal.system in measured and goal.than in measured:
+            one, other = (getattr(measured[name], goal.figure) for name in (goal.system, goal.than))
+            found.append(Outcome(goal=goal, ratio=one / other))
+    return found
