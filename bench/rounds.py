@@ -50,7 +50,7 @@ SIZES = (
         name="600B",
         node_name="echo@128",
         message_bytes=600,
-        load=Load(requests=16_000, clients=16, streams=8),
+        load=Load(requests=12_000, clients=16, streams=8),
         alone=Load(requests=500, clients=1, streams=1),
     ),
     Size(
