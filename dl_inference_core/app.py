@@ -55,7 +55,7 @@ class App:
             self.gateway = Gateway(
                 config,
                 config_file,
-                connect=lambda address: self.transport.connect(address, self._limits),
+                connect=lambda address: self.transport.connect(address, self._limits, config.gateway.tls),
                 balancer=self._build_balancer,
                 metrics=self.metrics,
             )
@@ -159,6 +159,7 @@ class App:
             addresses or (f"{self._config.host}:{self._config.port}",),
             self._limits,
             share_port=share_port,
+            tls=self._config.tls,
             http=http,
         )
         await self._until_ready(routes)

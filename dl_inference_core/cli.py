@@ -212,6 +212,11 @@ def check(models: Path | None, config_file: Path | None, nodes: Path | None, as_
 )
 @click.option("--version", type=int, default=None, metavar="N", help="The model's version.  [default: the newest]")
 @click.option("--timeout", default=10.0, show_default=True, metavar="SECONDS")
+@click.option("--tls", is_flag=True, help="Speak TLS. Each of the options below says so, too.")
+@click.option("--ca", type=click.Path(path_type=Path), help="Trust these authorities.  [default: the system's]")
+@click.option("--certificate", type=click.Path(path_type=Path), help="Show this certificate; with --key.")
+@click.option("--key", type=click.Path(path_type=Path), help="The certificate's private key.")
+@click.option("--server-name", metavar="NAME", help="What the server's certificate must say.  [default: its host]")
 def predict(
     model: str,
     address: str,
@@ -222,6 +227,8 @@ def predict(
     protocol: str | None,
     version: int | None,
     timeout: float,
+    tls: bool,
+    **certificates: Any,
 ) -> None:
     """Send one request to MODEL, a name or a task id, and print the answer as JSON.
 
@@ -235,9 +242,13 @@ def predict(
     if sum(given is not None for given in (data, file, text)) != 1:
         raise click.UsageError("give one of --data, --file and --text")
     payload = _tensors(data, dtype) if data is not None else file.read_bytes() if file is not None else text
+    given = {name: value for name, value in certificates.items() if value is not None}
     try:
-        with Client(address, timeout_s=timeout) as client:
+        secured = configs.validated(configs.ClientTls, given, "TLS") if tls or given else None
+        with Client(address, timeout_s=timeout, tls=secured) as client:
             response = client.predict(model, payload, protocol=protocol, version=version)
+    except ConfigError as error:
+        _fail(error)
     except InferenceError as error:
         click.echo(f"error: {error.code.name}: {error}", err=True)
         sys.exit(1)

@@ -10,8 +10,10 @@ from typing import Any, Self
 import grpc
 import numpy as np
 
+from dl_inference_core import certificates
+from dl_inference_core.config import ClientTls
 from dl_inference_core.errors import BadRequest, Code, from_status
-from dl_inference_core.grpcio_transport import GrpcioTransport, size_options
+from dl_inference_core.grpcio_transport import GrpcioTransport, channel_credentials, name_options, size_options
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.transport import Call, Limits, Metadata
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
@@ -76,16 +78,33 @@ class Client:
     ...     response.payload["ctr"]
     """
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0, message_bytes: int = Limits().message_bytes) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 10.0,
+        message_bytes: int = Limits().message_bytes,
+        tls: ClientTls | None = None,
+    ) -> None:
         """Args:
         address: "host:port".
         timeout_s: how long a call may take unless it says otherwise.
         message_bytes: largest message, in either direction.
+        tls: whom to trust, and what to show; plaintext without.
+
+        Raises:
+            ConfigError: a file that `tls` names cannot be used.
         """
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(
-            address, options=[*size_options(Limits(message_bytes=message_bytes)), ("grpc.enable_http_proxy", 0)]
-        )
+        options: list[tuple[str, Any]] = [
+            *size_options(Limits(message_bytes=message_bytes)),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=options)
+        else:
+            credentials = channel_credentials(certificates.read(tls))
+            self._channel = grpc.secure_channel(address, credentials, options=[*options, *name_options(tls)])
 
     def predict(
         self,
@@ -132,11 +151,18 @@ class Client:
 class AsyncClient:
     """The same on an asyncio event loop, any number of calls at once."""
 
-    def __init__(self, address: str, *, timeout_s: float = 10.0, message_bytes: int = Limits().message_bytes) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = 10.0,
+        message_bytes: int = Limits().message_bytes,
+        tls: ClientTls | None = None,
+    ) -> None:
         """As `Client`; on the event loop that will use it."""
         self._timeout_s = timeout_s
         transport = GrpcioTransport(GrpcioTransport.Options())
-        self._connection = transport.connect(address, Limits(message_bytes=message_bytes))
+        self._connection = transport.connect(address, Limits(message_bytes=message_bytes), tls)
 
     async def predict(
         self,

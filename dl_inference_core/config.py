@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from dl_inference_core.errors import ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+SectionT = TypeVar("SectionT", bound="_Section")
 
 _NODE = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})(?:@(?P<weight>[0-9]{1,5}))?")
 
@@ -95,6 +96,36 @@ class RouteConfig(_Section):
         return self.name or int(self.task_id or 0)
 
 
+class ServerTls(_Section):
+    """TLS for what is served: `[tls]`. Files that change are taken up while running."""
+
+    certificate: Path
+    """a PEM file: the server's certificate, then those between it and the root; relative to the config file"""
+    key: Path
+    """a PEM file: the certificate's private key, without a passphrase"""
+    client_ca: Path | None = None
+    """a PEM file of authorities; if given, clients must show a certificate of one of them"""
+
+
+class ClientTls(_Section):
+    """TLS to nodes: `[gateway.tls]`. Without it nodes are called in plaintext."""
+
+    ca: Path | None = None
+    """a PEM file of authorities that nodes' certificates must come from; if left out, the system's"""
+    certificate: Path | None = None
+    """a PEM file: the certificate that is shown to nodes which ask for one; needs `key`"""
+    key: Path | None = None
+    """a PEM file: that certificate's private key, without a passphrase"""
+    server_name: str | None = None
+    """the name that nodes' certificates must have; if left out, the host of the node's address"""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClientTls:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        return self
+
+
 class ModelsConfig(_Section):
     """The models that this process serves itself: `[models]`."""
 
@@ -111,6 +142,7 @@ class GatewayConfig(_Section):
     """a file of lines `taskid=timeout_ms,host:port,…`, read beside the routes; relative to the config file"""
     poll_interval_ms: int = Field(default=250, ge=10)
     """milliseconds between two looks at the config file and the nodefile"""
+    tls: ClientTls | None = None
 
 
 class Config(_Section):
@@ -135,6 +167,7 @@ class Config(_Section):
     """seconds that requests in flight have to finish after SIGTERM"""
     models: ModelsConfig = ModelsConfig()
     gateway: GatewayConfig = GatewayConfig()
+    tls: ServerTls | None = None
     routes: tuple[RouteConfig, ...] = ()
     backends: dict[str, dict[str, Any]] = {}
     """options of each backend, by its name: `[backends.torch]`"""
@@ -174,15 +207,15 @@ def parse(content: bytes, path: Path) -> Config:
     return _resolved(validated(Config, values, str(path)), path.parent)
 
 
-def _resolved(config: Config, folder: Path) -> Config:
-    """`config` with its relative paths taken from `folder`."""
-    models, gateway = config.models, config.gateway
-    return config.model_copy(
-        update={
-            "models": models.model_copy(update={"directory": models.directory and folder / models.directory}),
-            "gateway": gateway.model_copy(update={"nodefile": gateway.nodefile and folder / gateway.nodefile}),
-        }
-    )
+def _resolved(section: SectionT, folder: Path) -> SectionT:
+    """`section` with its relative paths, and those of the sections in it, taken from `folder`."""
+    update: dict[str, Any] = {}
+    for name, value in section:
+        if isinstance(value, Path):
+            update[name] = folder / value
+        elif isinstance(value, _Section):
+            update[name] = _resolved(value, folder)
+    return section.model_copy(update=update)
 
 
 def differences(one: BaseModel, other: BaseModel, within: str = "") -> list[str]:
@@ -190,7 +223,7 @@ def differences(one: BaseModel, other: BaseModel, within: str = "") -> list[str]
     found: list[str] = []
     for name in type(one).model_fields:
         values = getattr(one, name), getattr(other, name)
-        if isinstance(values[0], BaseModel):
+        if isinstance(values[0], BaseModel) and isinstance(values[1], BaseModel):
             found += differences(*values, within=f"{within}{name}.")
         elif values[0] != values[1]:
             found.append(f"{within}{name}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from dl_inference_core.config import PluginOptions
+from dl_inference_core.certificates import Credentials, Watched
+from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import (
     Code,
     ConfigError,
@@ -39,7 +42,8 @@ _RESERVED = frozenset({"user-agent", "te", "content-type"})
 class GrpcioTransport(Transport):
     """grpcio's asyncio stack, client and server; runs wherever grpcio does.
 
-    Plain gRPC only: HTTP needs a port of its own beside it.
+    Plain gRPC only: HTTP needs a port of its own beside it. With TLS, certificates that change on disk are taken up by
+    servers and connections alike; keys may be RSA or ECDSA on P-256 and P-384, since grpcio knows no others.
     """
 
     name = "grpcio"
@@ -55,6 +59,10 @@ class GrpcioTransport(Transport):
 
     options: Options
 
+    def __init__(self, options: PluginOptions) -> None:
+        super().__init__(options)
+        self._watched: dict[ClientTls, Watched] = {}
+
     async def serve(
         self,
         methods: Methods,
@@ -62,8 +70,10 @@ class GrpcioTransport(Transport):
         limits: Limits,
         *,
         share_port: bool = False,
+        tls: ServerTls | None = None,
         http: HttpApp | None = None,
     ) -> Server:
+        watched = None if tls is None else Watched(tls)
         server = grpc.aio.server(options=[*size_options(limits), ("grpc.so_reuseport", int(share_port))])
         server.add_generic_rpc_handlers((_Handlers(methods),))
         ports = []
@@ -71,32 +81,42 @@ class GrpcioTransport(Transport):
             try:
                 if int(address.rpartition(":")[2]) > 65535:  # grpc would take the rest of it modulo 65536
                     raise ValueError("the port is over 65535")
-                ports.append(server.add_insecure_port(address))
+                ports.append(
+                    server.add_insecure_port(address)
+                    if watched is None
+                    else server.add_secure_port(address, _server_credentials(watched))
+                )
             except (RuntimeError, ValueError) as error:
                 # Nothing else gives back the ports that were bound before.
                 await server.start()
                 await server.stop(None)
                 raise ConfigError(f"cannot listen on {address}: is the address right, and the port free?") from error
         await server.start()
-        return GrpcioServer(server, tuple(ports))
+        return GrpcioServer(server, tuple(ports), watched)
 
-    def connect(self, address: str, limits: Limits) -> Connection:
-        channel = grpc.aio.insecure_channel(
-            address,
-            options=[
-                *size_options(limits),
-                ("grpc.initial_reconnect_backoff_ms", self.options.reconnect_ms),
-                ("grpc.max_reconnect_backoff_ms", 2 * self.options.reconnect_ms),
-                # Despite its name, the time that grpc gives one attempt to connect.
-                ("grpc.min_reconnect_backoff_ms", self.options.connect_timeout_ms),
-                # Which node a request goes to, and whether again, is decided above this seam.
-                ("grpc.enable_retries", 0),
-                ("grpc.service_config_disable_resolution", 1),
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.enable_http_proxy", 0),
-            ],
-        )
-        return GrpcioConnection(channel)
+    def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
+        options: list[tuple[str, Any]] = [
+            *size_options(limits),
+            ("grpc.initial_reconnect_backoff_ms", self.options.reconnect_ms),
+            ("grpc.max_reconnect_backoff_ms", 2 * self.options.reconnect_ms),
+            # Despite its name, the time that grpc gives one attempt to connect.
+            ("grpc.min_reconnect_backoff_ms", self.options.connect_timeout_ms),
+            # Which node a request goes to, and whether again, is decided above this seam.
+            ("grpc.enable_retries", 0),
+            ("grpc.service_config_disable_resolution", 1),
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        if tls is None:
+            return GrpcioConnection(grpc.aio.insecure_channel(address, options=options))
+        if tls not in self._watched:
+            self._watched[tls] = Watched(tls)
+        options += name_options(tls)
+
+        def connect(credentials: Credentials) -> GrpcioConnection:
+            return GrpcioConnection(grpc.aio.secure_channel(address, channel_credentials(credentials), options=options))
+
+        return TlsConnection(self._watched[tls], connect)
 
 
 def size_options(limits: Limits) -> list[tuple[str, int]]:
@@ -107,15 +127,51 @@ def size_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
+def name_options(tls: ClientTls) -> list[tuple[str, str]]:
+    """What gRPC calls the name that a channel expects of the other side."""
+    return [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name is not None else []
+
+
+def channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:
+    """What a channel shows, and whom it trusts."""
+    return grpc.ssl_channel_credentials(credentials.authorities, credentials.key, credentials.certificate)
+
+
+def _server_credentials(watched: Watched) -> grpc.ServerCredentials:
+    """What one port shows, and whom it trusts: looked up for each new connection, on a thread of gRPC's."""
+    shown = watched.current()
+
+    def configuration() -> Any:
+        return grpc.ssl_server_certificate_configuration([(shown.key, shown.certificate)], shown.authorities)
+
+    def changed() -> Any:
+        nonlocal shown
+        before, shown = shown, watched.current()
+        return None if shown is before else configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), changed, shown.authorities is not None)
+
+
 class GrpcioServer(Server):
     """A started `grpc.aio` server."""
 
-    def __init__(self, server: grpc.aio.Server, ports: tuple[int, ...]) -> None:
+    def __init__(self, server: grpc.aio.Server, ports: tuple[int, ...], watched: Watched | None) -> None:
         self._server = server
         self.ports = ports
+        self._watching = (
+            None if watched is None else asyncio.create_task(_watch(watched), name="watch the certificates")
+        )
 
     async def drain(self, grace_s: float) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         await self._server.stop(grace_s)
+
+
+async def _watch(watched: Watched) -> None:
+    """So that a bad file is told of even while nobody connects."""
+    async for _ in watched.changes():
+        pass
 
 
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
@@ -197,6 +253,10 @@ class GrpcioConnection(Connection):
         self._channel = channel
         self._methods: dict[str, Any] = {}
 
+    def stands(self, *, connect: bool = False) -> bool:
+        """Whether it could take a call at once; with `connect` it sees to that, in the background."""
+        return bool(self._channel.get_state(connect) is grpc.ChannelConnectivity.READY)
+
     async def call(self, call: Call) -> bytes:
         method = self._methods.get(call.method)
         if method is None:
@@ -221,3 +281,48 @@ class GrpcioConnection(Connection):
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+class TlsConnection(Connection):
+    """A connection by TLS that is made anew when the files change.
+
+    The old one takes the calls for as long as it stands and the new one does not yet: a node that accepts the old
+    certificate but not the new is not lost for that.
+    """
+
+    def __init__(self, watched: Watched, connect: Callable[[Credentials], GrpcioConnection]) -> None:
+        self._watched = watched
+        self._connect = connect
+        self._credentials = watched.current()
+        self._connection = connect(self._credentials)
+        self._next: GrpcioConnection | None = None
+        self._in_flight: Counter[GrpcioConnection] = Counter()
+
+    async def call(self, call: Call) -> bytes:
+        credentials = self._watched.current()
+        if credentials is not self._credentials:
+            self._credentials, stale = credentials, self._next
+            self._next = self._connect(credentials)
+            if stale is not None:
+                await stale.close()
+        if self._next is not None and (self._next.stands(connect=True) or not self._connection.stands()):
+            retired, self._connection, self._next = self._connection, self._next, None
+            await self._close_if_unused(retired)
+        connection = self._connection
+        self._in_flight[connection] += 1
+        try:
+            return await connection.call(call)
+        finally:
+            self._in_flight[connection] -= 1
+            if connection is not self._connection:
+                await self._close_if_unused(connection)
+
+    async def _close_if_unused(self, retired: GrpcioConnection) -> None:
+        if not self._in_flight[retired]:
+            del self._in_flight[retired]
+            await retired.close()
+
+    async def close(self) -> None:
+        for connection in (self._connection, self._next, *self._in_flight):
+            if connection is not None:
+                await connection.close()

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
-from dl_inference_core.config import PluginOptions
+from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 
@@ -119,18 +119,26 @@ class Transport(ABC):
         limits: Limits,
         *,
         share_port: bool = False,
+        tls: ServerTls | None = None,
         http: HttpApp | None = None,
     ) -> Server:
         """Listen on each of `addresses` ("host:port"; port 0 is any free one) and answer `methods`.
 
         Args:
             share_port: other servers that say so too may listen on the same ports (SO_REUSEPORT).
+            tls: speak TLS, and nothing else. Certificates that change on disk are taken up while serving.
             http: answers what is no gRPC, where `http_on_same_port`.
 
         Raises:
-            ConfigError: an address cannot be listened on.
+            ConfigError: an address cannot be listened on; a certificate or key cannot be used (it names the file).
         """
 
     @abstractmethod
-    def connect(self, address: str, limits: Limits) -> Connection:
-        """A connection to the node at `address` ("host:port"), plaintext. Returns at once."""
+    def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
+        """A connection to the node at `address` ("host:port"); plaintext without `tls`. Returns at once.
+
+        Certificates that change on disk hold for what is connected from then on; what cannot be used changes nothing.
+
+        Raises:
+            ConfigError: a certificate or key cannot be used; it names the file.
+        """

@@ -10,7 +10,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dl_inference_core.config import Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig
+from dl_inference_core.config import ClientTls, Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig, ServerTls
 from dl_inference_core.node.loading import ModelConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -41,6 +41,11 @@ transport_options = { reconnect_ms = 100 }
 message_bytes = 10485760
 drain_s = 10.0
 
+[tls]
+certificate = "server.pem"
+key = "server.key"
+client_ca = "clients.pem"
+
 [models]
 directory = "models"
 poll_interval_ms = 1000
@@ -52,6 +57,12 @@ intra_op_threads = 1
 nodefile = "nodefile.txt"
 poll_interval_ms = 250
 
+[gateway.tls]
+ca = "nodes.pem"
+certificate = "gateway.pem"
+key = "gateway.key"
+server_name = "nodes.example.org"
+
 [[routes]]
 name = "textcnn"
 task_id = 69
@@ -61,6 +72,21 @@ attempts = 2
 retry_failed = true
 balancer = "weighted_round_robin"
 balancer_options = {}
+"""
+
+TLS = """\
+## TLS
+
+- With `[tls]` the gRPC port speaks TLS and nothing else; with `client_ca`, only with clients that show a certificate of
+  those authorities. `http_port` stays plain HTTP.
+- With `[gateway.tls]` every node is called by TLS, by requests and by probes. A node whose certificate is not right is
+  unreachable; it is never called in plaintext.
+- A file that cannot be used is an error at the start: one that is missing or no PEM, a certificate that has expired or
+  is not valid yet, a key that is another's or has a passphrase. Keys are RSA of 2048 bits or more, or ECDSA on P-256 or
+  P-384: gRPC's own TLS takes no others.
+- Files that change (put there by a rename, so that none is seen half written) are taken up within seconds for new
+  connections, once all of them can be used together; calls in flight go on. Files that still cannot be used after 2
+  seconds change nothing, and one warning says which, and why.
 """
 
 NODE_FILE = """\
@@ -96,10 +122,12 @@ def reference() -> str:
     parts = [
         HEAD,
         f"```toml\n{EXAMPLE}```\n",
-        _table("## At the top of the file", Config, leave_out=("models", "gateway", "routes")),
+        _table("## At the top of the file", Config, leave_out=("models", "gateway", "routes", "tls")),
         _table("## `[models]`", ModelsConfig),
-        _table("## `[gateway]`", GatewayConfig),
+        _table("## `[gateway]`", GatewayConfig, leave_out=("tls",)),
         _table("## `[[routes]]`", RouteConfig),
+        f"{TLS}\n{_table('### `[tls]`', ServerTls)}",
+        _table("### `[gateway.tls]`", ClientTls),
         NODE_FILE,
         f"{MODEL_HEAD}\n{_rows(ModelConfig)}",
     ]

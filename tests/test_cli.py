@@ -169,6 +169,16 @@ def test_predict_says_why_nobody_answered() -> None:
     assert result.stderr.startswith("error: UNAVAILABLE: ")
 
 
+def test_predict_says_which_certificate_cannot_be_used(tmp_path: Path) -> None:
+    for options, said in (
+        (["--ca", tmp_path / "none"], f"{tmp_path / 'none'}: No such file or directory"),
+        (["--tls", "--certificate", "c.pem"], "TLS: certificate and key go together"),
+    ):
+        result = run("predict", "m", "--text", "a", *options)
+        assert result.exit_code == 2
+        assert result.stderr == f"error: {said}\n"
+
+
 # With one
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dl_inference_core.client import AsyncClient, Client, build
+from dl_inference_core.config import ClientTls, ServerTls
 from dl_inference_core.errors import (
     BadRequest,
+    ConfigError,
     DeadlineExceeded,
     InferenceError,
     ModelNotFound,
@@ -19,6 +22,7 @@ from dl_inference_core.errors import (
 )
 from dl_inference_core.grpcio_transport import GrpcioTransport
 from dl_inference_core.tensors import Response
+from dl_inference_core.testing.transport_tls import Authority
 from dl_inference_core.transport import Call, Limits, Methods, Server
 from dl_inference_core.wire.protocol import PROTOCOLS
 
@@ -57,9 +61,9 @@ class Echo:
 
         return Methods(unary={protocol.node_method: handler(protocol.codec) for protocol in PROTOCOLS.values()})
 
-    async def serve(self) -> tuple[Server, str]:
+    async def serve(self, tls: ServerTls | None = None) -> tuple[Server, str]:
         transport = GrpcioTransport(GrpcioTransport.Options())
-        server = await transport.serve(self.methods(), ("127.0.0.1:0",), Limits())
+        server = await transport.serve(self.methods(), ("127.0.0.1:0",), Limits(), tls=tls)
         return server, f"127.0.0.1:{server.ports[0]}"
 
 
@@ -119,6 +123,29 @@ async def test_nobody_there_is_an_exception_too() -> None:
     await server.drain(0)
     with Client(address) as client, pytest.raises(NodeUnreachable):
         await asyncio.to_thread(client.predict, "m", b"x")
+
+
+async def test_tls_is_spoken_with_whom_it_says(tmp_path: Path) -> None:
+    ours, other = Authority(tmp_path / "ours"), Authority(tmp_path / "other")
+    server, address = await Echo().serve(ours.issue("node.test").server(clients=other))
+    right = ours.client(other.issue("client"), server_name="node.test")
+    for wrong in (None, ours.client(server_name="node.test"), right.model_copy(update={"server_name": None})):
+        with Client(address, tls=wrong) as client, pytest.raises(NodeUnreachable):
+            await asyncio.to_thread(client.predict, "m", b"x")
+        async with AsyncClient(address, tls=wrong) as async_client:
+            with pytest.raises(NodeUnreachable):
+                await async_client.predict("m", b"x")
+    with Client(address, tls=right) as client:
+        assert (await asyncio.to_thread(client.predict, "m", b"x")).payload == b"x"
+    async with AsyncClient(address, tls=right) as async_client:
+        assert (await async_client.predict("m", b"x")).payload == b"x"
+    await server.drain(1)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+async def test_a_file_that_cannot_be_used_is_said_before_anything_is_sent(kind: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none: No such file"):
+        kind("127.0.0.1:1", tls=ClientTls(ca=tmp_path / "none"))
 
 
 def test_what_a_protocol_cannot_hold_is_said_before_anything_is_sent() -> None:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from dl_inference_core import config as configs
-from dl_inference_core.config import Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig
+from dl_inference_core.config import ClientTls, Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig, ServerTls
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.node.loading import ModelConfig
 
@@ -50,7 +50,7 @@ def test_a_config_is_frozen() -> None:
     ("text", "said"),
     [
         ("prot = 1", 'unknown key "prot" (known: host, port, http_port, workers, transport,'),
-        ("[gateway]\nnodes = 1", 'unknown key "gateway.nodes" (known: nodefile, poll_interval_ms)'),
+        ("[gateway]\nnodes = 1", 'unknown key "gateway.nodes" (known: nodefile, poll_interval_ms, tls)'),
         ("[models]\ndir = 1", 'unknown key "models.dir" (known: directory, poll_interval_ms)'),
         (ROUTE + "timeout = 1", 'unknown key "routes.0.timeout" (known: name, task_id, nodes, timeout_ms, attempts'),
         ("port = 70000", "port: Input should be less than or equal to 65535"),
@@ -74,6 +74,10 @@ def test_a_config_is_frozen() -> None:
         ("[[routes]]\nname = 'a'\nnodes = [{address='no'}]", "routes.0.nodes.0: expected a string, host:port"),
         ("[[routes]]\nname = 'a'\nnodes = ['h:1', 'h:1@3']", "routes.0: node h:1 stands twice"),
         ("[[routes]]\ntask_id = -1\nnodes = ['h:1']", "routes.0.task_id: "),
+        ("[tls]\nkey = 'k'", "tls.certificate: Field required"),
+        ("[tls]\ncertificate = 'c'\nkey = 'k'\nca = 'c'", 'unknown key "tls.ca" (known: certificate, key, client_ca)'),
+        ("[gateway.tls]\nkey = 'k'", "gateway.tls: certificate and key go together"),
+        ("[gateway.tls]\nx = 1", 'unknown key "gateway.tls.x" (known: ca, certificate, key, server_name)'),
         (ROUTE + "attempts = 0", "routes.0.attempts: "),
         (ROUTE + "timeout_ms = 0", "routes.0.timeout_ms: "),
         (ROUTE * 2, "2 routes have the name 'a'"),
@@ -112,6 +116,9 @@ def test_relative_paths_are_taken_from_the_files_folder() -> None:
     config = read('[models]\ndirectory = "models"\n[gateway]\nnodefile = "../nodefile.txt"')
     assert config.models.directory == Path("/etc/dl/models")
     assert config.gateway.nodefile == Path("/etc/dl/../nodefile.txt")
+    config = read('[tls]\ncertificate = "c"\nkey = "/k"\n[gateway.tls]\nca = "tls/ca"\nserver_name = "n"')
+    assert config.tls == ServerTls(certificate=Path("/etc/dl/c"), key=Path("/k"))
+    assert config.gateway.tls == ClientTls(ca=Path("/etc/dl/tls/ca"), server_name="n")
     config = read('[models]\ndirectory = "/srv/models"')
     assert config.models.directory == Path("/srv/models")
     assert config.gateway.nodefile is None
@@ -150,6 +157,9 @@ def test_differences_are_named_by_their_place() -> None:
     other = read(f"port = 2\n[models]\ndirectory = 'b'\n[gateway]\nnodefile = 'n'\n{ROUTE}")
     assert configs.differences(one, other) == ["port", "models.directory", "gateway.nodefile", "routes"]
     assert configs.differences(one, one) == []
+    plain, tls, other_tls = read(""), read("[gateway.tls]\nca = 'a'"), read("[gateway.tls]\nca = 'b'")
+    assert configs.differences(plain, tls) == configs.differences(tls, plain) == ["gateway.tls"]
+    assert configs.differences(tls, other_tls) == ["gateway.tls.ca"]
 
 
 # docs/configuration.md
@@ -169,12 +179,12 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert page == generator().reference(), "run: python docs/generate.py"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("model", [Config, ModelsConfig, GatewayConfig, RouteConfig, ModelConfig])
+@pytest.mark.parametrize("model", [Config, ModelsConfig, GatewayConfig, RouteConfig, ModelConfig, ServerTls, ClientTls])
 def test_every_field_is_described_in_the_page_and_in_the_example(model: type[BaseModel]) -> None:
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     for name, field in model.model_fields.items():
         assert f"| `{name}` |" in page or f"[{name}]" in page
-        assert field.description or name in ("models", "gateway", "routes"), name
+        assert field.description or name in ("models", "gateway", "routes", "tls"), name
 
 
 def test_the_example_is_complete_and_right() -> None:
@@ -185,5 +195,7 @@ def test_the_example_is_complete_and_right() -> None:
     assert set(table) == set(Config.model_fields)
     assert set(table["models"]) == set(ModelsConfig.model_fields)
     assert set(table["gateway"]) == set(GatewayConfig.model_fields)
+    assert set(table["tls"]) == set(ServerTls.model_fields)
+    assert set(table["gateway"]["tls"]) == set(ClientTls.model_fields)
     assert set(table["routes"][0]) == set(RouteConfig.model_fields)
     assert config.routes[0].nodes[1].weight == 2

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "dl_inference_core"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
     ("tensors", "config"),
-    ("nodefile", "hookspecs", "metrics", "wire", "transport"),
+    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "transport"),
     ("plugins", "routing", "grpcio_transport", "http_server"),
     ("gateway", "node", "introspection"),
     ("listener", "client", "builtins", "admin"),

@@ -27,7 +27,7 @@ A handler, with requests and what answers them; the model is a `FakeModel` unles
         samples = [(Request(payload="good", form=Form.TEXT), {"score": np.array([0.9], np.float32)})]
         rejected = [Request(payload=b"\\x00", form=Form.BYTES)]
 
-A transport::
+A transport (its tests need the package trustme)::
 
     class TestGrpcioTransport(TransportConformance):
         transport_class = GrpcioTransport
@@ -40,7 +40,7 @@ import pytest
 # Before they are imported, so that a failed assertion shows its values.
 pytest.register_assert_rewrite(
     *(f"dl_inference_core.testing.{name}" for name in ("plugin", "fakes", "balancer", "backend", "handler")),
-    *(f"dl_inference_core.testing.{name}" for name in ("loopback", "transport_servers", "transport")),
+    *(f"dl_inference_core.testing.{name}" for name in ("loopback", "transport_servers", "transport_tls", "transport")),
 )
 
 from dl_inference_core.testing.backend import BackendConformance  # noqa: E402

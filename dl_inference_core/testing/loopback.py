@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 import grpc.aio
 import pytest
 
+from dl_inference_core.config import ClientTls, ServerTls
 from dl_inference_core.errors import InferenceError
 from dl_inference_core.testing.plugin import PluginConformance
 from dl_inference_core.transport import (
@@ -119,10 +120,11 @@ async def serving(
     unary: Mapping[str, UnaryHandler] | None = None,
     streaming: Mapping[str, StreamHandler] | None = None,
     limits: Limits | None = None,
+    tls: ServerTls | None = None,
 ) -> AsyncIterator[str]:
     """A server on the loopback interface, on which `warm` works too: its address."""
     methods = Methods(unary={**(unary or {}), WARM: echo}, streaming=streaming or {})
-    server = await transport.serve(methods, LOOPBACK, limits or Limits())
+    server = await transport.serve(methods, LOOPBACK, limits or Limits(), tls=tls)
     assert isinstance(server, Server)
     try:
         yield f"127.0.0.1:{server.ports[0]}"
@@ -131,8 +133,10 @@ async def serving(
 
 
 @asynccontextmanager
-async def connected(transport: Transport, address: str, limits: Limits | None = None) -> AsyncIterator[Connection]:
-    connection = transport.connect(address, limits or Limits())
+async def connected(
+    transport: Transport, address: str, limits: Limits | None = None, tls: ClientTls | None = None
+) -> AsyncIterator[Connection]:
+    connection = transport.connect(address, limits or Limits(), tls)
     try:
         yield connection
     finally:
@@ -156,10 +160,15 @@ async def pair(
 
 
 @asynccontextmanager
-async def official(address: str, **options: Any) -> AsyncIterator[Any]:
+async def official(
+    address: str, credentials: grpc.ChannelCredentials | None = None, **options: Any
+) -> AsyncIterator[Any]:
     """A channel of the grpcio package's own."""
-    async with grpc.aio.insecure_channel(
-        address, options=[("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)], **options
+    options["options"] = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
+    async with (
+        grpc.aio.insecure_channel(address, **options)
+        if credentials is None
+        else grpc.aio.secure_channel(address, credentials, **options)
     ) as channel:
         yield channel
 

@@ -1,4 +1,4 @@
-"""The suite for transports, over real sockets. Here are the calls; the servers are in `transport_servers`."""
+"""The suite for transports, over real sockets: calls here, servers in `transport_servers`, TLS in `transport_tls`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from dl_inference_core.testing.loopback import (
     warm,
 )
 from dl_inference_core.testing.transport_servers import ServerConformance
+from dl_inference_core.testing.transport_tls import TlsConformance
 from dl_inference_core.transport import Call, Limits, Transport, UnaryHandler
 
 
-class TransportConformance(ServerConformance):
+class TransportConformance(ServerConformance, TlsConformance):
     """What every transport must keep, over real sockets on the loopback interface::
 
     class TestGrpcioTransport(TransportConformance):

@@ -211,11 +211,12 @@ async def test_a_bad_config_changes_nothing_and_says_so_once(lab: Lab, caplog: A
 async def test_settings_that_need_a_restart_are_named_once(lab: Lab, caplog: Any) -> None:
     a, b = await lab.nodes("ab")
     gateway = await lab.front(a, top=QUICK)
-    rewrite(gateway, lab.route(b), top="port = 1\nmessage_bytes = 2048")
+    top = 'port = 1\nmessage_bytes = 2048\n[tls]\ncertificate = "server.pem"\nkey = "server.key"'
+    rewrite(gateway, lab.route(b), top=top)
     await lab.until(lambda: gateway.forwarder().pool.nodes[0].address == b.address)
-    rewrite(gateway, lab.route(a), top="port = 1\nmessage_bytes = 2048")
+    rewrite(gateway, lab.route(a), top=top)
     await lab.until(lambda: gateway.forwarder().pool.nodes[0].address == a.address)
-    assert messages(caplog) == [f"{gateway.file}: port, message_bytes: changes take effect at the next start"]
+    assert messages(caplog) == [f"{gateway.file}: port, message_bytes, tls: changes take effect at the next start"]
 
 
 async def test_comments_and_spaces_change_nothing(lab: Lab, caplog: Any) -> None:
