@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 SELDON := .venv-seldon
-EDITABLE := -e '.[uvloop,dev]' -e plugins/torch_backend -e plugins/balancers -e examples/digits
+EDITABLE := -e '.[uvloop,dev]' -e plugins/torch_backend -e plugins/balancers -e plugins/envoy_transport -e examples/digits
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help

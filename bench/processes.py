@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -26,6 +27,21 @@ class _Stat:
     parent: int
     cpu_s: float
     memory_mb: float
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the processes of a server hold now.
+
+    Attributes:
+        memory_mb: resident; pages that two of the processes share count twice.
+        descriptors: open files and sockets.
+    """
+
+    memory_mb: float
+    descriptors: int
+    threads: int
 
 
 class Server:
@@ -43,21 +59,44 @@ class Server:
         """Resident memory now; pages that two of the processes share count twice."""
         return sum(stat.memory_mb for stat in _family(self._pid).values())
 
+    def usage(self) -> Usage:
+        """What it holds now.
+
+        Raises:
+            OSError: one of its processes is ending.
+        """
+        family = _family(self._pid)
+        return Usage(
+            memory_mb=sum(stat.memory_mb for stat in family.values()),
+            descriptors=sum(1 for pid in family for _ in Path(f"/proc/{pid}/fd").iterdir()),
+            threads=sum(stat.threads for stat in family.values()),
+        )
+
+    def kill(self) -> None:
+        """End all its processes at once, as a crash would."""
+        for pid in _family(self._pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
 
 @contextmanager
 def announcing(
-    *command: str, environment: Mapping[str, str] | None = None, ends_with_input: bool = False
+    *command: str,
+    environment: Mapping[str, str] | None = None,
+    ends_with_input: bool = False,
+    log: IO[str] | None = None,
 ) -> Iterator[Server]:
     """Run `command` until the block ends; it must print "serving on HOST:PORT".
 
     Args:
         environment: what the process has beside the environment of this one.
         ends_with_input: it ends by itself once its standard input does, and is not told otherwise.
+        log: takes its standard error; by default that of this process.
 
     Raises:
         RuntimeError: it ended instead, or was ended as it had not done so within a minute.
     """
-    with _process(command, environment or {}, subprocess.PIPE, ends_with_input) as process:
+    with _process(command, environment or {}, subprocess.PIPE, ends_with_input, log) as process:
         assert process.stdout is not None
         too_late = threading.Timer(_START_S, _end, (process,))
         too_late.start()
@@ -88,19 +127,23 @@ def listening(address: str, *command: str) -> Iterator[Server]:
         yield Server(process.pid, address)
 
 
-def free_address() -> str:
-    """A loopback address that nothing listened on just now."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return "127.0.0.1:{1}".format(*taken.getsockname())
+def free_address(host: str = "127.0.0.1") -> str:
+    """An address on `host`, a loopback one, that nothing listened on just now."""
+    with socket.create_server((host, 0)) as taken:
+        return "{0}:{1}".format(*taken.getsockname())
 
 
 @contextmanager
 def _process(
-    command: tuple[str, ...], environment: Mapping[str, str], stdout: int, ends_with_input: bool = False
+    command: tuple[str, ...],
+    environment: Mapping[str, str],
+    stdout: int,
+    ends_with_input: bool = False,
+    log: IO[str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """`command`, running, with a standard input that ends when this process does, however it does."""
     with subprocess.Popen(
-        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=stdout, text=True
+        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=stdout, stderr=log, text=True
     ) as process:
         try:
             yield process
@@ -141,6 +184,7 @@ def _family(pid: int) -> dict[int, _Stat]:
                 parent=int(fields[1]),
                 cpu_s=sum(map(int, fields[11:15])) * _TICK_S,
                 memory_mb=int(fields[21]) * _PAGE_MB,
+                threads=int(fields[17]),
             )
     family = [pid] if pid in everyone else []
     for member in family:

@@ -26,6 +26,7 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute) -> HttpApp:
     """
 
     async def render(request: Request) -> Response:
+        metrics.tasks(len(asyncio.all_tasks()))
         # Off the event loop: with 100 routes of 3 nodes it takes 23 ms.
         body, content_type = await asyncio.to_thread(metrics.render, request.headers.get("accept", ""))
         return Response(body, media_type=content_type)

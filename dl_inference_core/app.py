@@ -43,9 +43,9 @@ class App:
         self._config = config
         self._plugins = plugins
         self.metrics = Metrics()
-        self.transport: Transport = plugins.make(
-            Kind.TRANSPORTS, config.transport, config.transport_options, "transport"
-        )
+        # "auto" was resolved by whoever started this process, if that took anything to start it.
+        name = config.transport if config.transport != "auto" else "grpcio"
+        self.transport: Transport = plugins.make(Kind.TRANSPORTS, name, config.transport_options, "transport")
         self._limits = Limits(message_bytes=config.message_bytes)
         self.repository: Repository | None = None
         if config.models.directory is not None:

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from dl_inference_core import config as configs
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError, InferenceError, PluginError
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.supervisor import Supervisor
+from dl_inference_core.transport import Transport
 
 _CONFIG_EXIT = 2
 
@@ -81,63 +84,105 @@ def serve(models: Path | None, config_file: Path | None, nodes: Path | None, wor
     flight, then ends.
     """
     config = _config(models, config_file, nodes, flags)
-    if worker is not None:
-        _exit_on_error(lambda: _run(_work(config, config_file, *map(int, worker.split(":")))))
-    elif config.workers > 1:
-        _exit_on_error(lambda: _run(_supervise(config)))
-    else:
-        _exit_on_error(lambda: _run(_serve(config, config_file)))
-
-
-async def _supervise(config: Config) -> None:
-    from dl_inference_core.supervisor import Supervisor
-
-    await Supervisor(config, sys.argv[1:]).run()
-
-
-async def _work(config: Config, config_file: Path | None, index: int, port: int) -> None:
-    """Serve as one worker of several: on the shared port, and on one of its own, by which it is known."""
-    update: dict[str, Any] = {}
-    if config.http_port:
-        update["http_port"] = config.http_port + index
-    ending = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def orphaned() -> None:
-        loop.remove_reader(sys.stdin)  # which is readable for ever now
-        ending.set()
-
-    loop.add_reader(sys.stdin, orphaned)  # its end is the supervisor's
-    await _serve(
-        config.model_copy(update=update), config_file, f"{config.host}:0", f"{config.host}:{port}", ending=ending
-    )
-
-
-async def _serve(
-    config: Config, config_file: Path | None, *addresses: str, ending: asyncio.Event | None = None
-) -> None:
-    from dl_inference_core.app import App
-
-    ending = ending or asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ending.set)
-    app = App(config, Plugins(), config_file=config_file)
+    plugins = Plugins()
     try:
-        starting = asyncio.create_task(app.serve(*addresses, share_port=bool(addresses)))
-        waiting = asyncio.create_task(ending.wait())
-        await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return
-        port = starting.result()[0]
-        if app.http_port is not None:
-            click.echo(f"http on http://{config.host}:{app.http_port}")
-        click.echo(f"serving on {config.host}:{port}")
-        await waiting
-    finally:
-        await app.close()
+        name, why = plugins.choose_transport(config.transport)
+        config = config.model_copy(update={"transport": name})
+        transport: Transport = plugins.make(Kind.TRANSPORTS, name, config.transport_options, "transport")
+    except (ConfigError, PluginError) as error:
+        _fail(error)
+    serving = Serving(config, config_file, plugins, f"transport {name}: {why}")
+    if worker is not None:
+        _run(serving.as_worker(*map(int, worker.split(":"))))
+    elif config.workers > 1 or transport.hosted:
+        arguments = _again(models, config_file, nodes, flags)
+        supervisor = Supervisor(config, transport, arguments, serving.transport)
+        _run(supervisor.run(), asyncio.new_event_loop)  # uvloop makes no process groups
+    else:
+        _run(serving.run())
+
+
+def _again(models: Path | None, config_file: Path | None, nodes: Path | None, flags: dict[str, Any]) -> list[str]:
+    """The command line of `serve` that says the same."""
+    given = {"config": config_file, "nodes": nodes, **flags}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    return ["serve", *options, *(["--", str(models)] if models is not None else [])]
+
+
+async def hosted(arguments: list[str]) -> int:
+    """The command line, in a process whose event loop runs already; returns the exit status."""
+    works: list[Coroutine[Any, Any, None]] = []
+    try:
+        main(arguments, obj=works.append, standalone_mode=False)
+        for work in works:
+            await _failing(work)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """One process that serves.
+
+    Attributes:
+        transport: which one serves, and why.
+    """
+
+    config: Config
+    config_file: Path | None
+    plugins: Plugins
+    transport: str
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        ending = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ending.set)
+        await self._until(ending, self.config)
+
+    async def as_worker(self, index: int, port: int) -> None:
+        """Serve until standard input ends: on the port of all workers, and where there are several, on one of its own
+        too, by which it is known."""
+        config = self.config
+        if config.http_port:
+            config = config.model_copy(update={"http_port": config.http_port + index})
+        ending = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(sys.stdin)  # which is readable for ever now
+            ending.set()
+
+        loop.add_reader(sys.stdin, ended)  # closed to end this worker; or the supervisor has ended
+        own = (f"{config.host}:0",) if config.workers > 1 else ()
+        await self._until(ending, config, *own, f"{config.host}:{port}")
+
+    async def _until(self, ending: asyncio.Event, config: Config, *addresses: str) -> None:
+        from dl_inference_core.app import App
+
+        app = App(config, self.plugins, config_file=self.config_file)
+        try:
+            starting = asyncio.create_task(app.serve(*addresses, share_port=bool(addresses)))
+            waiting = asyncio.create_task(ending.wait())
+            await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                return
+            port = starting.result()[0]
+            if app.http_port is not None:
+                click.echo(f"http on http://{config.host}:{app.http_port}")
+            if config.workers == 1:
+                click.echo(self.transport)
+            click.echo(f"serving on {config.host}:{port}")
+            await waiting
+        finally:
+            await app.close()
 
 
 @main.command()
@@ -188,7 +233,7 @@ def check(models: Path | None, config_file: Path | None, nodes: Path | None, as_
         finally:
             await app.close()
 
-    _exit_on_error(lambda: _run(load()))
+    _run(load())
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
@@ -281,14 +326,19 @@ def _config(models: Path | None, config_file: Path | None, nodes: Path | None, f
     return config.model_copy(update=update)
 
 
-def _run(work: Coroutine[Any, Any, None]) -> None:
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        runner.run(work)
+def _run(work: Coroutine[Any, Any, None], new_loop: Callable[[], asyncio.AbstractEventLoop] = new_event_loop) -> None:
+    """Run `work` on an event loop of its own, or hand it to whoever has one."""
+    take = click.get_current_context().obj
+    if take is not None:
+        take(work)
+        return
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(_failing(work))
 
 
-def _exit_on_error(work: Callable[[], None]) -> None:
+async def _failing(work: Coroutine[Any, Any, None]) -> None:
     try:
-        work()
+        await work
     except (ConfigError, PluginError) as error:
         _fail(error)
 

@@ -157,8 +157,8 @@ class Config(_Section):
     each has its own, counted up from here"""
     workers: int = Field(default=1, ge=1, le=256)
     """processes that share the port, each with its own copy of the models"""
-    transport: str = "grpcio"
-    """the network stack"""
+    transport: str = "auto"
+    """the network stack: "envoy", "grpcio", or "auto": envoy where its plugin is installed and can run, else grpcio"""
     transport_options: dict[str, Any] = {}
     """the network stack's own options"""
     message_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)

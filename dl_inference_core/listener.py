@@ -45,7 +45,7 @@ class Listener:
                 code = Code.INTERNAL.name
                 raise _identified(call, error) from None
             else:
-                code = Code.OK.name
+                code = "OK"
                 return response
             finally:
                 self._metrics.request(protocol.name, name, code, time.monotonic() - start)

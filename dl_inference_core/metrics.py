@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -32,6 +32,11 @@ class Metrics:
             ("route", "node", "outcome"),
             registry=self._registry,
         )
+        self._tasks = Gauge(
+            "dl_inference_asyncio_tasks",
+            "Tasks of the event loop, as they were when the metrics were asked for.",
+            registry=self._registry,
+        )
         # labels() costs more than all the rest of a request's accounting.
         self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
         self._of_attempts: dict[tuple[str, str, str], Counter] = {}
@@ -56,6 +61,10 @@ class Metrics:
         if counter is None:
             counter = self._of_attempts[key] = self._attempts.labels(*key)
         counter.inc()
+
+    def tasks(self, count: int) -> None:
+        """The event loop has `count` tasks now."""
+        self._tasks.set(count)
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """All of them in the format of Prometheus or OpenMetrics that an HTTP Accept header prefers; and its media

@@ -177,6 +177,23 @@ class Plugins:
             owner = self._owner(kind, name)
             raise PluginError(f'{where}: {owner} cannot make the {kind.value} "{name}": {_reason(error)}') from error
 
+    def choose_transport(self, name: str) -> tuple[str, str]:
+        """The transport to serve with, and why. "auto" is "envoy" where that is installed and can run, else "grpcio".
+
+        Raises:
+            PluginError: as `get`; or the one that is named cannot run here.
+        """
+        if name != "auto":
+            if missing := self.get(Kind.TRANSPORTS, name, "transport").missing():
+                raise PluginError(f'the transport "{name}" cannot run here: {missing}')
+            return name, "as configured"
+        preferred = self.classes(Kind.TRANSPORTS).get("envoy")
+        if preferred is None:
+            return "grpcio", "envoy is not installed: pip install dl-inference-envoy-transport"
+        if missing := preferred.missing():
+            return "grpcio", f"envoy cannot run here: {missing}"
+        return "envoy", "it is installed, and can run here"
+
     def describe(self) -> list[Plugin]:
         """Every plugin, with all it provides; imports what the kinds need (numpy, for backends and handlers)."""
         for kind in Kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ import click
 
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.transport import Transport
 
 _log = logging.getLogger(__name__)
 
@@ -26,22 +28,28 @@ _KILL_AFTER_DRAIN_S = 5.0
 
 
 class Supervisor:
-    """Starts workers, restarts those that die, ends them all. Workers end by themselves when it dies, by the end of
-    their standard input."""
+    """Starts workers, restarts those that die, ends them all by the end of their standard input, which comes too when
+    this process dies."""
 
-    def __init__(self, config: Config, arguments: Sequence[str]) -> None:
+    def __init__(self, config: Config, transport: Transport, arguments: Sequence[str], said: str) -> None:
         """Args:
+        transport: knows how a worker is started.
         arguments: the command line of `serve`, to be repeated for each worker.
+        said: printed, where there are several, before they are said to serve; one says everything itself.
         """
         self._config = config
+        self._transport = transport
         self._arguments = arguments
+        self._said = said
         self._ending = asyncio.Event()
+        self._status = 0
         self._processes: dict[int, asyncio.subprocess.Process] = {}
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
 
         Raises:
+            SystemExit: with 0; or with the status of the only worker, which could not start and has said why.
             ConfigError: the address cannot be listened on, or a worker could not start; it has said why.
         """
         loop = asyncio.get_running_loop()
@@ -56,9 +64,10 @@ class Supervisor:
             awaited: set[asyncio.Future[Any]] = {everyone, ending, *keeping}
             try:
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-                if everyone.done():
+                if everyone.done() and self._config.workers > 1:
+                    click.echo(self._said)
                     click.echo(f"serving on {self._config.host}:{port}")
-                    await asyncio.wait(awaited - {everyone}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait(awaited - {everyone}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 everyone.cancel()
                 self._ending.set()
@@ -66,16 +75,26 @@ class Supervisor:
                 await self._end(keeping)
             for task in keeping:
                 task.result()
+        sys.exit(self._status)
 
     def _reserve(self) -> socket.socket:
         """The port, bound but not listened on: it stays ours while workers come and go."""
         host = self._config.host.strip("[]")
-        reserved = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            reserved.bind((host, self._config.port))
+            with socket.socket(family, socket.SOCK_STREAM) as alone:
+                # Another server that shares its port would take half of our calls.
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind((host, self._config.port))
+                port = alone.getsockname()[1]
+            reserved = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                reserved.bind((host, port))
+            except OSError:
+                reserved.close()
+                raise
         except OSError as error:
-            reserved.close()
             raise ConfigError(f"cannot listen on {self._config.host}:{self._config.port}: {error.strerror}") from error
         return reserved
 
@@ -88,6 +107,9 @@ class Supervisor:
             if self._ending.is_set():
                 return
             if not ready.is_set():
+                if self._config.workers == 1:
+                    self._status = status
+                    return
                 raise ConfigError(f"worker {index} could not start (exit status {status})")
             if time.monotonic() - started > _STEADY_S:
                 pause_s = _FIRST_PAUSE_S
@@ -98,32 +120,40 @@ class Supervisor:
 
     async def _work(self, index: int, port: int, ready: asyncio.Event) -> int:
         """Run worker `index` once; returns its exit status."""
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "dl_inference_core.cli"),
-            *self._arguments,
-            *("--worker", f"{index}:{port}"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        self._processes[index] = process
-        if self._ending.is_set():  # it came too late to be ended with the others
-            process.terminate()
-        assert process.stdout is not None
-        async for line in process.stdout:
-            text = line.decode().rstrip()
-            click.echo(f"worker {index}: {text}")
-            if text.startswith("serving on "):
-                ready.set()
-        del self._processes[index]
-        return await process.wait()
+        command, *rest = self._arguments
+        arguments = [command, "--worker", f"{index}:{port}", *rest]
+        name = f"worker {index}: " if self._config.workers > 1 else ""
+        with self._transport.program(arguments) as program:
+            process = await asyncio.create_subprocess_exec(
+                *program.command,
+                env={**os.environ, **program.environment},
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                # What a terminal sends to its foreground group is for the supervisor to pass on.
+                process_group=0,
+            )
+            self._processes[index] = process
+            if self._ending.is_set():  # it came too late to be ended with the others
+                _tell_to_end(process)
+            assert process.stdout is not None
+            async for line in process.stdout:
+                text = line.decode(errors="replace").rstrip()
+                click.echo(f"{name}{text}")
+                if text.startswith("serving on "):
+                    ready.set()
+            del self._processes[index]
+            return await process.wait()
 
     async def _end(self, keeping: Sequence[asyncio.Task[None]]) -> None:
         for process in self._processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            _tell_to_end(process)
         _, late = await asyncio.wait(keeping, timeout=self._config.drain_s + _KILL_AFTER_DRAIN_S)
         for process in self._processes.values() if late else ():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         await asyncio.wait(keeping)
+
+
+def _tell_to_end(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin is not None
+    process.stdin.close()

@@ -6,8 +6,10 @@ trailers into these few types and back; `dl_inference_core.testing.TransportConf
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -27,6 +29,8 @@ class Call:
             Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with ":").
         deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
         trailers: what goes back, or came back, beside the answer. Who answers appends to it.
+        background: of an outgoing call: it belongs to no call that is being answered, and may outlive the one in
+            whose context it is made.
     """
 
     method: str
@@ -34,6 +38,7 @@ class Call:
     metadata: Metadata = ()
     deadline: float | None = None
     trailers: list[tuple[str, str | bytes]] = field(default_factory=list)
+    background: bool = False
 
 
 UnaryHandler: TypeAlias = Callable[[Call], Awaitable[bytes]]
@@ -63,12 +68,31 @@ HttpApp: TypeAlias = Callable[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A command that starts a process, and what its environment has beside that of this one."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Attributes:
     message_bytes: largest message, in either direction; over it RESOURCE_EXHAUSTED.
     """
 
     message_bytes: int = 10 * 1024 * 1024
+
+
+_LONGEST_ASCII, _LONGEST = 2000, 500
+
+
+def shortened(message: str) -> str:
+    """A status message that fits into a header: over 8 KiB of headers may be refused, and the status with them.
+
+    Percent-encoding makes 3 bytes of an ASCII character at most, and up to 12 of another.
+    """
+    return message[: _LONGEST_ASCII if message.isascii() else _LONGEST]
 
 
 class Server(ABC):
@@ -89,7 +113,8 @@ class Connection(ABC):
     async def call(self, call: Call) -> bytes:
         """Send `call` and return the answer's bytes; trailers that came back are appended to `call.trailers`.
 
-        Cancelling the caller cancels the call at the node.
+        Cancelling the caller cancels the call at the node: at once, or as soon as the call is answered in whose context
+        it was made.
 
         Raises:
             InferenceError: as `errors.from_status` has it; DeadlineExceeded when `call.deadline` passed.
@@ -107,9 +132,25 @@ class Transport(ABC):
     Options: ClassVar[type[PluginOptions]] = PluginOptions
     http_on_same_port: ClassVar[bool] = False
     """Whether `serve` answers HTTP on the port of gRPC; else `http` is ignored."""
+    hosted: ClassVar[bool] = False
+    """Whether `serve` works only in a process that was started by `program`."""
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
+
+    @classmethod
+    def missing(cls) -> str:
+        """What this machine lacks to run the transport, in one line; "" if nothing. Called before one is made."""
+        return ""
+
+    @contextmanager
+    def program(self, arguments: Sequence[str]) -> Iterator[Program]:
+        """How to start one process that runs `dl-inference-core` with `arguments` and may `serve`.
+
+        For as long as the context is open, what the process needs is there. It must end by itself when its standard
+        input does.
+        """
+        yield Program(command=(sys.executable, "-m", "dl_inference_core.cli", *arguments))
 
     @abstractmethod
     async def serve(

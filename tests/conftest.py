@@ -51,9 +51,33 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
                 if isinstance(argument, Lab):
                     await argument.close()
 
+    if (host := _event_loop_runner(pyfuncitem.config)) is not None:
+        host.run(bounded())
+        return True
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(bounded())
     return True
+
+
+def _event_loop_runner(config: pytest.Config) -> Any:
+    """What runs coroutines where Envoy hosts the tests (`dl_inference_envoy_transport.testing`); else None."""
+    return config.pluginmanager.get_plugin("event-loop-runner")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Servers and gateways in this very process take a process that can have them: Envoy's, for its transport only."""
+    hosted = _event_loop_runner(config) is not None
+
+    def here(item: pytest.Item) -> bool:
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        if "lab" not in getattr(item, "fixturenames", ()) and "in_process" not in item.keywords:
+            return not hosted or "plugins/envoy_transport" in item.nodeid
+        return bool((parameters.get("transport") == "envoy") == hosted)
+
+    elsewhere = [item for item in items if not here(item)]
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if here(item)]
 
 
 class FaultNode:

@@ -94,7 +94,7 @@ WRONG = {
 def test_a_wrong_config_is_one_line_on_stderr_and_exit_code_2(tmp_path: Path, case: str) -> None:
     text, said = WRONG[case]
     file = tmp_path / "server.toml"
-    file.write_text(text)
+    file.write_text(text if "transport" in text else f'transport = "grpcio"\n{text}')
     result = run("serve", "--config", file)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -281,7 +281,8 @@ async def test_it_says_where_it_serves_once_and_ends_on_sigterm(lab: Lab) -> Non
         assert served.address.startswith("127.0.0.1:")
         assert await served.call() == "a"
         assert await served.end() == 0
-        assert [line.partition(" on ")[0] for line in served.lines] == ["http", "serving"]
+        assert [line.split()[0] for line in served.lines] == ["http", "transport", "serving"]
+        assert served.lines[1].startswith(f"transport {lab.transport_name}: ")
         assert served.log == ""
 
 

@@ -95,7 +95,7 @@ class Health:
 
     async def _answers(self) -> bool:
         """Whether the node says SERVING to a grpc.health.v1 check, or answers that it knows no such check."""
-        probe = Call(method=_CHECK, request=b"", deadline=time.monotonic() + _PROBE_TIMEOUT_S)
+        probe = Call(method=_CHECK, request=b"", deadline=time.monotonic() + _PROBE_TIMEOUT_S, background=True)
         try:
             return await self._connection.call(probe) == _SERVING
         except InferenceError as error:

@@ -38,7 +38,7 @@ from dl_inference_core.testing.loopback import (
 )
 from dl_inference_core.testing.transport_servers import ServerConformance
 from dl_inference_core.testing.transport_tls import TlsConformance
-from dl_inference_core.transport import Call, Limits, Transport, UnaryHandler
+from dl_inference_core.transport import Call, Limits, Transport
 
 
 class TransportConformance(ServerConformance, TlsConformance):
@@ -306,19 +306,64 @@ class TransportConformance(ServerConformance, TlsConformance):
     @asynchronous
     async def test_cancelling_the_caller_cancels_the_handler_and_no_other_call(self, transport: Transport) -> None:
         one, other = Hold(), Hold()
-        methods: dict[str, UnaryHandler] = {HOLD: one, ECHO: other}
-        async with serving(transport, methods) as address, connected(transport, address) as connection:
-            leaving = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"")))
+        async with serving(transport, {HOLD: one, ECHO: other}) as node, connected(transport, node) as connection:
+
+            async def cancel(call: Call) -> bytes:
+                leaving = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"")))
+                await one.was_entered()
+                leaving.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await leaving
+                return b"cancelled"
+
             staying = asyncio.ensure_future(connection.call(Call(method=ECHO, request=b"stays")))
-            await one.was_entered()
             await other.was_entered()
-            leaving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await leaving
+            async with pair(transport, cancel) as front:
+                assert await front.call(Call(method=ECHO, request=b"")) == b"cancelled"
             await one.was_cancelled(self.prompt_s)
             other.release.set()
             assert await staying == b"stays"
             assert not other.cancelled.is_set()
+
+    @asynchronous
+    async def test_a_client_that_leaves_a_forwarded_call_cancels_it_at_the_node(self, transport: Transport) -> None:
+        hold = Hold()
+        async with serving(transport, {HOLD: hold}) as node, connected(transport, node) as connection:
+            cancelled = asyncio.Event()
+
+            async def forward(call: Call) -> bytes:
+                try:
+                    return await connection.call(Call(method=HOLD, request=call.request))
+                except asyncio.CancelledError:
+                    cancelled.set()
+                    raise
+
+            async with serving(transport, {ECHO: forward}) as address, official(address) as channel:
+                call = channel.unary_unary(ECHO)(b"")
+                await hold.was_entered()
+                call.cancel()
+                async with asyncio.timeout(self.prompt_s):
+                    await cancelled.wait()
+                await hold.was_cancelled(self.prompt_s)
+
+    @asynchronous
+    async def test_a_call_in_the_background_outlives_the_call_in_whose_context_it_is_made(
+        self, transport: Transport
+    ) -> None:
+        hold = Hold()
+        async with serving(transport, {HOLD: hold}) as node, connected(transport, node) as connection:
+            outliving: list[asyncio.Future[bytes]] = []
+
+            async def begin(call: Call) -> bytes:
+                later = Call(method=HOLD, request=b"outlives", background=True)
+                outliving.append(asyncio.ensure_future(connection.call(later)))
+                await hold.was_entered()
+                return b"begun"
+
+            async with pair(transport, begin) as front:
+                assert await front.call(Call(method=ECHO, request=b"")) == b"begun"
+            hold.release.set()
+            assert await outliving[0] == b"outlives"
 
     @asynchronous
     async def test_an_official_client_that_hangs_up_cancels_the_handler(self, transport: Transport) -> None:

