@@ -101,9 +101,12 @@ class Incoming:
             self.look_at = now + _LOOK_AFTER_S
             self._looking = asyncio.ensure_future(self._look())
 
+    async def client_left(self) -> bool:
+        """Ask Envoy, which answers at once, but does not tell by itself. Only once the request has been read."""
+        return bool((await self._receive())["type"] == "http.disconnect")
+
     async def _look(self) -> None:
-        """Ask Envoy, which answers at once, but does not tell by itself."""
-        if (await self._receive())["type"] == "http.disconnect":
+        if await self.client_left():
             self.end(Ended.CLIENT_LEFT)
 
 
@@ -209,7 +212,7 @@ class EnvoyServer(Server):
             incoming.look_soon()
             response = await handler(call)
         except asyncio.CancelledError:
-            _raise_why(incoming)
+            await _raise_why(incoming)
             return None
         except InferenceError:
             raise
@@ -261,7 +264,7 @@ class EnvoyServer(Server):
                     await send({"type": "http.response.body", "body": framing.framed(response), "more_body": True})
         except asyncio.CancelledError:
             try:
-                _raise_why(incoming)
+                await _raise_why(incoming)
             except InferenceError as ended:
                 await _fail(send, ended, call, started=started)
         except InferenceError as error:
@@ -379,13 +382,15 @@ async def _taken(messages: Messages) -> AsyncIterator[bytes]:
         yield message
 
 
-def _raise_why(incoming: Incoming) -> None:
+async def _raise_why(incoming: Incoming) -> None:
     """What a cancelled handler's client is told.
 
     Raises:
         InferenceError: that; nothing, if the client has left.
     """
     if incoming.ended is Ended.NO:  # a call of ours through Envoy's client ends with the client's own
+        if not await incoming.client_left():
+            raise NodeFailed("the handler was cancelled, and the client has not left")
         return
     task = asyncio.current_task()
     assert task is not None
