@@ -322,7 +322,9 @@ class TlsConformance(LoopbackConformance):
             await hold.was_entered()
             shown.become(other.issue("client"))
             await reached(refused, _TAKEN_UP_S)
-            await warm(taken)
+            for _ in range(10):
+                await warm(taken)
+                await asyncio.sleep(0.02)
             hold.release.set()
             assert await call == b"goes on"
 
