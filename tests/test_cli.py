@@ -115,9 +115,9 @@ def test_a_port_in_use_is_a_config_error_with_one_process_and_with_several(tmp_p
 
 
 def test_an_http_port_in_use_is_a_config_error(tmp_path: Path, busy_port: int) -> None:
-    file = tmp_path / "nodefile.txt"
-    file.write_text("1=5,127.0.0.1:1\n")
-    result = run("serve", "--nodes", file, "--port", "0", "--http-port", str(busy_port))
+    file = tmp_path / "server.toml"
+    file.write_text(f'transport = "grpcio"\n{ROUTE}')
+    result = run("serve", "--config", file, "--port", "0", "--http-port", str(busy_port))
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: http_port {busy_port}: ")

@@ -36,7 +36,7 @@ def test_an_empty_file_is_the_defaults() -> None:
         "host": "127.0.0.1",
         "port": 8500,
         "workers": 1,
-        "transport": "grpcio",
+        "transport": "auto",
     }
     assert Config().message_bytes == 10 * 1024 * 1024
 
