@@ -25,11 +25,13 @@ $(SELDON)/ready: tests/seldon/requirements.txt
 	$(SELDON)/bin/python -m pip install --requirement tests/seldon/requirements.txt
 	touch $@
 
-demo: .venv/ready ## train, serve and call a model; kill a node under load
-	$(BIN)/python -m digits.demo
+demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto, envoy or grpcio
+	$(BIN)/python -m digits.demo --transport $(or $(TRANSPORT),auto)
 
+# Servers and gateways on Envoy's stack, in the tests' own process, take a process of Envoy's.
 test: .venv/ready $(SELDON)/ready ## all tests
 	$(BIN)/python -m pytest
+	$(BIN)/python -m dl_inference_envoy_transport.testing tests plugins/envoy_transport
 
 check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff format --check .

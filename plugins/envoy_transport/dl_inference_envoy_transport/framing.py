@@ -6,7 +6,6 @@ After doc/PROTOCOL-HTTP2.md of grpc/grpc.
 from __future__ import annotations
 
 import base64
-import binascii
 import zlib
 from collections.abc import Iterable
 from urllib.parse import quote, unquote
@@ -70,8 +69,10 @@ def message(frame: bytes, encoding: str, limit: int) -> bytes:
         return frame[PREFIX:]
     if flag != 1:
         raise BadRequest(f"the first byte of a frame is 0 or 1; got {flag}")
+    if encoding == "identity":
+        raise BadRequest("the message says that it is compressed, and no grpc-encoding says how")
     if encoding not in _WINDOW_BITS:
-        raise Unimplemented(f'grpc-encoding "{encoding}" is not known; known: identity, {", ".join(_WINDOW_BITS)}')
+        raise Unimplemented(f'grpc-encoding "{encoding[:20]}" is not known; known: identity, {", ".join(_WINDOW_BITS)}')
     unpacking = zlib.decompressobj(_WINDOW_BITS[encoding])
     try:
         unpacked = unpacking.decompress(frame[PREFIX:], limit + 1)
@@ -81,6 +82,8 @@ def message(frame: bytes, encoding: str, limit: int) -> bytes:
         raise too_large(len(unpacked), limit)
     if not unpacking.eof:
         raise BadRequest(f"the message ends before its {encoding} does")
+    if unpacking.unused_data:
+        raise BadRequest(f"the message goes on after its {encoding} has ended")
     return unpacked
 
 
@@ -134,10 +137,19 @@ def encoded(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[str, str]
 
 
 def decoded(key: str, value: str) -> Metadata:
-    """A header as metadata; several, where a binary one has several values."""
+    """A header as metadata; several, where a binary one has several values.
+
+    Raises:
+        BadRequest: a binary one is no base64.
+    """
     if not key.endswith("-bin"):
         return ((key, value),)
     try:
-        return tuple((key, base64.b64decode(f"{part.strip()}===")) for part in value.split(","))
-    except binascii.Error:
+        return tuple((key, _from_base64(part.strip())) for part in value.split(","))
+    except ValueError:
         raise BadRequest(f"the metadata {key} is not base64") from None
+
+
+def _from_base64(text: str) -> bytes:
+    """The bytes of `text`, which may be padded or not."""
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)

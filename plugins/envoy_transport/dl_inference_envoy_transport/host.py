@@ -194,7 +194,8 @@ class Host:
 
     async def close_listener(self, name: str) -> None:
         """Take no more connections; those that are there are told to go away with their next answer."""
-        del self._listeners[name]
+        if self._listeners.pop(name, None) is None:
+            return
         self._write_listeners()
         async with asyncio.timeout(_APPLIED_WITHIN_S):
             while name in await self._listening():  # noqa: ASYNC110 - Envoy tells nobody

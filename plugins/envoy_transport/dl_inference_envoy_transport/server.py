@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from typing import Any, TypeAlias
 
@@ -33,7 +33,8 @@ _log = logging.getLogger(__name__)
 _LOOK_AFTER_S = 0.02
 # Messages of a stream that may wait for its handler; beyond them the client has to.
 _AHEAD = 16
-_DRAINING = "the server is shutting down"
+_LINGER_S = 0.1
+_SHUT_DOWN = "the server is shutting down"
 
 # What HTTP, gRPC and Envoy put beside the caller's own metadata.
 _NOT_METADATA = frozenset(
@@ -127,7 +128,8 @@ class EnvoyServer(Server):
         self._limit = limits.message_bytes
         self._http = http
         self._calls: Ticker[Incoming] = Ticker()
-        self._draining = False
+        self._closed = False
+        self._answered = 0
         self._idle = asyncio.Event()
 
     async def open(
@@ -188,7 +190,8 @@ class EnvoyServer(Server):
     def _end(self, incoming: Incoming) -> None:
         self._host.pace.in_flight -= 1
         self._calls.members.discard(incoming)
-        if self._draining and not self._calls.members:
+        self._answered += 1
+        if not self._calls.members:
             self._idle.set()
 
     async def _answer(
@@ -199,8 +202,8 @@ class EnvoyServer(Server):
         Raises:
             InferenceError: any failure.
         """
-        if self._draining:
-            raise NodeUnreachable(_DRAINING)
+        if self._closed:
+            raise NodeUnreachable(_SHUT_DOWN)
         timeout_s, encoding, call.metadata = _read(headers)
         if timeout_s is not None:
             call.deadline = incoming.deadline = time.monotonic() + timeout_s
@@ -247,8 +250,8 @@ class EnvoyServer(Server):
         started = False
         pumping = None
         try:
-            if self._draining:
-                raise NodeUnreachable(_DRAINING)
+            if self._closed:
+                raise NodeUnreachable(_SHUT_DOWN)
             timeout_s, encoding, call.metadata = _read(scope["headers"])
             if timeout_s is not None:
                 call.deadline = incoming.deadline = time.monotonic() + timeout_s
@@ -283,21 +286,33 @@ class EnvoyServer(Server):
                 pumping.cancel()
 
     async def drain(self, grace_s: float) -> None:
-        if not self._draining:
-            self._draining = True
-            await self._host.close_listener(self._name)
-        if self._rotating is not None:
+        if self._secrets is not None and self._rotating is not None:
             self._rotating.cancel()
-        if self._secrets is not None:
             self._secrets.remove()
-        if self._calls.members:
-            try:
-                async with asyncio.timeout(grace_s):
-                    await self._idle.wait()
-            except TimeoutError:
-                for call in tuple(self._calls.members):
-                    call.end(Ended.DRAIN)
-                await self._idle.wait()
+        end = time.monotonic() + grace_s
+        # From now on each answer tells its connection to go away (GOAWAY). One without calls Envoy does not tell; so
+        # calls that cross with its closing are answered for a moment longer.
+        await self._host.close_listener(self._name)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                await self._until_quiet()
+        self._closed = True
+        for call in tuple(self._calls.members):
+            call.end(Ended.DRAIN)
+        await self._until_idle()
+
+    async def _until_quiet(self) -> None:
+        while True:
+            await self._until_idle()
+            answered = self._answered
+            await asyncio.sleep(_LINGER_S)
+            if answered == self._answered and not self._calls.members:
+                return
+
+    async def _until_idle(self) -> None:
+        while self._calls.members:
+            self._idle.clear()
+            await self._idle.wait()
 
 
 def _is_grpc(scope: Any) -> bool:
@@ -398,7 +413,7 @@ async def _raise_why(incoming: Incoming) -> None:
     if incoming.ended is Ended.DEADLINE:
         raise DeadlineExceeded("the deadline passed")
     if incoming.ended is Ended.DRAIN:
-        raise NodeUnreachable(_DRAINING)
+        raise NodeUnreachable(_SHUT_DOWN)
 
 
 def _unforeseen(call: Call, error: Exception) -> NodeFailed:
