@@ -245,10 +245,10 @@ class EnvoyConnection(Connection):
         outgoing = Outgoing(deadline)
         request = _Request(url, headers, framing.framed(call.request))
         self._calls.add(outgoing)
-        # Envoy ends a call out with the call that it is part of: nobody need look whether that one's client has left.
+        # Envoy ends a call out with the call that it is part of, but only one that it has begun.
         answering = None if call.background else ANSWERING.get()
         if answering is not None:
-            answering.look_at = math.inf
+            answering.look_once()
         cluster = None if call.background else self._cluster
         if cluster is not None:
             cluster.begin()

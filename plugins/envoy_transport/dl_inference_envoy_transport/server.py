@@ -31,6 +31,7 @@ from dl_inference_envoy_transport.loop import Ticker
 _log = logging.getLogger(__name__)
 
 _LOOK_AFTER_S = 0.02
+_LOOK_ONCE_AFTER_S = 0.25
 # Messages of a stream that may wait for its handler; beyond them the client has to.
 _AHEAD = 16
 _LINGER_S = 0.1
@@ -74,15 +75,16 @@ class Ended(enum.Enum):
 class Incoming:
     """A call that is being answered."""
 
-    __slots__ = ("_looking", "_receive", "_task", "deadline", "ended", "look_at")
+    __slots__ = ("_again_s", "_looking", "_receive", "_task", "deadline", "ended", "look_at")
 
     def __init__(self, task: asyncio.Task[Any], receive: Any) -> None:
         self._task = task
         self._receive = receive
         self._looking: asyncio.Future[None] | None = None
+        self._again_s = math.inf
         self.deadline = math.inf
         self.look_at = math.inf
-        """When to ask whether the client is still there; never, while something else would tell."""
+        """When to ask whether the client is still there."""
         self.ended = Ended.NO
 
     def end(self, why: Ended) -> None:
@@ -93,13 +95,19 @@ class Incoming:
 
     def look_soon(self) -> None:
         """From now on nothing else would tell that the client has left."""
+        self._again_s = _LOOK_AFTER_S
         self.look_at = time.monotonic() + _LOOK_AFTER_S
+
+    def look_once(self) -> None:
+        """From now on a call out would tell, unless the client had left before Envoy began it."""
+        self._again_s = math.inf
+        self.look_at = time.monotonic() + _LOOK_ONCE_AFTER_S
 
     def tick(self, now: float) -> None:
         if now >= self.deadline:
             self.end(Ended.DEADLINE)
         elif now >= self.look_at:
-            self.look_at = now + _LOOK_AFTER_S
+            self.look_at = now + self._again_s
             self._looking = asyncio.ensure_future(self._look())
 
     async def client_left(self) -> bool:
@@ -404,6 +412,7 @@ async def _raise_why(incoming: Incoming) -> None:
         InferenceError: that; nothing, if the client has left.
     """
     if incoming.ended is Ended.NO:  # a call of ours through Envoy's client ends with the client's own
+        incoming.ended = Ended.CLIENT_LEFT  # as is to be seen; and nothing else is to cancel the question
         if not await incoming.client_left():
             raise NodeFailed("the handler was cancelled, and the client has not left")
         return
