@@ -334,4 +334,7 @@ def _metadata(headers: Any) -> Iterator[tuple[str, str | bytes]]:
     """The node's own metadata among its headers or trailers."""
     for name, value in headers.items():
         if name not in _NOT_METADATA:
-            yield from framing.decoded(name, value)
+            try:
+                yield from framing.decoded(name, value)
+            except BadRequest as error:
+                raise NodeFailed(f"the answer is malformed: {error}") from None

@@ -56,6 +56,7 @@ _NOT_METADATA = frozenset(
 )
 _GRPC = (b"content-type", b"application/grpc")
 _START = {"type": "http.response.start", "status": 200, "headers": [_GRPC], "trailers": True}
+_UNDERSTOOD = (b"grpc-accept-encoding", b"identity,gzip,deflate")
 _OK = (b"grpc-status", b"0")
 _TRAILERS_OK = {"type": "http.response.trailers", "headers": [_OK]}
 
@@ -169,7 +170,7 @@ class EnvoyServer(Server):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """The listener's ASGI application."""
         handler = self._unary.get(scope["path"])
-        if handler is None or not _is_grpc(scope):
+        if handler is None or _refusal(scope) is not None:
             await self._other(scope, receive, send)
             return
         incoming = self._begin(receive)
@@ -236,21 +237,23 @@ class EnvoyServer(Server):
         return response
 
     async def _other(self, scope: Any, receive: Any, send: Any) -> None:
-        if not _is_grpc(scope):
-            if scope["path"] in self._unary or scope["path"] in self._streaming:
-                await _say(send, 415, b"expected the content type application/grpc\n")
+        path, refusal = scope["path"], _refusal(scope)
+        if scope["method"] == "HEAD":
+            send = _without_body(send)
+        if refusal is not None:
+            if path in self._unary or path in self._streaming:
+                await _say(send, *refusal)
             elif self._http is not None:
                 await self._http(scope, receive, send)
             else:
                 await _say(send, 404, b"not found\n")
-        elif scope["path"] in self._streaming:
+        elif path in self._streaming:
             incoming = self._begin(receive)
             try:
                 await self._stream(incoming, scope, receive, send)
             finally:
                 self._end(incoming)
         else:
-            path = scope["path"]
             await _fail(send, Unimplemented(f"method {path[:200]} is not known"), Call(method=path, request=b""))
 
     async def _stream(self, incoming: Incoming, scope: Any, receive: Any, send: Any) -> None:
@@ -323,11 +326,17 @@ class EnvoyServer(Server):
             await self._idle.wait()
 
 
-def _is_grpc(scope: Any) -> bool:
+def _refusal(scope: Any) -> tuple[int, bytes] | None:
+    """Why a request is no call of gRPC's, as an HTTP status and what it says; None if it is one."""
+    if scope["method"] != "POST":
+        return 405, b"expected POST\n"
     for name, value in scope["headers"]:
-        if name == b"content-type":
-            return bool(value == _GRPC[1] or value.startswith((b"application/grpc+", b"application/grpc;")))
-    return False
+        if name == b"content-type" and (
+            value == _GRPC[1] or value.startswith((b"application/grpc+", b"application/grpc;"))
+        ):
+            # Envoy sends no trailers by HTTP/1, and so no status.
+            return None if scope["http_version"] == "2" else (505, b"gRPC takes HTTP/2\n")
+    return 415, b"expected the content type application/grpc\n"
 
 
 def _read(headers: list[tuple[bytes, bytes]]) -> tuple[float | None, str, Metadata]:
@@ -336,7 +345,7 @@ def _read(headers: list[tuple[bytes, bytes]]) -> tuple[float | None, str, Metada
     Raises:
         BadRequest: one of them is malformed.
     """
-    timeout_s, encoding = None, "identity"
+    timeout_s, encoding, trailers = None, "identity", False
     metadata: list[tuple[str, str | bytes]] = []
     for name, value in headers:
         if name in _NOT_METADATA:
@@ -344,8 +353,12 @@ def _read(headers: list[tuple[bytes, bytes]]) -> tuple[float | None, str, Metada
                 timeout_s = framing.timeout_s(value.decode("latin-1"))
             elif name == b"grpc-encoding":
                 encoding = value.decode("latin-1")
+            elif name == b"te":
+                trailers = True
         elif not name.startswith(b"grpc-"):
             metadata += framing.decoded(name.decode("latin-1"), value.decode("latin-1"))
+    if not trailers:  # pyvoy sends none then, and so no status
+        raise BadRequest("expected the header te: trailers")
     return timeout_s, encoding, tuple(metadata)
 
 
@@ -440,13 +453,25 @@ async def _fail(send: Any, error: InferenceError, call: Call, *, started: bool =
         await send({"type": "http.response.body", "body": b""})
         await send({"type": "http.response.trailers", "headers": headers})
     else:
-        await send({"type": "http.response.start", "status": 200, "headers": [_GRPC, *headers]})
+        await send({"type": "http.response.start", "status": 200, "headers": [_GRPC, _UNDERSTOOD, *headers]})
         await send({"type": "http.response.body", "body": b""})
 
 
 async def _say(send: Any, status: int, text: bytes) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    headers = [(b"content-type", b"text/plain")]
+    if status == 405:
+        headers.append((b"allow", b"POST"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text})
+
+
+def _without_body(send: Any) -> Any:
+    """`send` for the answer to HEAD, which has the headers of the answer to GET and nothing else."""
+
+    async def headers_alone(event: Any) -> None:
+        await send(event if event["type"] == "http.response.start" else {**event, "body": b""})
+
+    return headers_alone
 
 
 def _raw(headers: list[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
