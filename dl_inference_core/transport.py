@@ -17,6 +17,9 @@ from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 
+Message: TypeAlias = bytes | memoryview
+"""A message's bytes; a view where a transport can pass on what it holds without a copy. `bytes(message)` copies a view."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Call:
@@ -34,14 +37,14 @@ class Call:
     """
 
     method: str
-    request: bytes
+    request: Message
     metadata: Metadata = ()
     deadline: float | None = None
     trailers: list[tuple[str, str | bytes]] = field(default_factory=list)
     background: bool = False
 
 
-UnaryHandler: TypeAlias = Callable[[Call], Awaitable[bytes]]
+UnaryHandler: TypeAlias = Callable[[Call], Awaitable[Message]]
 """Answers a call, or raises an `InferenceError`. Cancelled when the client has gone or the deadline has passed."""
 
 StreamHandler: TypeAlias = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
@@ -110,7 +113,7 @@ class Connection(ABC):
     """A way to one node; connects by itself, and again after a failure, within a second of the node being there."""
 
     @abstractmethod
-    async def call(self, call: Call) -> bytes:
+    async def call(self, call: Call) -> Message:
         """Send `call` and return the answer's bytes; trailers that came back are appended to `call.trailers`.
 
         Cancelling the caller cancels the call at the node: at once, or as soon as the call is answered in whose context

@@ -83,20 +83,21 @@ ModelInferKey = _message("dl_inference.ModelInferKey")
 Nothing = _message("inference.ServerLiveRequest")
 
 
-def parse(message: Any, body: bytes, whole: Any = None) -> Any:
+def parse(message: Any, body: bytes | memoryview, whole: Any = None) -> Any:
     """`body` as a message of the class `message`; where that declares but a part, `whole` is what errors name.
 
     Raises:
         BadRequest: it is none.
     """
     try:
-        return message.FromString(body)
+        # protobuf takes four times as long for a view as for a copy.
+        return message.FromString(bytes(body))
     except DecodeError as error:
         name = (whole or message).DESCRIPTOR.full_name
         raise BadRequest(f"the bytes are malformed; expected a {name}") from error
 
 
-def fields(body: bytes, number: int) -> bytes | None:
+def fields(body: bytes | memoryview, number: int) -> bytes | None:
     """The top-level fields of that number, tags included, in order; the others are stepped over.
 
     None where there are many fields, or anything that protobuf libraries rarely write: protobuf is to judge that.

@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from urllib.parse import quote, unquote
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError, MessageTooLarge, NodeFailed, Unimplemented
-from dl_inference_core.transport import Metadata, shortened
+from dl_inference_core.transport import Message, Metadata, shortened
 
 PREFIX = 5
 """Bytes before each message: whether it is compressed, and its length."""
 
+# At 600 KB a copy that need not be takes 30 µs by itself, and 100 µs where caches are cold.
+_LARGE = 32_768
 _PRINTABLE = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 _UNITS = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "S": 1.0, "M": 60.0, "H": 3600.0}
 _CODES = {str(code.value): code for code in Code}
@@ -32,8 +34,13 @@ _FROM_HTTP = {
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-def framed(message: bytes) -> bytes:
-    """`message` in its frame, uncompressed."""
+def framed(message: Message) -> bytes:
+    """`message` in its frame, uncompressed. A view that `message` below made is in its frame still."""
+    if isinstance(message, memoryview):
+        frame = message.obj
+        if isinstance(frame, bytes) and len(frame) == PREFIX + len(message) and not frame[0]:
+            return frame
+        message = bytes(message)
     return b"\0" + len(message).to_bytes(4, "big") + message
 
 
@@ -54,8 +61,8 @@ def length(frame: bytes, limit: int) -> int:
     return PREFIX + size
 
 
-def message(frame: bytes, encoding: str, limit: int) -> bytes:
-    """The message in exactly one frame.
+def message(frame: bytes, encoding: str, limit: int) -> Message:
+    """The message in exactly one frame; a view of a large one, whose frame is to go on as it is (`framed`).
 
     Raises:
         BadRequest: it is no such frame, or is not compressed as `encoding` says.
@@ -66,7 +73,7 @@ def message(frame: bytes, encoding: str, limit: int) -> bytes:
         raise BadRequest(f"expected one message in a frame; got {len(frame)} bytes that are none")
     flag = frame[0]
     if not flag:
-        return frame[PREFIX:]
+        return frame[PREFIX:] if len(frame) < _LARGE else memoryview(frame)[PREFIX:]
     if flag != 1:
         raise BadRequest(f"the first byte of a frame is 0 or 1; got {flag}")
     if encoding == "identity":
