@@ -161,6 +161,11 @@ class Outgoing:
         self._waiting = waiting if asyncio.isfuture(waiting) else None
         return waiting
 
+    def over(self) -> None:
+        """Nothing is waited for any more. What was may have ended by an exception, whose traceback leads back to this:
+        without a garbage collection it would stay, and with it the connection."""
+        self._waiting = None
+
     def tick(self, now: float) -> None:
         if now >= self.deadline:
             self.expired = True
@@ -268,6 +273,7 @@ class EnvoyConnection(Connection):
                 raise asyncio.CancelledError from error
             raise NodeUnreachable(f"the call to the node failed: {error or type(error).__name__}") from None
         finally:
+            outgoing.over()
             self._calls.members.discard(outgoing)
             if cluster is not None:
                 cluster.done()

@@ -197,6 +197,7 @@ class EnvoyServer(Server):
         return incoming
 
     def _end(self, incoming: Incoming) -> None:
+        ANSWERING.set(None)  # else the task, its context and the call lead to one another until garbage is collected
         self._host.pace.in_flight -= 1
         self._calls.members.discard(incoming)
         self._answered += 1
