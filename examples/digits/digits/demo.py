@@ -11,9 +11,9 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,13 @@ class Failed(Exception):
 
 @dataclass(kw_only=True)
 class Report:
-    """What was seen. Accuracies and shares are fractions, times are in the units of their names."""
+    """What was seen. Accuracies and shares are fractions, times are in the units of their names.
 
+    Attributes:
+        transport: the one that served, and why that one.
+    """
+
+    transport: str = ""
     accuracy_offline: float = 0.0
     served: dict[str, dict[str, Any]] = field(default_factory=dict)
     share_per_node: dict[str, float] = field(default_factory=dict)
@@ -55,70 +60,89 @@ class Report:
 
 
 class Server:
-    """One `dl-inference-core serve` process."""
+    """One `dl-inference-core serve`: the process and those that it starts.
 
-    def __init__(self, process: asyncio.subprocess.Process, output: list[str]) -> None:
-        self.process = process
-        self._output = output
+    Attributes:
+        address, metrics, transport: what it said of itself.
+    """
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.address = ""
         self.metrics = ""
+        self.transport = ""
+        self._process = process
+        self._output: deque[str] = deque(maxlen=20)
+        self._settled = asyncio.Event()
+        self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, *arguments: str) -> Server:
+    async def start(cls, folder: Path, *arguments: str) -> Server:
         """Start it and wait until it serves.
+
+        Args:
+            folder: for temporary files; those of a server that is killed stay there.
 
         Raises:
             Failed: it ended instead, or took more than a minute.
         """
-        program = Path(sys.executable).with_name("dl-inference-core")
         process = await asyncio.create_subprocess_exec(
-            str(program), "serve", *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            str(Path(sys.executable).with_name("dl-inference-core")),
+            "serve",
+            *arguments,
+            env={**os.environ, "TMPDIR": str(folder)},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
-        server = cls(process, [])
+        server = cls(process)
         try:
             async with asyncio.timeout(60):
-                await server._until_serving()
+                await server._settled.wait()
         except TimeoutError:
-            process.kill()
-            raise Failed(f"serve {' '.join(arguments)} does not serve after a minute: {server.output}") from None
+            await server.kill()
+            raise Failed(f"serve {' '.join(arguments)} does not serve after a minute: {server._said}") from None
         except asyncio.CancelledError:
-            process.kill()
+            await server.kill()
             raise
+        if not server.address:
+            raise Failed(f"a server ended with status {await process.wait()}: {server._said}")
         return server
 
-    async def _until_serving(self) -> None:
-        assert self.process.stdout is not None
-        async for raw in self.process.stdout:
+    async def _read(self) -> None:
+        """Take in what it says, until all its processes have ended."""
+        assert self._process.stdout is not None
+        async for raw in self._process.stdout:
             line = raw.decode().rstrip()
             self._output.append(line)
             if line.startswith("http on "):
                 self.metrics = line.removeprefix("http on ") + "/metrics"
-            if line.startswith("serving on "):
+            elif line.startswith("transport "):
+                self.transport = line.removeprefix("transport ")
+            elif line.startswith("serving on "):
                 self.address = line.removeprefix("serving on ")
-                self._rest = asyncio.create_task(self._read_on())
-                return
-        raise Failed(f"a server ended with status {await self.process.wait()}: {self.output}")
-
-    async def _read_on(self) -> None:
-        assert self.process.stdout is not None
-        async for raw in self.process.stdout:
-            self._output.append(raw.decode().rstrip())
+                self._settled.set()
+        self._settled.set()
 
     @property
-    def output(self) -> str:
-        """What it printed last."""
-        return "\n".join(self._output[-20:])
+    def _said(self) -> str:
+        return "\n".join(self._output)
+
+    async def kill(self) -> None:
+        """A crash: SIGKILL to all its processes at once; returns when they have ended."""
+        for pid in _family(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await self._reading
 
     async def stop(self) -> int:
-        """Ask it to end; its exit code."""
-        if self.process.returncode is None:
-            self.process.terminate()
+        """Ask it to end; its exit code, once all its processes have ended."""
+        with suppress(ProcessLookupError):
+            self._process.terminate()
         try:
             async with asyncio.timeout(30):
-                return await self.process.wait()
+                await asyncio.shield(self._reading)
         except TimeoutError:
-            self.process.kill()
-            return await self.process.wait()
+            await self.kill()
+        return await self._process.wait()
 
 
 @dataclass(slots=True)
@@ -133,12 +157,13 @@ class Load:
 class Demo:
     """The five steps, in order."""
 
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self._models = folder / "models"
-        self._config = folder / "gateway.toml"
+    def __init__(self, folder: Path, transport: str, progress: Progress) -> None:
+        self._folder = folder
+        self._transport = transport
         self._progress = progress
-        self._node_arguments = (str(self._models), "--config", str(folder / "node.toml"))
-        (folder / "node.toml").write_text("port = 0\n[backends.torch]\nintra_op_threads = 1\n", encoding="utf-8")
+        self._models = folder / "models"
+        self._node = folder / "node.toml"
+        self._gateway = folder / "gateway.toml"
         self.report = Report()
 
     async def run(self) -> None:
@@ -165,11 +190,13 @@ class Demo:
         """Three nodes and a gateway in front of them; all ended afterwards."""
         nodes: list[Server] = []
         gateway = None
+        top = f'port = 0\ntransport = "{self._transport}"\n'
+        self._node.write_text(f"{top}[backends.torch]\nintra_op_threads = 1\n", encoding="utf-8")
         try:
             with self._bar("start", _NODES + 1) as advance:
 
                 async def start_node() -> None:
-                    nodes.append(await Server.start(*self._node_arguments))
+                    nodes.append(await self._start_node())
                     advance()
 
                 try:
@@ -179,18 +206,23 @@ class Demo:
                 except* Failed as failures:
                     raise failures.exceptions[0] from None
                 addresses = ", ".join(f'"{node.address}"' for node in nodes)
-                self._config.write_text(
-                    "port = 0\nhttp_port = 0\n[[routes]]\n"
+                self._gateway.write_text(
+                    f"{top}http_port = 0\n[[routes]]\n"
                     f'name = "digits"\ntask_id = {training.TASK_ID}\ntimeout_ms = 2000\nnodes = [{addresses}]\n',
                     encoding="utf-8",
                 )
-                gateway = await Server.start("--config", str(self._config))
+                gateway = await Server.start(self._folder, "--config", str(self._gateway))
                 advance()
+            self.report.transport = gateway.transport
             yield nodes, gateway
         finally:
             for server in (gateway, *nodes):
                 if server is not None:
                     self.report.exit_codes.append(await server.stop())
+
+    async def _start_node(self, port: int = 0) -> Server:
+        arguments = (str(self._models), "--config", str(self._node), "--port", str(port))
+        return await Server.start(self._folder, *arguments)
 
     async def _serve_all(self, held_out: training.HeldOut, gateway: Server) -> None:
         """Every held-out digit, as a PNG by the original's own method and as a tensor by Open Inference's."""
@@ -251,7 +283,7 @@ class Demo:
             )
 
     async def _kill_one(self, held_out: training.HeldOut, nodes: list[Server], gateway: Server) -> None:
-        """SIGKILL under load; then the same node again, until it has its share."""
+        """A node crashes under load; then it is started again, until it has its share."""
         victim = nodes[0]
         load = Load()
         async with AsyncClient(gateway.address) as client, asyncio.TaskGroup() as group:
@@ -260,11 +292,11 @@ class Demo:
                     group.create_task(_keep_asking(client, held_out, load))
                 await self._pass("load", _LOAD_BEFORE_S)
                 before = await self._attempts(gateway)
-                os.kill(victim.process.pid, signal.SIGKILL)
-                await victim.process.wait()
+                await victim.kill()
                 await self._pass("one node killed", _LOAD_AFTER_S)
                 dead = await self._attempts(gateway) - before
-                nodes[0] = await Server.start(*self._node_arguments, "--port", victim.address.rpartition(":")[2])
+                with self._bar("started again", None):
+                    nodes[0] = await self._start_node(int(victim.address.rpartition(":")[2]))
                 recovered_s = await self._recovery(gateway, victim.address)
             finally:
                 load.running = False
@@ -323,6 +355,18 @@ async def _keep_asking(client: AsyncClient, held_out: training.HeldOut, load: Lo
             load.failed.append(f"{error.code.name}: {error}")
 
 
+def _family(pid: int) -> list[int]:
+    """The process `pid` and its descendants, parents first, as /proc has them."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    return family
+
+
 def _digit(response: Response) -> int:
     payload = response.payload
     assert isinstance(payload, dict)
@@ -354,6 +398,7 @@ def _print(console: Console, report: Report) -> None:
             f"{row['p50_ms']:.2f}",
             f"{row['p99_ms']:.2f}",
         )
+    console.print(f"transport {report.transport}", highlight=False)
     console.print(table)
     console.print(f"accuracy offline {report.accuracy_offline:.4f}: the same")
     console.print("share per node   " + ", ".join(f"{share:.1%}" for share in report.share_per_node.values()))
@@ -367,7 +412,14 @@ def _print(console: Console, report: Report) -> None:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def main(as_json: bool) -> None:
+@click.option(
+    "--transport",
+    type=click.Choice(["auto", "envoy", "grpcio"]),
+    default="auto",
+    show_default=True,
+    help="The network stack of nodes and gateway.",
+)
+def main(as_json: bool, transport: str) -> None:
     """Train a digit classifier, serve it on three nodes behind a gateway, call it, kill a node under load."""
     console = Console(stderr=as_json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -375,7 +427,7 @@ def main(as_json: bool) -> None:
         tempfile.TemporaryDirectory(prefix="dl-inference-demo-") as folder,
         Progress(*columns, console=console) as bars,
     ):
-        demo = Demo(Path(folder), bars)
+        demo = Demo(Path(folder), transport, bars)
         try:
             asyncio.run(demo.run())
         except Failed as error:
