@@ -6,7 +6,7 @@ EDITABLE := -e '.[uvloop,dev]' -e plugins/torch_backend -e plugins/balancers -e 
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench protos
+.PHONY: help setup demo test check bench soak protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -40,6 +40,9 @@ check: .venv/ready ## formatting, lint, types
 
 bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs
+
+soak: .venv/ready ## ten minutes of all that may happen to a gateway: does anything stay behind? writes docs/soak.md
+	$(BIN)/python -m bench.soak --docs
 
 protos: .venv/ready ## dl_inference_core/wire/messages.binpb from protos/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --include_imports \

@@ -130,7 +130,7 @@ def listening(address: str, *command: str) -> Iterator[Server]:
 def free_address(host: str = "127.0.0.1") -> str:
     """An address on `host`, a loopback one, that nothing listened on just now."""
     with socket.create_server((host, 0)) as taken:
-        return "{0}:{1}".format(*taken.getsockname())
+        return f"{host}:{taken.getsockname()[1]}"
 
 
 @contextmanager

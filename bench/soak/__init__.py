@@ -1,1 +1,1 @@
-"""R2 of the faults: hours of everything that may happen to a gateway, in minutes; what is left behind shows as growth."""
+"""Everything that may happen to a gateway, for minutes on end; what is left behind shows as growth."""

@@ -8,7 +8,7 @@ import sys
 from bench.contract import HEALTH, SERVING
 from dl_inference_core.cli import new_event_loop
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.transport import Call, Limits, Methods
+from dl_inference_core.transport import Call, Limits, Message, Methods
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 DELAY = "delay-ms"
@@ -33,7 +33,7 @@ async def serve(arguments: list[str]) -> int:
     return 0
 
 
-async def _echo(call: Call) -> bytes:
+async def _echo(call: Call) -> Message:
     for key, value in call.metadata:
         if key == DELAY:
             await asyncio.sleep(float(value) / 1000)

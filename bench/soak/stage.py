@@ -1,4 +1,4 @@
-"""A gateway of ours in front of four nodes, whose routes are written anew and whose nodes are ended and started again."""
+"""A gateway of ours in front of four nodes; its routes can be written anew, and its nodes end and start again."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Node:
     """One node, on the same address whenever it runs."""
 
     def __init__(self, transport: str, host: str) -> None:
-        self._transport = transport
+        self.transport = transport
         self.address = free_address(host)
         self._running = ExitStack()
         self._server: Server | None = None
 
     def start(self) -> None:
         """Run it; returns once it serves."""
-        transport = Plugins().make(Kind.TRANSPORTS, self._transport, {}, "soak")
-        command: tuple[str, ...] = (sys.executable, "-m", "bench.soak.node", self._transport, self.address)
+        transport = Plugins().make(Kind.TRANSPORTS, self.transport, {}, "soak")
+        command: tuple[str, ...] = (sys.executable, "-m", "bench.soak.node", self.transport, self.address)
         with ExitStack() as stack:
             environment = None
             if transport.hosted:
-                arguments = (self._transport, self.address)
+                arguments = (self.transport, self.address)
                 program = stack.enter_context(transport.program(arguments, entry="bench.soak.node:serve"))
                 command, environment = program.command, program.environment
             self._server = stack.enter_context(announcing(*command, environment=environment, ends_with_input=True))
@@ -68,9 +68,13 @@ class Stage:
         """What starts the gateway."""
         return (sys.executable, "-m", "dl_inference_core.cli", "serve", "--config", str(self._config))
 
-    def settle(self) -> None:
-        """Write routes to all nodes, all alike."""
-        self._write([node.address for node in self.nodes], passing=True)
+    def settle(self) -> Iterator[None]:
+        """Write routes to all nodes, all alike, once each has been away from them: what the gateway held of it is gone.
+        After each step the gateway has to be given time to take it up."""
+        addresses = [node.address for node in self.nodes]
+        for some in (addresses[: _NODES // 2], addresses[_NODES // 2 :], addresses):
+            self._write(some, passing=True)
+            yield
 
     def shuffle(self) -> None:
         """Write other routes: all nodes or all but one, in any order, with any weights."""
@@ -79,7 +83,7 @@ class Stage:
         self._write(weighted, passing=self._random.random() < 0.5)
 
     def _write(self, nodes: Sequence[str], *, passing: bool) -> None:
-        own_http = f'http_port = {self.http_address.rpartition(":")[2]}\n' if self.transport == "grpcio" else ""
+        own_http = f"http_port = {self.http_address.rpartition(':')[2]}\n" if self.transport == "grpcio" else ""
         routes = "".join(
             f'[[routes]]\nname = "{name}"\ntimeout_ms = {_TIMEOUT_MS}\nnodes = {list(nodes)}\n'
             for name in (NAME, PASSING)[: 1 + passing]
@@ -114,7 +118,7 @@ def set_up(transport: str, log: IO[str], seed: int) -> Iterator[Stage]:
             stack.callback(node.end)
             node.start()
         stage = Stage(Path(folder), nodes, transport, seed)
-        stage.settle()
+        *_, _ = stage.settle()
         stage.gateway = stack.enter_context(announcing(*stage.command, log=log))
         if transport != "grpcio":
             stage.http_address = stage.gateway.address

@@ -8,13 +8,13 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
 import numpy as np
 
-from bench.contract import METHOD
+from bench.contract import METHOD, SERVING
 from bench.soak.node import DELAY
 from bench.soak.stage import MESSAGE_BYTES, NAME, PASSING, TASK
 from dl_inference_core.client import build
@@ -48,7 +48,7 @@ class Client:
         self._channels = [self._channel() for _ in range(_CHANNELS)]
         self._small = [_request(NAME, 256, "tfserving"), _request(NAME, 256, "openinference")]
         self._small += [_request(f"textcnn-{TASK}", 256, "tfserving"), _request(TASK, 256, "seldon")]
-        self._large = [_request(NAME, _LARGE_BYTES, "tfserving"), _request(TASK, _LARGE_BYTES, "seldon")]
+        self._large = [_request(NAME, _LARGE_BYTES, "tfserving"), _request(NAME, _LARGE_BYTES, "openinference")]
         self._oversize = _request(NAME, MESSAGE_BYTES + 1, "tfserving")
         self._unknown = _request("nobody", 256, "tfserving")
         self._passing = _request(PASSING, 256, "tfserving")
@@ -102,9 +102,7 @@ class Client:
             self._random.uniform(0, 0.02), lambda: asyncio.ensure_future(channel.close())
         )
         try:
-            return await self._ask(
-                self._random.choice(self._small), channel, delay_ms=self._random.uniform(0, 40)
-            )
+            return await self._ask(self._random.choice(self._small), channel, delay_ms=self._random.uniform(0, 40))
         finally:
             closing.cancel()
             await channel.close()
@@ -116,7 +114,7 @@ class Client:
         await asyncio.sleep(self._random.uniform(0, 1))
         stream.cancel()
         code = await stream.code()
-        return End(code.name if said is grpc.aio.EOF else f"said {said.hex()}", await stream.details() or "")
+        return End("SERVING" if said == SERVING else code.name, await stream.details() or "")
 
     async def metrics(self) -> End:
         status, body = await http_get(self._http_address, "/metrics")
@@ -191,7 +189,6 @@ def _kind(send: Callable[[Client], Awaitable[End]], share: int, *expected: str) 
     return Kind(name=send.__name__, share=share, expected=frozenset(expected), send=send)
 
 
-_SERVING = "said 0801"  # HealthCheckResponse{status: SERVING}
 KINDS = (
     _kind(Client.small, 660, "OK"),
     _kind(Client.large, 60, "OK"),
@@ -203,7 +200,7 @@ KINDS = (
     _kind(Client.unknown, 20, "NOT_FOUND"),
     _kind(Client.connecting, 15, "OK"),
     _kind(Client.disconnecting, 15, "OK", "CANCELLED"),
-    _kind(Client.watching, 10, _SERVING),
+    _kind(Client.watching, 10, "SERVING"),
     _kind(Client.metrics, 5, "200"),
     _kind(Client.readiness, 5, "200"),
 )
