@@ -98,6 +98,7 @@ class Pool:
             node.weight = config.weight
             nodes.append(node)
         self.nodes = tuple(nodes)
+        self._usable = ()  # a route without requests must not hold on to nodes that left
         self._seen = -1
         for node in before.values():
             node.removed = True

@@ -217,7 +217,7 @@ class EnvoyConnection(Connection):
             }
             if self._server_name is not None:
                 secure["dns_overrides"] = {self._server_name: [self._host]}
-        self._others = HTTPTransport(
+        self._others: HTTPTransport | None = HTTPTransport(
             http_version=HTTPVersion.HTTP2,
             connect_timeout=self._options.connect_timeout_ms / 1000,
             follow_redirects=False,
@@ -286,6 +286,8 @@ class EnvoyConnection(Connection):
                 return await cluster.execute(outgoing, request, timeout_s)
             except _OutsideOfACall:
                 pass
+        if self._others is None:
+            raise NodeUnreachable(_CLOSED)
         url = request.url
         if self._server_name is not None:  # whose address pyqwest was told
             url = f"https://{self._server_name}:{self._port}{url.removeprefix(self._base)}"
@@ -334,6 +336,7 @@ class EnvoyConnection(Connection):
             outgoing.cancel()
         if self._cluster is not None:
             self._cluster.retire(at_once=True)
+        self._others = None  # which closes its connections
 
 
 def _metadata(headers: Any) -> Iterator[tuple[str, str | bytes]]:
