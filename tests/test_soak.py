@@ -186,8 +186,8 @@ async def test_the_page_and_the_chart_have_what_was_found(tmp_path: Path) -> Non
     page = report.page()
     assert "- answered: all of 5900 requests as they should be: met" in page
     assert "- memory: +360.0 MB/h, 95 % within +360.0 and +360.0: NOT met" in page
-    assert "- descriptors: 50 after the warm-up, 50 at the end: met" in page
-    assert "- tasks: 7 after the warm-up, 9 at the end: NOT met" in page
+    assert "- descriptors: 50 before, 50 at the end: met" in page
+    assert "- tasks: 7 before, 9 at the end: NOT met" in page
     assert "| small | 5900 | OK 5900 | OK |" in page
     assert json.loads(json.dumps(report.values()))["samples"][0]["memory_mb"] == 200
     files = [tmp_path / "one.svg", tmp_path / "two.svg"]

@@ -83,7 +83,7 @@ def main(transport: str, minutes: float, out: Path, docs: bool, as_json: bool, *
         machine=_machine(transport, begun),
         settings={
             "transport": transport,
-            "nodes": " and ".join(node.transport for node in staged.nodes),
+            "nodes": f"{len(staged.nodes)} nodes on {' and '.join(sorted({node.transport for node in staged.nodes}))}",
             "minutes": minutes,
             **asdict(pace),
             "rate": given["rate"],

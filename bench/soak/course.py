@@ -1,4 +1,4 @@
-"""The course of a soak: busy until it is warm, at rest, busy, at rest; and a sample every second."""
+"""The course of a soak: busy until it is warm, with a rest in between, busy, at rest; and a sample every second."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from bench.soak.verdict import Finding
 
 _TASKS = re.compile(r"^dl_inference_asyncio_tasks (\S+)$", re.MULTILINE)
 _SAMPLE_S = 1.0
+# The part of the warm-up that comes after the first rest, in which everything is connected anew.
+_WARM_AGAIN = 0.25
 # Two looks at the files, and some more.
 _TAKEN_S = 1.5
 _CONNECTING = 200
@@ -92,16 +94,18 @@ class Soak:
         """Raises:
         RuntimeError: a node could not be started again.
         """
+        again_s = self._pace.warm_up_s * _WARM_AGAIN
         async with asyncio.TaskGroup() as group:
             sampling = group.create_task(self._keep_sampling())
-            for phase, seconds in (("warm-up", self._pace.warm_up_s), ("busy", self._pace.busy_s)):
-                self._phase = phase
-                await self._busy(seconds)
-                self._phase = "rest"
-                self.rests.append(await self._rest())
+            await self._busy("warm-up", self._pace.warm_up_s - again_s)
+            await self._rest()
+            await self._busy("warm-up", again_s)
+            await self._busy("busy", self._pace.busy_s)
+            await self._rest()
             sampling.cancel()
 
-    async def _busy(self, seconds: float) -> None:
+    async def _busy(self, phase: str, seconds: float) -> None:
+        self._phase = phase
         ending = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._keep_reloading(ending))
@@ -123,8 +127,9 @@ class Soak:
             await asyncio.to_thread(node.start)
             self.restarts += 1
 
-    async def _rest(self) -> Sample:
-        """The gateway with nothing to do: the lowest that each figure comes to."""
+    async def _rest(self) -> None:
+        """Look at the gateway with nothing to do: the lowest that each figure comes to."""
+        self._phase = "rest"
         for _ in self._stage.settle():
             await asyncio.sleep(_TAKEN_S)
         await self.traffic.send(NORMAL, _CONNECTING)  # so that each connection is there again
@@ -133,7 +138,8 @@ class Soak:
         for _ in range(_QUIET_SAMPLES):
             quiet.append(await self._sample())
             await asyncio.sleep(_QUIET_SAMPLE_S)
-        return replace(quiet[-1], **{name: min(getattr(sample, name) for sample in quiet) for name in verdict.ALLOWED})
+        lowest = {name: min(getattr(sample, name) for sample in quiet) for name in verdict.ALLOWED}
+        self.rests.append(replace(quiet[-1], **lowest))
 
     async def _keep_sampling(self) -> None:
         loop = asyncio.get_running_loop()

@@ -20,13 +20,13 @@ CHART = "soak.svg"
 _HEAD = """\
 # Soak
 
-A gateway on {transport} in front of {nodes}, for {minutes} minutes at {rate:.0f} requests/s of all kinds, while
-its routes were written anew {reloads} times and a node was ended (in turn: told to, killed) and started again
-{restarts} times. Written by `{command}` on {date}: {cores} cores of {cpu}, Python {python}, {versions}.
+A gateway on {transport} in front of {nodes}, for {minutes:g} minutes of {rate:g} requests/s of all kinds, while its
+routes were written anew {reloads} times, and {restarts} times a node was ended (told to and killed, in turn) and
+started again. Written by `{command}` on {date}: {cores} cores of {cpu}, Python {python}, {versions}.
 
 ![Memory, descriptors, threads, tasks and requests over time]({chart})
 
-Shaded: the gateway at rest, after a warm-up of {warm_up_s:.0f} s and at the end.
+Shaded: the gateway at rest, within the warm-up of {warm_up_s:.0f} s and at the end.
 
 ## Rules
 

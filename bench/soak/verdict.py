@@ -10,15 +10,16 @@ import numpy as np
 
 MOST_MB_PER_HOUR = 5.0
 ALLOWED = {"descriptors": 0, "threads": 4, "tasks": 0}
+_MORE = ", ".join(f"{count} {name}" for name, count in ALLOWED.items())
 RULES = f"""\
 - answered: every request has ended, and as its kind may; none hung.
-- memory: the resident memory of all processes of the gateway, sampled every second once it is warm, has a least-squares
-  slope whose 95 % confidence interval includes zero, or which comes to less than {MOST_MB_PER_HOUR:.0f} MB an hour. The
-  interval takes into account that neighbouring samples resemble one another (an effective number of samples, from the
-  lag-1 autocorrelation of the residuals).
-- descriptors, threads, tasks: the gateway at rest, with all nodes up, the routes as at the start and nothing in flight,
-  holds at the end what it held after the warm-up, and at most {ALLOWED["descriptors"]}, {ALLOWED["threads"]} and
-  {ALLOWED["tasks"]} more. Pools of threads grow, within bounds, when several have work at one moment, and shrink later.
+- memory: the resident memory of all processes of the gateway, sampled every second once it is warm, has a
+  least-squares slope whose 95 % confidence interval includes zero, or that comes to less than
+  {MOST_MB_PER_HOUR:g} MB an hour. The interval allows for neighbouring samples that resemble one another: it has
+  Student's width for an effective number of samples, by the lag-1 autocorrelation of the residuals.
+- descriptors, threads, tasks: with all nodes up, all routes to all of them and nothing in flight, the gateway holds at
+  the end what it held at the rest within the warm-up; at most this much more: {_MORE}.
+  Pools of threads grow, within bounds, when several have work at one moment, and shrink later.
 """
 
 _FEWEST_FREEDOMS = 3.0
@@ -110,6 +111,4 @@ def memory(growth: Slope) -> Finding:
 
 def level(name: str, before: int, after: int) -> Finding:
     """Of a key of `ALLOWED`, at rest."""
-    return Finding(
-        rule=name, met=after - before <= ALLOWED[name], said=f"{before} after the warm-up, {after} at the end"
-    )
+    return Finding(rule=name, met=after - before <= ALLOWED[name], said=f"{before} before, {after} at the end")
