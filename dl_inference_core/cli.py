@@ -221,12 +221,14 @@ def check(models: Path | None, config_file: Path | None, nodes: Path | None, as_
     Exits with 0 if all of it can be served, else with 2.
     """
     config = _config(models, config_file, nodes, {})
+    plugins = Plugins()
     rows: list[dict[str, Any]] = []
 
     async def load() -> None:
         from dl_inference_core.app import App
 
-        app = App(config, Plugins(), config_file=config_file)
+        update = {"transport": plugins.choose_transport(config.transport)[0]}
+        app = App(config.model_copy(update=update), plugins, config_file=config_file)
         try:
             await app.load()
             rows.extend(app.describe())

@@ -36,7 +36,9 @@ from dl_inference_core.transport import (
 
 _STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
 _LONGEST_ASCII, _LONGEST = 2000, 500
-_RESERVED = frozenset({"user-agent", "te", "content-type"})
+_OF_HTTP = frozenset({"user-agent", "te", "content-type", "content-length"})
+_OF_ENVOY = frozenset({"x-forwarded-for", "x-envoy-internal", "x-envoy-expected-rq-timeout-ms"})
+_RESERVED = _OF_HTTP | _OF_ENVOY
 
 
 class GrpcioTransport(Transport):

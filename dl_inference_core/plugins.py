@@ -189,7 +189,8 @@ class Plugins:
             return name, "as configured"
         preferred = self.classes(Kind.TRANSPORTS).get("envoy")
         if preferred is None:
-            return "grpcio", "envoy is not installed: pip install dl-inference-envoy-transport"
+            broken = [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
+            return "grpcio", broken[0] if broken else "envoy is not installed: pip install dl-inference-envoy-transport"
         if missing := preferred.missing():
             return "grpcio", f"envoy cannot run here: {missing}"
         return "envoy", "it is installed, and can run here"

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import click
@@ -25,6 +25,7 @@ _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _STEADY_S = 10.0
 _KILL_AFTER_DRAIN_S = 5.0
+_LONGEST_LINE = 65_536
 
 
 class Supervisor:
@@ -136,7 +137,7 @@ class Supervisor:
             if self._ending.is_set():  # it came too late to be ended with the others
                 _tell_to_end(process)
             assert process.stdout is not None
-            async for line in process.stdout:
+            async for line in _lines(process.stdout):
                 text = line.decode(errors="replace").rstrip()
                 click.echo(f"{name}{text}")
                 if text.startswith("serving on "):
@@ -152,6 +153,20 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
         await asyncio.wait(keeping)
+
+
+async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The lines of `stream`; a long one in pieces."""
+    rest = b""
+    while chunk := await stream.read(_LONGEST_LINE):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line
+        if len(rest) > _LONGEST_LINE:
+            yield rest
+            rest = b""
+    if rest:
+        yield rest
 
 
 def _tell_to_end(process: asyncio.subprocess.Process) -> None:

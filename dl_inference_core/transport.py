@@ -18,7 +18,7 @@ from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 
 Message: TypeAlias = bytes | memoryview
-"""A message's bytes; a view where a transport can pass on what it holds without a copy. `bytes(message)` copies a view."""
+"""A message's bytes; a view where a transport can pass on what it holds without a copy."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

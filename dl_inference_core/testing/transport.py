@@ -57,7 +57,7 @@ class TransportConformance(ServerConformance, TlsConformance):
     # Messages and metadata
 
     @pytest.mark.parametrize(
-        "message", [b"", b"\0", bytes(range(256)), b"x" * 1_000_000], ids=["empty", "zero", "all", "1 MB"]
+        "message", [b"", b"\0", bytes(range(256)), bytes(range(250)) * 4000], ids=["empty", "zero", "all", "1 MB"]
     )
     @asynchronous
     async def test_bytes_go_there_and_back(self, transport: Transport, message: bytes) -> None:

@@ -39,7 +39,8 @@ class Options(PluginOptions):
     header_kb: KiB that the headers of one call may have.
     idle_timeout_s: seconds after which a client's connection without calls is closed; 0 never.
     headers_timeout_s: seconds that a client has to send a call's headers.
-    keepalive_s: seconds after which a silent connection, of a client or to a node, is asked for a sign of life.
+    keepalive_s: seconds after which a silent connection is asked for a sign of life: a client's by HTTP/2, a node's by
+        TCP.
     keepalive_timeout_s: seconds that the sign may take; then the connection is closed.
     premature_resets: a connection is closed once so many calls have come on it and most were cancelled by the client
         within a second; a guard against rapid resets (CVE-2023-44487).
@@ -70,7 +71,7 @@ def bootstrap(folder: Path, module: str, app: str, options: Options) -> Document
     control = {
         "name": "control",
         "address": _pipe(folder / CONTROL),
-        "filter_chains": [{"filters": [_http(module, app, options, lifespan=True)]}],
+        "filter_chains": [{"filters": [_http("control", module, app, options, lifespan=True)]}],
         "ignore_global_conn_limit": True,
     }
     return {
@@ -116,7 +117,7 @@ def listener(
 ) -> Document:
     """One listener on all of `addresses`, IP addresses and ports; `app` answers its calls. TLS with `secrets`."""
     first, *others = ({"address": _socket(*address)} for address in addresses)
-    chain: Document = {"filters": [_http(module, app, options, lifespan=False)]}
+    chain: Document = {"filters": [_http(name, module, app, options, lifespan=False)]}
     if secrets is not None:
         chain["transport_socket"] = _tls("Downstream", _downstream_tls(secrets))
         # A client has as long for the handshake as for its headers.
@@ -189,7 +190,15 @@ def cluster(
         "typed_extension_protocol_options": {
             _HTTP_PROTOCOL_OPTIONS: {
                 "@type": f"{_TYPE}/{_HTTP_PROTOCOL_OPTIONS}",
-                "explicit_http_config": {"http2_protocol_options": _http2(options)},
+                "explicit_http_config": {"http2_protocol_options": _windows(options)},
+            }
+        },
+        # By TCP, for gRPC servers end a connection that pings by HTTP/2 more than once in five minutes.
+        "upstream_connection_options": {
+            "tcp_keepalive": {
+                "keepalive_time": options.keepalive_s,
+                "keepalive_interval": options.keepalive_timeout_s,
+                "keepalive_probes": 1,
             }
         },
     }
@@ -216,17 +225,17 @@ def split(address: str) -> tuple[str, int]:
     """
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isascii() and port.isdecimal() and int(port) <= 65535):
-        raise ConfigError(f"cannot listen on {address}: expected host:port with a port up to 65535")
+        raise ConfigError(f"{address} is no address: expected host:port with a port up to 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _http(module: str, app: str, options: Options, *, lifespan: bool) -> Document:
+def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool) -> Document:
     application = {"app": app, "interface": "asgi", "root_path": "", "lifespan": lifespan, "loop": "asyncio"}
     return {
         "name": "envoy.filters.network.http_connection_manager",
         "typed_config": {
             "@type": f"{_TYPE}/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-            "stat_prefix": "in",
+            "stat_prefix": name,
             "generate_request_id": False,
             "preserve_external_request_id": True,
             "server_header_transformation": "PASS_THROUGH",
@@ -239,13 +248,18 @@ def _http(module: str, app: str, options: Options, *, lifespan: bool) -> Documen
                 "max_headers_count": 1000,
             },
             "http2_protocol_options": {
-                **_http2(options),
+                **_windows(options),
+                "connection_keepalive": {
+                    "interval": f"{options.keepalive_s}s",
+                    "timeout": f"{options.keepalive_timeout_s}s",
+                },
                 "max_concurrent_streams": options.concurrent_streams,
                 # A malformed call must not end the others on its connection.
                 "override_stream_error_on_invalid_http_message": True,
             },
             "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"]}]},
             "http_filters": [
+                _only_utf8_paths(),
                 {
                     "name": "pyvoy",
                     "typed_config": {
@@ -258,20 +272,31 @@ def _http(module: str, app: str, options: Options, *, lifespan: bool) -> Documen
                             "value": json.dumps(application),
                         },
                     },
-                }
+                },
             ],
         },
     }
 
 
-def _http2(options: Options) -> Document:
+def _only_utf8_paths() -> Document:
+    """Refuses what pyvoy could not decode, and would leave without an answer: a path with an escaped byte above 127."""
+    path = {"name": ":path", "string_match": {"safe_regex": {"regex": ".*%[89A-Fa-f].*"}}}
+    return {
+        "name": "envoy.filters.http.rbac",
+        "typed_config": {
+            "@type": f"{_TYPE}/envoy.extensions.filters.http.rbac.v3.RBAC",
+            "rules": {
+                "action": "DENY",
+                "policies": {"not UTF-8": {"permissions": [{"header": path}], "principals": [{"any": True}]}},
+            },
+        },
+    }
+
+
+def _windows(options: Options) -> Document:
     return {
         "initial_stream_window_size": options.stream_window_bytes,
         "initial_connection_window_size": max(options.connection_window_bytes, options.stream_window_bytes),
-        "connection_keepalive": {
-            "interval": f"{options.keepalive_s}s",
-            "timeout": f"{options.keepalive_timeout_s}s",
-        },
     }
 
 
@@ -323,7 +348,9 @@ def _pem(content: bytes) -> Document:
 
 
 def _socket(host: str, port: int) -> Document:
-    return {"socket_address": {"address": host, "port_value": port}}
+    # "::" is every interface, those of IPv4 too.
+    compatible = {"ipv4_compat": True} if host == "::" else {}
+    return {"socket_address": {"address": host, "port_value": port, **compatible}}
 
 
 def _pipe(path: Path) -> Document:

@@ -1,4 +1,4 @@
-"""Calls out: through Envoy's own client while a call is being answered, else through pyqwest's."""
+"""Calls out, through Envoy's own client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pyqwest import Headers, HTTPTransport, HTTPVersion, ReadError, RemoteProtocolError, Request, WriteError
+from pyqwest import ReadError
 
 from dl_inference_core.certificates import Watched
 from dl_inference_core.config import ClientTls
@@ -84,10 +84,6 @@ class _Request:
         self._json = False
 
 
-class _OutsideOfACall(Exception):
-    """Envoy's client works only while a call is being answered, and in its context."""
-
-
 class _Cluster:
     """One node as Envoy knows it."""
 
@@ -102,24 +98,31 @@ class _Cluster:
         self._retired = False
         host.add_cluster(document)
 
-    async def execute(self, outgoing: Outgoing, request: _Request, timeout_s: float) -> Any:
+    async def execute(self, outgoing: Outgoing, request: _Request, timeout_s: float, *, background: bool) -> Any:
         """Envoy's response, as soon as its headers are there; pair with `done`.
 
         Args:
             timeout_s: after so many seconds Envoy resets the call at the node.
+            background: it is to outlive the call that is being answered.
 
         Raises:
-            _OutsideOfACall: no call is being answered.
             ReadError, ConnectionError: it failed.
+            ValueError: the address is none that a request can have.
         """
         end = time.monotonic() + _KNOWN_WITHIN_S
         # Making a client takes 0.2 µs, and only so can each call have a timeout of its own.
-        client = self._client(self._name, timeout=timeout_s)
+        execute = self._client(self._name, timeout=timeout_s).execute
         while True:
             try:
-                response = await outgoing.on(client.execute(request))  # type: ignore[arg-type]
-            except RuntimeError as error:
-                raise _OutsideOfACall from error
+                if background:
+                    waiting: Any = self._host.background.run(execute, request)  # type: ignore[arg-type]
+                else:
+                    try:
+                        waiting = execute(request)  # type: ignore[arg-type]
+                    except RuntimeError:  # no call is being answered in this context
+                        background = True
+                        continue
+                response = await outgoing.on(waiting)
             except ReadError as error:
                 if str(error) != "invalid upstream config" or self._known or time.monotonic() >= end:
                     raise
@@ -177,14 +180,15 @@ class Outgoing:
 
 
 class EnvoyConnection(Connection):
-    """One node: a cluster of Envoy's, and pyqwest's client for what is no part of answering a call."""
+    """One node, as a cluster of Envoy's."""
 
     def __init__(
-        self, address: str, limits: Limits, options: Options, watched: Watched | None, tls: ClientTls | None
+        self, host: Host, address: str, limits: Limits, options: Options, watched: Watched | None, tls: ClientTls | None
     ) -> None:
         """Args:
         watched, tls: both or neither.
         """
+        self._envoy = host
         self._host, self._port = split(address)
         self._limit = limits.message_bytes
         self._options = options
@@ -194,36 +198,15 @@ class EnvoyConnection(Connection):
         self._calls: Ticker[Outgoing] = Ticker()
         self._urls: dict[str, str] = {}
         self._closed = False
-        self._cluster: _Cluster | None = None
         self._credentials = None if watched is None else watched.current()
-        self._connect()
+        self._cluster = self._new_cluster()
 
-    def _connect(self) -> None:
-        """New ways to the node, with the credentials of now."""
-        host, credentials = Host.of_this_process(), self._credentials
-        if host is not None:
-            if self._cluster is not None:
-                self._cluster.retire(at_once=False)
-            document = configuration.cluster(
-                host.new_name("node"), self._host, self._port, self._options, credentials, self._server_name
-            )
-            self._cluster = _Cluster(host, document)
-        secure: dict[str, Any] = {}
-        if credentials is not None:
-            secure = {
-                "tls_ca_cert": credentials.authorities,
-                "tls_cert": credentials.certificate,
-                "tls_key": credentials.key,
-            }
-            if self._server_name is not None:
-                secure["dns_overrides"] = {self._server_name: [self._host]}
-        self._others: HTTPTransport | None = HTTPTransport(
-            http_version=HTTPVersion.HTTP2,
-            connect_timeout=self._options.connect_timeout_ms / 1000,
-            follow_redirects=False,
-            enable_otel=False,
-            **secure,
+    def _new_cluster(self) -> _Cluster:
+        """With the credentials of now."""
+        document = configuration.cluster(
+            self._envoy.new_name("node"), self._host, self._port, self._options, self._credentials, self._server_name
         )
+        return _Cluster(self._envoy, document)
 
     async def call(self, call: Call) -> bytes:
         if self._closed:
@@ -232,7 +215,8 @@ class EnvoyConnection(Connection):
             raise framing.too_large(len(call.request), self._limit, sent=True)
         if self._watched is not None and self._watched.current() is not self._credentials:
             self._credentials = self._watched.current()
-            self._connect()
+            self._cluster.retire(at_once=False)
+            self._cluster = self._new_cluster()
         headers = _HEADERS
         deadline, timeout_s = math.inf, _LONGEST_CALL_S
         if call.deadline is not None:
@@ -254,11 +238,10 @@ class EnvoyConnection(Connection):
         answering = None if call.background else ANSWERING.get()
         if answering is not None:
             answering.look_once()
-        cluster = None if call.background else self._cluster
-        if cluster is not None:
-            cluster.begin()
+        cluster = self._cluster
+        cluster.begin()
         try:
-            response = await self._send(outgoing, request, timeout_s, cluster)
+            response = await cluster.execute(outgoing, request, timeout_s, background=call.background)
             return await self._read(outgoing, response, call)
         except TimeoutError:
             raise DeadlineExceeded(_EXPIRED) from None
@@ -268,31 +251,16 @@ class EnvoyConnection(Connection):
             if outgoing.closed:
                 raise NodeUnreachable(_CLOSED) from None
             raise
-        except (OSError, ReadError, WriteError, RemoteProtocolError) as error:
+        except (OSError, ReadError, ValueError) as error:
             if answering is not None and await answering.client_left():
                 raise asyncio.CancelledError from error
             raise NodeUnreachable(f"the call to the node failed: {error or type(error).__name__}") from None
         finally:
             outgoing.over()
             self._calls.members.discard(outgoing)
-            if cluster is not None:
-                cluster.done()
+            cluster.done()
             if answering is not None:
                 answering.look_soon()
-
-    async def _send(self, outgoing: Outgoing, request: _Request, timeout_s: float, cluster: _Cluster | None) -> Any:
-        if cluster is not None:
-            try:
-                return await cluster.execute(outgoing, request, timeout_s)
-            except _OutsideOfACall:
-                pass
-        if self._others is None:
-            raise NodeUnreachable(_CLOSED)
-        url = request.url
-        if self._server_name is not None:  # whose address pyqwest was told
-            url = f"https://{self._server_name}:{self._port}{url.removeprefix(self._base)}"
-        asked = Request(request.method, url, Headers(request.headers.items()), request.content)
-        return await outgoing.on(asyncio.ensure_future(self._others.execute(asked)))
 
     async def _read(self, outgoing: Outgoing, response: Any, call: Call) -> bytes:
         content = aiter(response.content)
@@ -334,9 +302,7 @@ class EnvoyConnection(Connection):
         for outgoing in tuple(self._calls.members):
             outgoing.closed = True
             outgoing.cancel()
-        if self._cluster is not None:
-            self._cluster.retire(at_once=True)
-        self._others = None  # which closes its connections
+        self._cluster.retire(at_once=True)
 
 
 def _metadata(headers: Any) -> Iterator[tuple[str, str | bytes]]:

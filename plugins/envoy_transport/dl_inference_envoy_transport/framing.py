@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable
 from urllib.parse import quote, unquote
 
-from dl_inference_core.errors import BadRequest, Code, InferenceError, MessageTooLarge, NodeFailed, Unimplemented
+from dl_inference_core.errors import BadRequest, Code, InferenceError, MessageTooLarge, Unimplemented
 from dl_inference_core.transport import Message, Metadata, shortened
 
 PREFIX = 5
@@ -38,7 +38,8 @@ def framed(message: Message) -> bytes:
     """`message` in its frame, uncompressed. A view that `message` below made is in its frame still."""
     if isinstance(message, memoryview):
         frame = message.obj
-        if isinstance(frame, bytes) and len(frame) == PREFIX + len(message) and not frame[0]:
+        untouched = message.c_contiguous and message.format == "B"  # not a view of that view
+        if untouched and isinstance(frame, bytes) and len(frame) == PREFIX + len(message) and not frame[0]:
             return frame
         message = bytes(message)
     return b"\0" + len(message).to_bytes(4, "big") + message
@@ -49,7 +50,7 @@ def too_large(size: int, limit: int, *, sent: bool = False) -> MessageTooLarge:
     return MessageTooLarge(f"{'Sent' if sent else 'Received'} message larger than max ({size} vs. {limit})")
 
 
-def length(frame: bytes, limit: int) -> int:
+def length(frame: bytes | bytearray, limit: int) -> int:
     """How many bytes the frame that begins `frame` has, its prefix included.
 
     Raises:
@@ -129,10 +130,6 @@ def status(http_status: int, said: str | None, text: str | None) -> tuple[Code, 
     if said not in _CODES:
         return Code.UNKNOWN, f'the answer has the gRPC status "{said[:20]}"'
     return _CODES[said], unquote(text) if text else ""
-
-
-def no_message() -> NodeFailed:
-    return NodeFailed("the status is OK, but there is no message")
 
 
 def encoded(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[str, str]]:

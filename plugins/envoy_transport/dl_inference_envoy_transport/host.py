@@ -7,6 +7,8 @@ starting process left in the private directory, and ends the process with it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import http.client
 import importlib
 import itertools
@@ -17,6 +19,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -39,6 +42,7 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.002
 _APPLIED_WITHIN_S = 10.0
+_BACKGROUND = "/background"
 _BEGIN = {"type": "http.response.start", "status": 200, "headers": []}
 _END = {"type": "http.response.body", "body": b""}
 
@@ -53,6 +57,8 @@ class Host:
         self.folder = folder
         self.module: str = program["module"]
         self.pace = Pace()
+        self.background: contextvars.Context
+        """Of a request that is open as long as this process."""
         self._arguments: list[str] = program["arguments"]
         self._entry: str = program["entry"]
         self._listeners: dict[str, Document] = {}
@@ -60,6 +66,8 @@ class Host:
         self._versions = itertools.count(1)
         self._names = itertools.count()
         self._writing: asyncio.Handle | None = None
+        self._background_open = asyncio.Event()
+        self._end = asyncio.Event()
         self._runs: dict[str, tuple[Coroutine[Any, Any, Any], Future[Any]]] = {}
 
     @classmethod
@@ -96,6 +104,10 @@ class Host:
             program.cancel()
             self._exit(128 + signal.SIGTERM)
             return
+        if scope["path"] == _BACKGROUND:
+            self.background = contextvars.copy_context()
+            self._background_open.set()
+            await self._end.wait()
         coroutine, future = self._runs.pop(scope["path"])
         try:
             future.set_result(await coroutine)
@@ -133,18 +145,31 @@ class Host:
         module, _, function = self._entry.partition(":")
         entry: Callable[[list[str]], Coroutine[Any, Any, int]] = getattr(importlib.import_module(module), function)
         await self._until_live()
-        return await entry(self._arguments)
+        # Envoy's client works only while a request is open. What is no part of answering a call, or outlives it, takes
+        # this one's context.
+        _, writer = await asyncio.open_unix_connection(self.folder / configuration.CONTROL)
+        try:
+            writer.write(f"GET {_BACKGROUND} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+            await self._background_open.wait()
+            return await entry(self._arguments)
+        finally:
+            self._end.set()
+            writer.close()
 
     async def _until_live(self) -> None:
-        """Envoy takes listeners and clusters from now on."""
-        while True:
-            try:
+        """Envoy takes listeners and clusters from now on.
+
+        Raises:
+            ConfigError: it does not come up.
+        """
+        end = time.monotonic() + _APPLIED_WITHIN_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
                 status, _ = await self._admin("/ready")
-            except OSError:
-                status = 0
-            if status == 200:
-                return
+                if status == 200:
+                    return
             await asyncio.sleep(_POLL_S)
+        raise ConfigError(f"Envoy is not ready after {_APPLIED_WITHIN_S:.0f} s")
 
     def new_name(self, kind: str) -> str:
         """Never given before: an address that was left and is used again is another listener or cluster."""
@@ -201,6 +226,13 @@ class Host:
             while name in await self._listening():  # noqa: ASYNC110 - Envoy tells nobody
                 await asyncio.sleep(_POLL_S)
 
+    async def open_calls(self, name: str) -> int:
+        """The calls on a listener that Envoy has not sent the whole answer of; 0 if it does not tell."""
+        with contextlib.suppress(OSError, ValueError):
+            _, body = await self._admin(f"/stats?filter=^http.{name}.downstream_rq_active$")
+            return int(body.partition(b":")[2] or 0)
+        return 0
+
     def add_cluster(self, document: Document) -> None:
         """A cluster under its name; it can be called a few milliseconds later."""
         self._clusters[document["name"]] = document
@@ -223,8 +255,9 @@ class Host:
         configuration.written(self.folder / configuration.LISTENERS, list(self._listeners.values()), self.new_version())
 
     async def _applied_listener(self, name: str) -> tuple[int, ...]:
-        async with asyncio.timeout(_APPLIED_WITHIN_S):
-            while True:
+        end = time.monotonic() + _APPLIED_WITHIN_S
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
                 _, body = await self._admin(f"/config_dump?resource=dynamic_listeners&name_regex=^{name}$")
                 for entry in json.loads(body).get("configs", ()):
                     if "error_state" in entry:
@@ -233,7 +266,8 @@ class Host:
                 addresses = (await self._listening()).get(name)
                 if addresses is not None:
                     return addresses
-                await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_POLL_S)
+        raise ConfigError(f"Envoy has not opened the listener after {_APPLIED_WITHIN_S:.0f} s")
 
     async def _listening(self) -> dict[str, tuple[int, ...]]:
         """The ports of each listener."""

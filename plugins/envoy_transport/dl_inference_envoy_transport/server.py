@@ -18,6 +18,7 @@ from dl_inference_core.errors import (
     Code,
     DeadlineExceeded,
     InferenceError,
+    MessageTooLarge,
     NodeFailed,
     NodeUnreachable,
     Unimplemented,
@@ -36,6 +37,10 @@ _LOOK_ONCE_AFTER_S = 0.25
 _AHEAD = 16
 _LINGER_S = 0.1
 _SHUT_DOWN = "the server is shutting down"
+# Of the thousand headers and `header_kb` that Envoy takes: a gateway passes metadata on, beside headers of its own, to
+# nodes that take no more. A node that resets the call for them would be blamed.
+_MOST_METADATA = 900
+_METADATA_SHARE = 7 / 8
 
 # What HTTP, gRPC and Envoy put beside the caller's own metadata.
 _NOT_METADATA = frozenset(
@@ -76,7 +81,7 @@ class Ended(enum.Enum):
 class Incoming:
     """A call that is being answered."""
 
-    __slots__ = ("_again_s", "_looking", "_receive", "_task", "deadline", "ended", "look_at")
+    __slots__ = ("_again_s", "_looking", "_receive", "_task", "deadline", "ended", "look_at", "read")
 
     def __init__(self, task: asyncio.Task[Any], receive: Any) -> None:
         self._task = task
@@ -86,6 +91,8 @@ class Incoming:
         self.deadline = math.inf
         self.look_at = math.inf
         """When to ask whether the client is still there."""
+        self.read = False
+        """Whether the request has been read to its end: nothing can be asked before, without taking some of it."""
         self.ended = Ended.NO
 
     def end(self, why: Ended) -> None:
@@ -96,11 +103,15 @@ class Incoming:
 
     def look_soon(self) -> None:
         """From now on nothing else would tell that the client has left."""
+        if not self.read:
+            return
         self._again_s = _LOOK_AFTER_S
         self.look_at = time.monotonic() + _LOOK_AFTER_S
 
     def look_once(self) -> None:
         """From now on a call out would tell, unless the client had left before Envoy began it."""
+        if not self.read:
+            return
         self._again_s = math.inf
         self.look_at = time.monotonic() + _LOOK_ONCE_AFTER_S
 
@@ -112,8 +123,8 @@ class Incoming:
             self._looking = asyncio.ensure_future(self._look())
 
     async def client_left(self) -> bool:
-        """Ask Envoy, which answers at once, but does not tell by itself. Only once the request has been read."""
-        return bool((await self._receive())["type"] == "http.disconnect")
+        """Ask Envoy, which answers at once, but does not tell by itself; False before the request has been read."""
+        return self.read and bool((await self._receive())["type"] == "http.disconnect")
 
     async def _look(self) -> None:
         if await self.client_left():
@@ -137,6 +148,7 @@ class EnvoyServer(Server):
         self._limit = limits.message_bytes
         self._http = http
         self._calls: Ticker[Incoming] = Ticker()
+        self._metadata_bytes = 0
         self._closed = False
         self._answered = 0
         self._idle = asyncio.Event()
@@ -154,11 +166,17 @@ class EnvoyServer(Server):
         Raises:
             ConfigError: as `Host.listen`.
         """
+        self._metadata_bytes = int(options.header_kb * 1024 * _METADATA_SHARE)
         if watched is not None:
             self._secrets = Secrets(self._host.folder, self._name, watched.current())
-        self.ports = await self._host.listen(
-            self._name, self, addresses, options, share_port=share_port, secrets=self._secrets
-        )
+        try:
+            self.ports = await self._host.listen(
+                self._name, self, addresses, options, share_port=share_port, secrets=self._secrets
+            )
+        except BaseException:
+            if self._secrets is not None:
+                self._secrets.remove()
+            raise
         if watched is not None:
             self._rotating = asyncio.ensure_future(self._rotate(watched))
 
@@ -214,13 +232,14 @@ class EnvoyServer(Server):
         """
         if self._closed:
             raise NodeUnreachable(_SHUT_DOWN)
-        timeout_s, encoding, call.metadata = _read(headers)
+        timeout_s, encoding, call.metadata = _read(headers, self._metadata_bytes)
         if timeout_s is not None:
             call.deadline = incoming.deadline = time.monotonic() + timeout_s
         try:
             frame = await _body(receive, self._limit)
             if frame is None:
                 return None
+            incoming.read = True
             call.request = framing.message(frame, encoding, self._limit)
             incoming.look_soon()
             response = await handler(call)
@@ -264,7 +283,7 @@ class EnvoyServer(Server):
         try:
             if self._closed:
                 raise NodeUnreachable(_SHUT_DOWN)
-            timeout_s, encoding, call.metadata = _read(scope["headers"])
+            timeout_s, encoding, call.metadata = _read(scope["headers"], self._metadata_bytes)
             if timeout_s is not None:
                 call.deadline = incoming.deadline = time.monotonic() + timeout_s
             messages: Messages = asyncio.Queue(_AHEAD)
@@ -304,7 +323,8 @@ class EnvoyServer(Server):
         end = time.monotonic() + grace_s
         # From now on each answer tells its connection to go away (GOAWAY). One without calls Envoy does not tell; so
         # calls that cross with its closing are answered for a moment longer.
-        await self._host.close_listener(self._name)
+        with suppress(OSError):  # of the admin interface
+            await self._host.close_listener(self._name)
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, end - time.monotonic())):
                 await self._until_quiet()
@@ -318,7 +338,7 @@ class EnvoyServer(Server):
             await self._until_idle()
             answered = self._answered
             await asyncio.sleep(_LINGER_S)
-            if answered == self._answered and not self._calls.members:
+            if answered == self._answered and not self._calls.members and not await self._host.open_calls(self._name):
                 return
 
     async def _until_idle(self) -> None:
@@ -340,13 +360,14 @@ def _refusal(scope: Any) -> tuple[int, bytes] | None:
     return 415, b"expected the content type application/grpc\n"
 
 
-def _read(headers: list[tuple[bytes, bytes]]) -> tuple[float | None, str, Metadata]:
+def _read(headers: list[tuple[bytes, bytes]], limit: int) -> tuple[float | None, str, Metadata]:
     """The timeout in seconds, the messages' encoding, and the caller's own metadata.
 
     Raises:
         BadRequest: one of them is malformed.
+        MessageTooLarge: the metadata have over `limit` bytes, or are too many.
     """
-    timeout_s, encoding, trailers = None, "identity", False
+    timeout_s, encoding, trailers, size = None, "identity", False, 0
     metadata: list[tuple[str, str | bytes]] = []
     for name, value in headers:
         if name in _NOT_METADATA:
@@ -357,7 +378,12 @@ def _read(headers: list[tuple[bytes, bytes]]) -> tuple[float | None, str, Metada
             elif name == b"te":
                 trailers = True
         elif not name.startswith(b"grpc-"):
-            metadata += framing.decoded(name.decode("latin-1"), value.decode("latin-1"))
+            found = framing.decoded(name.decode("latin-1"), value.decode("latin-1"))
+            size += len(name) * len(found) + len(value)
+            metadata += found
+    if size > limit or len(metadata) > _MOST_METADATA:
+        given, most = (size, f"{limit} bytes") if size > limit else (len(metadata), f"{_MOST_METADATA} values")
+        raise MessageTooLarge(f"received metadata size exceeds hard limit ({given} vs. {most})")  # gRPC's own words
     if not trailers:  # pyvoy sends none then, and so no status
         raise BadRequest("expected the header te: trailers")
     return timeout_s, encoding, tuple(metadata)
@@ -390,7 +416,7 @@ async def _body(receive: Any, limit: int) -> bytes | None:
 async def _pump(incoming: Incoming, receive: Any, encoding: str, limit: int, messages: Messages) -> None:
     """Put a stream's messages into `messages` as they come, then None, or what is wrong with them; see when the client
     leaves, whether or not the handler reads on."""
-    buffer = b""
+    buffer = bytearray()
     more = True
     try:
         while more:
@@ -400,16 +426,22 @@ async def _pump(incoming: Incoming, receive: Any, encoding: str, limit: int, mes
                 return
             buffer += event.get("body", b"")
             more = event.get("more_body", False)
-            while len(buffer) >= framing.PREFIX and len(buffer) >= (size := framing.length(buffer, limit)):
-                await messages.put(framing.message(buffer[:size], encoding, limit))
-                buffer = buffer[size:]
+            at = 0
+            while len(buffer) - at >= framing.PREFIX:
+                size = framing.length(buffer[at : at + framing.PREFIX], limit)
+                if len(buffer) - at < size:
+                    break
+                await messages.put(framing.message(bytes(buffer[at : at + size]), encoding, limit))
+                at += size
+            del buffer[:at]
         if buffer:
             raise BadRequest(f"the stream ends within a message, after {len(buffer)} bytes of it")
     except InferenceError as error:
         await messages.put(error)
         return
-    await messages.put(None)
+    incoming.read = True
     incoming.look_soon()
+    await messages.put(None)
 
 
 async def _taken(messages: Messages) -> AsyncIterator[bytes]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from dl_inference_core.certificates import Watched
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.grpcio_transport import GrpcioTransport
 from dl_inference_core.transport import Connection, HttpApp, Limits, Methods, Program, Server, Transport
 from dl_inference_envoy_transport import configuration
 from dl_inference_envoy_transport.host import FOLDER, PROGRAM, Host
@@ -119,9 +120,13 @@ class EnvoyTransport(Transport):
         return server
 
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
+        host = Host.of_this_process()
+        if host is None:  # nothing is served: `dl-inference-core check`
+            options = GrpcioTransport.Options(connect_timeout_ms=self.options.connect_timeout_ms)
+            return GrpcioTransport(options).connect(address, limits, tls)
         from dl_inference_envoy_transport.connection import EnvoyConnection
 
-        return EnvoyConnection(address, limits, self.options, self._watch(tls), tls)
+        return EnvoyConnection(host, address, limits, self.options, self._watch(tls), tls)
 
     def _watch(self, tls: ClientTls | None) -> Watched | None:
         if tls is not None and tls not in self._watched:
