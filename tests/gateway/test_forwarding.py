@@ -325,6 +325,19 @@ async def test_a_client_that_leaves_ends_the_nodes_work_and_changes_nothing(lab:
     assert all(gateway.usable(node) for node in nodes)
 
 
+async def test_clients_that_leave_at_any_moment_leave_nothing_behind(lab: Lab) -> None:
+    node = await lab.node(hangs=True)
+    gateway = await lab.front(node, more=f"timeout_ms = 60000\n{DYNAMIC}")
+    await gateway.channel.channel_ready()
+    for turn in range(300):
+        call = gateway.start_call()
+        await asyncio.sleep(turn % 20 * 0.0002)
+        call.cancel()
+    await lab.until(lambda: gateway.node(node).in_flight == 0)
+    assert gateway.weight(node) == 100
+    assert gateway.usable(node)
+
+
 # Nobody there
 
 
