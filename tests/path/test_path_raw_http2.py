@@ -380,7 +380,7 @@ def test_a_call_whose_message_never_comes_ends_at_its_deadline(
         began = time.monotonic()
         answers = [client.call(body, {"grpc-timeout": "200m"}, end=False) for body in (b"", b"\0\0", framed(CALL)[:-1])]
         assert [str(answer) for answer in answers] == ["DEADLINE_EXCEEDED"] * 3
-        assert 0.6 <= time.monotonic() - began < 10
+        assert 0.55 < time.monotonic() - began < 10
 
 
 def test_calls_that_are_reset_half_way_are_forgotten(
