@@ -200,8 +200,9 @@ def from_status(code: Code, message: str) -> InferenceError:
         case Code.UNAVAILABLE:
             return NodeUnreachable(message)
         case Code.RESOURCE_EXHAUSTED:
-            # gRPC's own words on both sides of a connection when a message is over the limit.
-            return MessageTooLarge(message) if "message larger than max" in message else NodeOverloaded(message)
+            # gRPC's own words on both sides of a connection when a message, or its metadata, is over the limit.
+            too_large = "message larger than max" in message or "metadata size exceeds" in message
+            return MessageTooLarge(message) if too_large else NodeOverloaded(message)
         case Code.INTERNAL | Code.UNKNOWN | Code.DATA_LOSS | Code.OK:
             return NodeFailed(message, code if code is not Code.OK else Code.INTERNAL)
         case Code.DEADLINE_EXCEEDED:
