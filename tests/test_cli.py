@@ -282,7 +282,7 @@ async def test_it_says_where_it_serves_once_and_ends_on_sigterm(lab: Lab) -> Non
         assert await served.call() == "a"
         assert await served.end() == 0
         assert [line.split()[0] for line in served.lines] == ["http", "transport", "serving"]
-        assert served.lines[1].startswith(f"transport {lab.transport_name}: ")
+        assert served.lines[1] == "transport envoy: it is installed, and can run here"
         assert served.log == ""
 
 
