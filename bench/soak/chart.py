@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from bench.soak.course import Sample
 
 _PANEL_IN = 2.0
+# Rates are over so many samples.
+_OVER = 5
 
 
 def svg(samples: Sequence[Sample], path: Path) -> None:
@@ -21,16 +23,17 @@ def svg(samples: Sequence[Sample], path: Path) -> None:
     with mpl.rc_context({"svg.hashsalt": "dl-inference", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(10, 4 * _PANEL_IN), layout="constrained")
         memory, descriptors, others, requests = figure.subplots(4, 1, sharex=True)
-        minutes = [sample.at_s / 60 for sample in samples]
+        seconds = np.array([sample.at_s for sample in samples])
+        minutes = seconds / 60
         memory.plot(minutes, [sample.memory_mb for sample in samples], color="#d1495b")
         _fit(memory, [sample for sample in samples if sample.phase == "busy"])
         descriptors.plot(minutes, [sample.descriptors for sample in samples], color="#00798c")
         others.plot(minutes, [sample.threads for sample in samples], label="threads")
         others.plot(minutes, [sample.tasks for sample in samples], label="tasks", linewidth=0.8)
         for outcome in sorted(samples[-1].ended, key=lambda name: -samples[-1].ended[name]):
-            counts = [sample.ended.get(outcome, 0) for sample in samples]
-            rates = np.diff(counts) / np.diff([sample.at_s for sample in samples])
-            requests.plot(minutes[1:], rates, label=outcome, linewidth=0.8)
+            counts = np.array([sample.ended.get(outcome, 0) for sample in samples])
+            rates = (counts[_OVER:] - counts[:-_OVER]) / (seconds[_OVER:] - seconds[:-_OVER])
+            requests.plot(minutes[_OVER:], rates, label=outcome, linewidth=0.8)
         requests.set_yscale("symlog", linthresh=1)
         requests.set_xlabel("minutes")
         titles = {memory: "memory, MB", descriptors: "descriptors", others: "threads, tasks", requests: "requests/s"}

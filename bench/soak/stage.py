@@ -118,7 +118,7 @@ def set_up(transport: str, log: IO[str], seed: int) -> Iterator[Stage]:
             stack.callback(node.end)
             node.start()
         stage = Stage(Path(folder), nodes, transport, seed)
-        *_, _ = stage.settle()
+        stage.shuffle()
         stage.gateway = stack.enter_context(announcing(*stage.command, log=log))
         if transport != "grpcio":
             stage.http_address = stage.gateway.address

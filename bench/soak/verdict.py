@@ -15,14 +15,12 @@ RULES = f"""\
 - answered: every request has ended, and as its kind may; none hung.
 - memory: the resident memory of all processes of the gateway, sampled every second once it is warm, has a
   least-squares slope whose 95 % confidence interval includes zero, or that comes to less than
-  {MOST_MB_PER_HOUR:g} MB an hour. The interval allows for neighbouring samples that resemble one another: it has
-  Student's width for an effective number of samples, by the lag-1 autocorrelation of the residuals.
+  {MOST_MB_PER_HOUR:g} MB an hour. The interval takes samples as independent of one another, which neighbouring ones are
+  not: it is narrower than it should be, so that the rule errs by false alarms.
 - descriptors, threads, tasks: with all nodes up, all routes to all of them and nothing in flight, the gateway holds at
   the end what it held at the rest within the warm-up; at most this much more: {_MORE}.
   Pools of threads grow, within bounds, when several have work at one moment, and shrink later.
 """
-
-_FEWEST_FREEDOMS = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,26 +33,18 @@ class Slope:
 
 
 def slope(seconds: Sequence[float], values: Sequence[float]) -> Slope:
-    """The least-squares slope of `values`, of three samples at the least.
-
-    Its interval is Student's, for an effective number of samples n (1 - r) / (1 + r) with r the lag-1 autocorrelation
-    of the residuals (Santer et al. 2000, J. Geophys. Res. 105, 7337): neighbouring samples are no independent ones.
-    """
+    """The least-squares slope of `values`, of five samples at the least; its interval is Student's."""
     hours = np.asarray(seconds, float) / 3600
     hours -= hours.mean()
     centred = np.asarray(values, float) - np.mean(values)
     per_hour = float(hours @ centred / (hours @ hours))
     residuals = centred - per_hour * hours
-    squares = float(residuals @ residuals)
-    if squares == 0:
-        return Slope(per_hour=per_hour, low=per_hour, high=per_hour)
-    alike = min(max(float(residuals[1:] @ residuals[:-1]) / squares, 0.0), 0.99)
-    freedoms = max(len(values) * (1 - alike) / (1 + alike) - 2, _FEWEST_FREEDOMS)
-    margin = _student(freedoms) * math.sqrt(squares / freedoms / float(hours @ hours))
+    freedoms = len(values) - 2
+    margin = _student(freedoms) * math.sqrt(residuals @ residuals / freedoms / (hours @ hours))
     return Slope(per_hour=per_hour, low=per_hour - margin, high=per_hour + margin)
 
 
-def _student(freedoms: float) -> float:
+def _student(freedoms: int) -> float:
     """The 97.5 % quantile of Student's t, to 1 % from 3 degrees of freedom (Abramowitz and Stegun, 26.7.5)."""
     z = 1.959964
     return (
