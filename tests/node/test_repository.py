@@ -41,8 +41,10 @@ class LateBackend(FakeBackend):
         super().__init__()
         self.go = threading.Event()
         self.go.set()
+        self.asked = threading.Event()
 
     def load(self, directory: Path, options: PluginOptions, device: str) -> Any:
+        self.asked.set()
         assert self.go.wait(10)
         return super().load(directory, options, device)
 
@@ -631,7 +633,7 @@ def test_close_waits_for_no_load_and_leaves_nothing_open(tmp_path: Path) -> None
     async def main() -> None:
         repository = Repository(tmp_path, backends={"fake": backend}, handlers={})
         starting = asyncio.create_task(repository.start())
-        await until(lambda: "m" in repository.models)
+        await until(backend.asked.is_set)
         starting.cancel()
         async with asyncio.timeout(5):
             await repository.close(grace_s=0.05)
