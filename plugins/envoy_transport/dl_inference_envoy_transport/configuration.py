@@ -58,7 +58,7 @@ class Options(PluginOptions):
     keepalive_s: int = Field(default=30, ge=1)
     keepalive_timeout_s: int = Field(default=5, ge=1)
     premature_resets: int = Field(default=5000, ge=1)
-    longest_pause_us: int = Field(default=2000, ge=0, le=100_000)
+    longest_pause_us: int = Field(default=1000, ge=0, le=100_000)
 
 
 def bootstrap(folder: Path, module: str, app: str, options: Options) -> Document:
