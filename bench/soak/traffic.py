@@ -192,7 +192,8 @@ def _kind(send: Callable[[Client], Awaitable[End]], share: int, *expected: str) 
 KINDS = (
     _kind(Client.small, 660, "OK"),
     _kind(Client.large, 60, "OK"),
-    _kind(Client.passing, 40, "OK", "NOT_FOUND"),
+    # UNAVAILABLE if its node is killed just after the route has gone: there is no other node to try then.
+    _kind(Client.passing, 40, "OK", "NOT_FOUND", "UNAVAILABLE"),
     _kind(Client.cancelled, 70, "OK", "CANCELLED"),
     _kind(Client.deadline, 70, "OK", "DEADLINE_EXCEEDED"),
     _kind(Client.oversize, 10, "RESOURCE_EXHAUSTED"),
