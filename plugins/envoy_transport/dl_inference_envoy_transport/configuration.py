@@ -24,6 +24,7 @@ ADMIN, CONTROL, LISTENERS, CLUSTERS = "admin.sock", "control.sock", "listeners.j
 """Files in the private directory of one process."""
 
 _TYPE = "type.googleapis.com"
+_RELEASED_BYTES = 32 * 1024 * 1024
 _HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 # What is in flight to a node is bounded above this transport, for all routes alike.
 _NO_LIMIT = 2**31 - 1
@@ -82,6 +83,8 @@ def bootstrap(folder: Path, module: str, app: str, options: Options) -> Document
             "cds_config": {"path_config_source": {"path": str(folder / CLUSTERS)}},
         },
         "static_resources": {"listeners": [control]},
+        # What large messages took goes back to the system; else the resident memory creeps up to the worst moment's.
+        "memory_allocator_manager": {"bytes_to_release": _RELEASED_BYTES, "memory_release_interval": "1s"},
         "overload_manager": {
             "resource_monitors": [
                 {
