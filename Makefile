@@ -2,14 +2,14 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 SELDON := .venv-seldon
-EDITABLE := -e '.[uvloop,dev]' -e plugins/torch_backend -e plugins/balancers -e plugins/envoy_transport -e examples/digits
+EDITABLE := -e '.[uvloop,dev]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e plugins/envoy_transport -e examples/digits
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench soak protos
+.PHONY: help setup demo demo-tf test check bench soak protos
 
 help: ## list what one can do here
-	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: .venv/ready ## the environment: core, plugins, the example, development tools
 
@@ -27,6 +27,9 @@ $(SELDON)/ready: tests/seldon/requirements.txt
 
 demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto, envoy or grpcio
 	$(BIN)/python -m digits.demo --transport $(or $(TRANSPORT),auto)
+
+demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
+	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
 # Servers and gateways on Envoy's stack, in the tests' own process, take a process of Envoy's.
 test: .venv/ready $(SELDON)/ready ## all tests

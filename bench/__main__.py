@@ -22,7 +22,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from bench import goals, rounds, systems
 from bench.load import LoadError, require_h2load
 from bench.report import CHART, Report
-from bench.rounds import SIZES
 from bench.systems import Table
 
 _OUT = Path(__file__).parent / "out" / "bench.json"
@@ -106,7 +105,7 @@ def _measured(tables: Sequence[Table], turns: int, share: float, console: Consol
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bars = {
-            table.name: progress.add_task(table.title, total=turns * len(SIZES) * len(table.systems))
+            table.name: progress.add_task(table.title, total=turns * len(table.sizes) * len(table.systems))
             for table in tables
         }
         rows: dict[str, dict[str, dict[str, rounds.Row]]] = {}
@@ -116,7 +115,7 @@ def _measured(tables: Sequence[Table], turns: int, share: float, console: Consol
                     size.name if table.node else size.node_name: rounds.measure(
                         running, size, turns, share, partial(progress.advance, bars[table.name])
                     )
-                    for size in SIZES
+                    for size in table.sizes
                 }
         return rows
 
@@ -136,7 +135,7 @@ def _machine(tables: Sequence[Table], turns: int) -> dict[str, Any]:
         "rounds": turns,
         "loads": "; ".join(
             f"{size.name}: {size.load.clients} connections, {size.load.streams} requests under way on each"
-            for size in SIZES
+            for size in systems.EVERY_SIZE
         ),
     }
 

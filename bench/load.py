@@ -49,24 +49,26 @@ def require_h2load() -> None:
         raise LoadError("h2load is not installed: apt-get install nghttp2-client")
 
 
-def check(address: str, method: str, message: bytes) -> None:
+def ask(address: str, method: str, message: bytes) -> bytes:
     """Ask once with a real gRPC client, as h2load does not look at gRPC's status.
 
     Raises:
-        LoadError: the answer is not the request's own bytes.
+        LoadError: there is no answer, or it is an error.
     """
     size = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(address, options=size) as channel:
         try:
-            answer = channel.unary_unary(method)(message, timeout=10)
+            answer: bytes = channel.unary_unary(method)(message, timeout=10)
         except grpc.RpcError as error:
             raise LoadError(f"{address}: {error.code().name}: {error.details()}") from error
-    if answer != message:
-        raise LoadError(f"{address} does not answer with what it was sent")
+    return answer
 
 
-def run(address: str, method: str, message: bytes, load: Load) -> Run:
+def run(address: str, method: str, message: bytes, answer_bytes: int, load: Load) -> Run:
     """Send `message` `load.requests` times.
+
+    Args:
+        answer_bytes: the length of each answer.
 
     Raises:
         LoadError: as `read`, or it took more than two minutes.
@@ -81,14 +83,14 @@ def run(address: str, method: str, message: bytes, load: Load) -> Run:
             output = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=True).stdout
         except subprocess.SubprocessError as error:
             raise LoadError(f"{address}: {error}") from error
-        return read(output, log.read_text(), load.requests, len(message))
+        return read(output, log.read_text(), load.requests, answer_bytes)
 
 
-def read(output: str, log: str, requests: int, message_bytes: int) -> Run:
+def read(output: str, log: str, requests: int, answer_bytes: int) -> Run:
     """What h2load says of a run in its output and its log.
 
     Raises:
-        LoadError: some of the requests failed, or their answers were too short to hold the message.
+        LoadError: some of the requests failed, or their answers were too short.
     """
     succeeded = re.search(r"(\d+) succeeded, (\d+) failed, (\d+) errored", output)
     rate = re.search(r"finished in [^,]+, ([\d.]+) req/s", output)
@@ -98,7 +100,7 @@ def read(output: str, log: str, requests: int, message_bytes: int) -> Run:
     if [int(count) for count in succeeded.groups()] != [requests, 0, 0]:
         raise LoadError(f"{succeeded[0]} of {requests}")
     # A gRPC error is an HTTP success without data.
-    if int(received[1]) < requests * message_bytes:
-        raise LoadError(f"{received[1]} bytes came back for {requests} requests of {message_bytes}")
+    if int(received[1]) < requests * answer_bytes:
+        raise LoadError(f"{received[1]} bytes came back for {requests} answers of {answer_bytes}")
     cuts = statistics.quantiles([int(line.split("\t")[2]) for line in log.splitlines()], n=100)
     return Run(requests_per_s=float(rate[1]), p50_ms=cuts[49] / 1000, p99_ms=cuts[98] / 1000)

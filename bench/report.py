@@ -33,6 +33,9 @@ What a request costs a gateway and a node of ours, beside plain peers, in one ru
 - `proxy-grpcio` passes bytes over grpc.aio to the nodes in turn and does nothing else. `plain-envoy`, `nginx` and
   `haproxy` are those programs by themselves, set up as in `bench/peers.py`. `echo-grpcio` and `echo-envoy` answer with
   what they were sent: the node without a gateway, and what one leg costs.
+- `ours-tf-grpcio` and `ours-tf-envoy` are `dl-inference-core serve` with the SavedModels of `bench/saved_models.py`:
+  two layers on 128 features, and the means of a picture of 602 KB. `bare-call` calls their signatures one after
+  another, on arrays that are there already, in a process without a server.
 """
 
 

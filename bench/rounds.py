@@ -13,7 +13,9 @@ from bench import load
 from bench.contract import METHOD
 from bench.load import Load, LoadError
 from bench.processes import Server
+from bench.saved_models import IMAGE_INPUT, SMALL_INPUT, BareCalls
 from dl_inference_core.client import build
+from dl_inference_core.wire.protocol import PROTOCOLS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class Size:
     Attributes:
         name: its key in bench.json where gateways are measured.
         node_name: and where nodes are: the model, @ and the number in flight.
+        message_bytes: of the request.
+        tensor: what it holds, by name and shape, for a model that computes; None for one that echoes.
         load: what CPU, rate and latency are measured at.
         alone: one request at a time.
     """
@@ -30,11 +34,20 @@ class Size:
     name: str
     node_name: str
     message_bytes: int
+    tensor: tuple[str, tuple[int, ...]] | None = None
     load: Load
     alone: Load
 
+    @property
+    def model(self) -> str:
+        """The name of what is asked."""
+        return self.node_name.partition("@")[0] if self.tensor else "echo"
+
     def message(self) -> bytes:
-        """A tensorflow.serving.PredictRequest for the model "echo" of exactly `message_bytes` bytes."""
+        """A tensorflow.serving.PredictRequest of exactly `message_bytes` bytes."""
+        if self.tensor:
+            name, shape = self.tensor
+            return build(self.model, {name: np.zeros(shape, np.float32)}, protocol="tfserving")[1]
 
         def body(content: int) -> bytes:
             return build("echo", {"x": np.zeros(content, np.uint8)}, protocol="tfserving")[1]
@@ -57,6 +70,24 @@ SIZES = (
         name="600KB",
         node_name="echo-600KB@16",
         message_bytes=600_000,
+        load=Load(requests=1_000, clients=8, streams=2),
+        alone=Load(requests=100, clients=1, streams=1),
+    ),
+)
+MODEL_SIZES = (
+    Size(
+        name="small",
+        node_name="small@128",
+        message_bytes=546,
+        tensor=SMALL_INPUT,
+        load=Load(requests=12_000, clients=16, streams=8),
+        alone=Load(requests=500, clients=1, streams=1),
+    ),
+    Size(
+        name="image",
+        node_name="image@16",
+        message_bytes=602_162,
+        tensor=IMAGE_INPUT,
         load=Load(requests=1_000, clients=8, streams=2),
         alone=Load(requests=100, clients=1, streams=1),
     ),
@@ -107,15 +138,12 @@ def measure(
     message = size.message()
     loaded, alone = size.load.part(share), size.alone.part(share)
     samples: dict[str, list[_Sample]] = {name: [] for name in running}
-    for name, server in running.items():
-        with _named(name):
-            load.check(server.address, METHOD, message)
-            load.run(server.address, METHOD, message, loaded.part(0.1))
+    answers = {name: _warm(name, server, size, message, loaded) for name, server in running.items()}
     order = list(running)
     for turn in range(rounds):
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
             with _named(name):
-                samples[name].append(_sample(running[name], message, loaded, alone))
+                samples[name].append(_sample(running[name], size, message, answers[name], loaded, alone))
             measured()
     return {name: _row(samples[name], server.memory_mb()) for name, server in running.items()}
 
@@ -128,13 +156,34 @@ def _named(name: str) -> Iterator[None]:
         raise LoadError(f"{name}: {error}") from error
 
 
-def _sample(server: Server, message: bytes, loaded: Load, alone: Load) -> _Sample:
+def _warm(name: str, server: Server, size: Size, message: bytes, loaded: Load) -> int:
+    """Ask for the first time; the length of an answer."""
+    few = loaded.part(0.1)
+    with _named(name):
+        if isinstance(server, BareCalls):
+            server.call(size.model, few.requests)
+            return 0
+        answer = load.ask(server.address, METHOD, message)
+        if answer != message and not _computed(answer, size):
+            raise LoadError(f"{server.address} does not answer with what it was sent, nor with what the model gives")
+        load.run(server.address, METHOD, message, len(answer), few)
+        return len(answer)
+
+
+def _computed(answer: bytes, size: Size) -> bool:
+    return size.tensor is not None and PROTOCOLS["tfserving"].codec.decode_response(answer).model == size.model
+
+
+def _sample(server: Server, size: Size, message: bytes, answer_bytes: int, loaded: Load, alone: Load) -> _Sample:
+    if isinstance(server, BareCalls):
+        calls = server.call(size.model, loaded.requests)
+        return _Sample(cpu_us=calls.cpu_us, loaded=calls.run, alone=calls.run)
     before = server.cpu_s()
-    run = load.run(server.address, METHOD, message, loaded)
+    run = load.run(server.address, METHOD, message, answer_bytes, loaded)
     return _Sample(
         cpu_us=(server.cpu_s() - before) / loaded.requests * 1e6,
         loaded=run,
-        alone=load.run(server.address, METHOD, message, alone),
+        alone=load.run(server.address, METHOD, message, answer_bytes, alone),
     )
 
 

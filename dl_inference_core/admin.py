@@ -14,10 +14,10 @@ from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import HttpApp
 
 
-def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute) -> HttpApp:
+def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path: str = "/metrics") -> HttpApp:
     """Answers GET and HEAD; any other path is 404, any other method 405.
 
-    - `/metrics`: the metrics, in the format that Prometheus asks for.
+    - `metrics_path`: the metrics, in the format that Prometheus asks for.
     - `/healthz`: 200 for as long as the process answers at all.
     - `/readyz`: 200 while the process takes requests, else 503; the body says why.
 
@@ -42,7 +42,7 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute) -> HttpApp:
         return PlainTextResponse("starting: no model has loaded yet and no node of any route answers\n", 503)
 
     starlette = Starlette(
-        routes=[Route("/metrics", render), Route("/healthz", healthz), Route("/readyz", readyz), *beside]
+        routes=[Route(metrics_path, render), Route("/healthz", healthz), Route("/readyz", readyz), *beside]
     )
     starlette.router.redirect_slashes = False
     return starlette

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dl_inference_core import admin
+from dl_inference_core import admin, sockets
 from dl_inference_core.config import Config, RouteConfig
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.gateway.balancing import Balancer
@@ -17,15 +17,23 @@ from dl_inference_core.introspection import Introspection, Readiness
 from dl_inference_core.listener import Listener
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.rest import tfserving
+from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.routing import Routes
-from dl_inference_core.transport import Limits, Methods, Server, Transport
+from dl_inference_core.transport import HttpApp, Limits, Methods, Server, Transport
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.routing import BaseRoute
+
     from dl_inference_core.node.backend import Signature
+    from dl_inference_core.node.model_config import NamedModels
     from dl_inference_core.node.repository import Repository
 
 _log = logging.getLogger(__name__)
 
+_RELOAD = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 _READY_POLL_S = 0.05
 _SAY_UNREADY_AFTER_S = 2.0
 
@@ -48,8 +56,9 @@ class App:
         self.transport: Transport = plugins.make(Kind.TRANSPORTS, name, config.transport_options, "transport")
         self._limits = Limits(message_bytes=config.message_bytes)
         self.repository: Repository | None = None
-        if config.models.directory is not None:
-            self.repository = self._build_repository(config.models.directory)
+        self._named: NamedModels | None = None
+        if config.models.any:
+            self.repository = self._build_repository()
         self.gateway: Gateway | None = None
         if config.routes or config.gateway.nodefile is not None:
             self.gateway = Gateway(
@@ -60,22 +69,28 @@ class App:
                 metrics=self.metrics,
             )
         if self.repository is None and self.gateway is None:
-            raise ConfigError("nothing to serve: give a folder of models, or routes, or a node file")
+            raise ConfigError("nothing to serve: give a folder of models, or models by name, or routes, or a node file")
         self._readiness = Readiness()
         self._server: Server | None = None
         self._http_server: HttpServer | None = None
 
-    def _build_repository(self, directory: Path) -> Repository:
+    def _build_repository(self) -> Repository:
+        from dl_inference_core.node.model_config import NamedModels
         from dl_inference_core.node.repository import Repository
 
+        if self._config.models.accept_config and self._config.workers > 1:
+            raise ConfigError("models.accept_config takes workers = 1: what a client sends reaches but one of them")
+        self._named = NamedModels(self._config.models)
         backends = {
             name: self._plugins.make(Kind.BACKENDS, name, self._config.backends.get(name, {}), f"[backends.{name}]")
             for name in {**self._plugins.classes(Kind.BACKENDS), **self._config.backends}
         }
         return Repository(
-            directory,
+            self._config.models.directory,
+            named=self._named.models,
             backends=backends,
             handlers=self._plugins.classes(Kind.HANDLERS),
+            defaults=self._config.models.defaults,
             poll_interval_s=self._config.models.poll_interval_ms / 1000,
         )
 
@@ -100,8 +115,9 @@ class App:
         Raises:
             ConfigError, PluginError: what is configured cannot be.
         """
-        if self.repository is not None:
+        if self.repository is not None and self._named is not None:
             await self.repository.start()
+            self._named.start(self.repository)
         if self.gateway is not None:
             await self.gateway.start()
 
@@ -138,42 +154,71 @@ class App:
         """Load, listen, and return the ports as soon as requests would succeed. HTTP is answered from the start.
 
         Args:
-            addresses: "host:port"; by default the config's.
+            addresses: "host:port"; by default the config's. Its socket is listened on in any case.
             share_port: whether other processes listen on the same ports.
 
         Raises:
             ConfigError, PluginError: as `load`; or an address cannot be listened on.
         """
-        http = admin.app(self.metrics, self._readiness)
+        rest = self._rest_routes()
         if self._config.http_port is not None:
+            # Who asks for certificates does not answer the same questions without them.
+            app = self._http(() if self._config.tls else rest)
             try:
-                self._http_server = await HttpServer.start(http, self._config.host, self._config.http_port)
+                self._http_server = await HttpServer.start(app, self._config.host, self._config.http_port)
             except OSError as error:
                 raise ConfigError(f"http_port {self._config.http_port}: {error.strerror or error}") from error
         await self.load()
         routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
         listener = Listener(routes, self.metrics)
         introspection = Introspection(routes, self._readiness)
+        unary = {**listener.methods(), **introspection.unary()}
+        if self._named is not None:
+            unary[_RELOAD] = self._named.reload
+        path = self._config.socket_path
         self._server = await self.transport.serve(
-            Methods(unary={**listener.methods(), **introspection.unary()}, streaming=introspection.streaming()),
-            addresses or (f"{self._config.host}:{self._config.port}",),
+            Methods(unary=unary, streaming=introspection.streaming()),
+            (
+                *(addresses or (f"{self._config.host}:{self._config.port}",)),
+                *((f"{sockets.PREFIX}{path}",) if path is not None else ()),
+            ),
             self._limits,
             share_port=share_port,
             tls=self._config.tls,
-            http=http,
+            http=self._http(rest),
         )
         await self._until_ready(routes)
         self._readiness.serving = True
         return self._server.ports
 
+    def _rest_routes(self) -> Sequence[BaseRoute]:
+        timeout_ms = self._config.rest_timeout_ms
+        rest = Rest(
+            Local(self.repository, self.gateway, self._readiness),
+            self.metrics,
+            body_bytes=self._config.rest_bytes,
+            timeout_s=timeout_ms / 1000 if timeout_ms else None,
+        )
+        return tfserving.routes(rest)
+
+    def _http(self, beside: Sequence[BaseRoute]) -> HttpApp:
+        return admin.app(self.metrics, self._readiness, *beside, metrics_path=self._config.metrics_path)
+
     async def _until_ready(self, routes: Routes) -> None:
         loop = asyncio.get_running_loop()
         said = loop.time() + _SAY_UNREADY_AFTER_S
-        while not routes.ready:
+        while not routes.ready and not self._awaits_config:
             if loop.time() >= said:
                 said = float("inf")
                 _log.warning("not serving yet: no model has loaded and no node of any route answers")
             await asyncio.sleep(_READY_POLL_S)
+
+    @property
+    def _awaits_config(self) -> bool:
+        """Whether there is no model because a client has yet to say which."""
+        named = self._named
+        models = self._config.models
+        return models.accept_config and models.directory is None and named is not None and not named.models
 
     async def close(self) -> None:
         """Say NOT_SERVING, let requests in flight finish for at most `drain_s` seconds, and take everything down."""
@@ -183,6 +228,8 @@ class App:
             await self._server.drain(self._config.drain_s)
         if self.gateway is not None:
             await self.gateway.close()
+        if self._named is not None:
+            await self._named.close()
         if self.repository is not None:
             await self.repository.close()
         if self._http_server is not None:

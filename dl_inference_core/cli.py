@@ -17,6 +17,7 @@ import click
 
 import dl_inference_core
 from dl_inference_core import config as configs
+from dl_inference_core import tfserving_command
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError, InferenceError, PluginError
 from dl_inference_core.plugins import Kind, Plugins
@@ -87,26 +88,64 @@ def serve(models: Path | None, config_file: Path | None, nodes: Path | None, wor
     plugins = Plugins()
     try:
         name, why = plugins.choose_transport(config.transport)
-        config = config.model_copy(update={"transport": name})
-        transport: Transport = plugins.make(Kind.TRANSPORTS, name, config.transport_options, "transport")
     except (ConfigError, PluginError) as error:
         _fail(error)
-    serving = Serving(config, config_file, plugins, f"transport {name}: {why}")
+    config = config.model_copy(update={"transport": name})
+    given = {"config": config_file, "nodes": nodes, **flags}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    again = ["serve", *options, *(["--", str(models)] if models is not None else [])]
+    _serve(Serving(config, config_file, plugins, f"transport {name}: {why}"), worker, again)
+
+
+@main.command(cls=tfserving_command.TfServingCommand)
+@tfserving_command.flags
+@click.option("--worker", hidden=True, help="INDEX:PORT, from the supervisor.")
+def tfserving(worker: str | None, **flags: Any) -> None:
+    """Serve as TensorFlow Serving would with the same flags.
+
+    \b
+    One model:   dl-inference-core tfserving --model_name=digits --model_base_path=/models/digits
+    Several:     dl-inference-core tfserving --model_config_file=/models/models.config --rest_api_port=8501
+
+    TensorFlow's models take the plugin dl-inference-tf-backend; models of any other backend are served alike. The
+    newest version of a model is served, if its config says nothing else, and its predecessor until that has loaded.
+
+    Prints what it serves, then "serving on HOST:PORT" when requests would succeed. On SIGTERM or Ctrl-C it finishes
+    what is in flight, then ends.
+    """
+    plugins = Plugins()
+    try:
+        name, why = plugins.choose_transport(flags["transport"])
+        config, notes = tfserving_command.config_of(flags, plugins.get(Kind.TRANSPORTS, name, "--transport"))
+    except (ConfigError, PluginError) as error:
+        _fail(error)
+    for note in notes if worker is None else ():
+        click.echo(f"note: {note}", err=True)
+    again = ["tfserving", *(f"--{name}={value}" for name, value in flags.items())]
+    _serve(Serving(config, None, plugins, f"transport {name}: {why}", describes=True), worker, again)
+
+
+def _serve(serving: Serving, worker: str | None, again: list[str]) -> None:
+    """Serve in this process, or have others do it.
+
+    Args:
+        worker: "INDEX:PORT", if a supervisor has started this process.
+        again: the command line that says the same.
+    """
+    config = serving.config
+    try:
+        transport: Transport = serving.plugins.make(
+            Kind.TRANSPORTS, config.transport, config.transport_options, "transport"
+        )
+    except (ConfigError, PluginError) as error:
+        _fail(error)
     if worker is not None:
         _run(serving.as_worker(*map(int, worker.split(":"))))
     elif config.workers > 1 or transport.hosted:
-        arguments = _again(models, config_file, nodes, flags)
-        supervisor = Supervisor(config, transport, arguments, serving.transport)
+        supervisor = Supervisor(config, transport, again, serving.transport)
         _run(supervisor.run(), asyncio.new_event_loop)  # uvloop makes no process groups
     else:
         _run(serving.run())
-
-
-def _again(models: Path | None, config_file: Path | None, nodes: Path | None, flags: dict[str, Any]) -> list[str]:
-    """The command line of `serve` that says the same."""
-    given = {"config": config_file, "nodes": nodes, **flags}
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    return ["serve", *options, *(["--", str(models)] if models is not None else [])]
 
 
 async def hosted(arguments: list[str]) -> int:
@@ -130,12 +169,14 @@ class Serving:
 
     Attributes:
         transport: which one serves, and why.
+        describes: whether it prints each model and node.
     """
 
     config: Config
     config_file: Path | None
     plugins: Plugins
     transport: str
+    describes: bool = False
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
@@ -151,6 +192,9 @@ class Serving:
         config = self.config
         if config.http_port:
             config = config.model_copy(update={"http_port": config.http_port + index})
+        if config.socket_path is not None and config.workers > 1:
+            path = config.socket_path.with_name(f"{config.socket_path.name}-{index}")
+            config = config.model_copy(update={"socket_path": path})
         ending = asyncio.Event()
         loop = asyncio.get_running_loop()
 
@@ -175,8 +219,12 @@ class Serving:
                 await asyncio.gather(starting, return_exceptions=True)
                 return
             port = starting.result()[0]
+            for row in app.describe() if self.describes else ():
+                click.echo(_in_a_line(row))
             if app.http_port is not None:
                 click.echo(f"http on http://{config.host}:{app.http_port}")
+            if config.socket_path is not None:
+                click.echo(f"socket {config.socket_path}")
             if config.workers == 1:
                 click.echo(self.transport)
             click.echo(f"serving on {config.host}:{port}")
@@ -240,9 +288,14 @@ def check(models: Path | None, config_file: Path | None, nodes: Path | None, as_
         click.echo(json.dumps(rows, indent=2))
     else:
         for row in rows:
-            click.echo(f"{row['kind']:<7}{row['name']:<30}{'ok' if row['ok'] else 'FAILED':<8}{row['detail']}")
+            click.echo(_in_a_line(row))
     if not all(row["ok"] for row in rows):
         sys.exit(_CONFIG_EXIT)
+
+
+def _in_a_line(row: dict[str, Any]) -> str:
+    """What `App.describe` says of one model or node."""
+    return f"{row['kind']:<7}{row['name']:<30}{'ok' if row['ok'] else 'FAILED':<8}{row['detail']}"
 
 
 @main.command()

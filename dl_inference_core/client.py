@@ -18,7 +18,12 @@ from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.transport import Call, Limits, Metadata
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
 
-_NAMED = {"openinference": Form.TENSORS_RAW, "tfserving": Form.TENSORS}
+_FORMS = {
+    "openinference": Form.TENSORS_RAW,
+    "tfserving": Form.TENSORS,
+    "tfserving_classify": Form.EXAMPLES,
+    "tfserving_regress": Form.EXAMPLES,
+}
 
 
 def build(
@@ -28,6 +33,7 @@ def build(
     protocol: str | None = None,
     form: Form | None = None,
     version: int | None = None,
+    label: str = "",
     signature: str = "",
     outputs: Sequence[str] = (),
     names: Sequence[str] = (),
@@ -46,9 +52,10 @@ def build(
         raise BadRequest(f'there is no protocol "{name}"; expected one of {", ".join(PROTOCOLS)}')
     request = Request(
         payload=payload,
-        form=form or _NAMED.get(name) or _unnamed(payload),
+        form=form or _FORMS.get(name) or _unnamed(payload),
         model=model,
         version=version,
+        label=label,
         signature=signature,
         outputs=tuple(outputs),
         names=tuple(names),
@@ -87,7 +94,7 @@ class Client:
         tls: ClientTls | None = None,
     ) -> None:
         """Args:
-        address: "host:port".
+        address: "host:port" or "unix:/path".
         timeout_s: how long a call may take unless it says otherwise.
         message_bytes: largest message, in either direction.
         tls: whom to trust, and what to show; plaintext without.
@@ -104,7 +111,7 @@ class Client:
             self._channel = grpc.insecure_channel(address, options=options)
         else:
             credentials = channel_credentials(certificates.read(tls))
-            self._channel = grpc.secure_channel(address, credentials, options=[*options, *name_options(tls)])
+            self._channel = grpc.secure_channel(address, credentials, options=[*options, *name_options(tls, address)])
 
     def predict(
         self,
@@ -118,11 +125,13 @@ class Client:
         """Ask `model` (a name, or a task id) for its answer to `payload`.
 
         Args:
-            payload: named tensors (a dict of arrays), one array, bytes, text, or JSON values.
+            payload: named tensors (a dict of arrays), one array, bytes, text, or JSON values; for
+                "tfserving_classify" and "tfserving_regress" a list of examples, each a dict of features or serialized.
             timeout_s: the deadline of this call.
             metadata: goes along; "x-request-id" names the request in the server's log.
-            request: `protocol` ("openinference" or "tfserving" for named tensors, "seldon" for everything), `form`,
-                `version`, `signature`, `outputs`, `names`, `tags`, `parameters`, `id`, as in `tensors.Request`.
+            request: `protocol` ("openinference" or "tfserving" for named tensors, "tfserving_classify" or
+                "tfserving_regress" for examples, "seldon" for everything else), `form`, `version`, `label`,
+                `signature`, `outputs`, `names`, `tags`, `parameters`, `id`, as in `tensors.Request`.
 
         Raises:
             InferenceError: by the status that came back: BadRequest, ModelNotFound, DeadlineExceeded, ….

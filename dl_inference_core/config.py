@@ -7,7 +7,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,7 +16,10 @@ from dl_inference_core.errors import ConfigError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 SectionT = TypeVar("SectionT", bound="_Section")
 
-_NODE = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})(?:@(?P<weight>[0-9]{1,5}))?")
+_NODE = re.compile(
+    r"(?:(?P<socket>unix:/[^\x00-\x1f]+?)|(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5}))"
+    r"(?:@(?P<weight>[0-9]{1,5}))?"
+)
 
 
 class PluginOptions(BaseModel):
@@ -30,10 +33,10 @@ class _Section(PluginOptions):
 
 
 class NodeConfig(_Section):
-    """One node of a route; written "host:port" or "host:port@weight", IPv6 in brackets."""
+    """One node of a route; written "host:port" or "host:port@weight", IPv6 in brackets; or "unix:/path"."""
 
     address: str
-    """host:port"""
+    """host:port, or unix:/path for a Unix-domain socket"""
     weight: int = Field(default=1, ge=0, le=10_000)
     """the static weight; 0 takes no requests while another node has a weight"""
 
@@ -44,13 +47,15 @@ class NodeConfig(_Section):
         """
         match = _NODE.fullmatch(text)
         if match is None:
-            raise ValueError(f'"{text}" is no node: expected host:port or host:port@weight')
-        port, weight = int(match["port"]), int(match["weight"] or 1)
+            raise ValueError(f'"{text}" is no node: expected host:port, host:port@weight or unix:/path')
+        port, weight = int(match["port"] or 1), int(match["weight"] or 1)
         if not 1 <= port <= 65535:
             raise ValueError(f'"{text}": port {port} is not between 1 and 65535')
         if weight > 10_000:
             raise ValueError(f'"{text}": weight {weight} is over 10000')
-        return cls(address=f"{match['host']}:{port}", weight=weight)
+        if match["socket"] and len(match["socket"].removeprefix("unix:").encode()) > 107:
+            raise ValueError(f'"{text}": the path is over 107 bytes, more than a socket\'s can have')
+        return cls(address=match["socket"] or f"{match['host']}:{port}", weight=weight)
 
 
 def _node(value: Any) -> NodeConfig:
@@ -69,7 +74,8 @@ class RouteConfig(_Section):
     task_id: int | None = Field(default=None, ge=0, lt=2**63)
     """the number that `textcnn-69` and `taskId: 69` mean"""
     nodes: tuple[Annotated[NodeConfig, BeforeValidator(_node)], ...] = Field(min_length=1)
-    """the nodes: "host:port" or "host:port@weight"; IPv6 addresses in brackets"""
+    """the nodes: "host:port" or "host:port@weight"; IPv6 addresses in brackets; "unix:/path" for a node on this
+    machine"""
     timeout_ms: int = Field(default=1000, ge=1, le=3_600_000)
     """milliseconds that one attempt may take; the whole call takes at most this times `attempts`"""
     attempts: int = Field(default=2, ge=1, le=10)
@@ -117,7 +123,8 @@ class ClientTls(_Section):
     key: Path | None = None
     """a PEM file: that certificate's private key, without a passphrase"""
     server_name: str | None = None
-    """the name that nodes' certificates must have; if left out, the host of the node's address"""
+    """the name that nodes' certificates must have; if left out, the host of the node's address; "localhost" for a
+    socket"""
 
     @model_validator(mode="after")
     def _check(self) -> ClientTls:
@@ -126,13 +133,45 @@ class ClientTls(_Section):
         return self
 
 
+class NamedModel(_Section):
+    """A model that lies outside the folder of models: `[models.named.NAME]`."""
+
+    path: Path
+    """its folder, which holds a folder for each version; relative to the config file"""
+    settings: dict[str, Any] = {}
+    """keys of `model.toml` that take the place of its own"""
+    flat: bool = True
+    """whether its folder itself is version 1 where it holds no folder of a version"""
+    sources: bool = True
+    """whether `handler.py` and `processor.py` in its folders are run"""
+
+
 class ModelsConfig(_Section):
     """The models that this process serves itself: `[models]`."""
 
     directory: Path | None = None
     """the folder of models, each `NAME/VERSION/…` or a flat `NAME/`; relative to the config file"""
-    poll_interval_ms: int = Field(default=1000, ge=10)
-    """milliseconds between two looks for new, changed and removed versions"""
+    poll_interval_ms: int = Field(default=1000, ge=0)
+    """milliseconds between two looks for new, changed and removed versions; 0 looks at the start only"""
+    named: dict[str, NamedModel] = {}
+    """models that lie elsewhere, by the names that they are served under; they take the place of those in `directory`
+    that have the same name"""
+    config_file: Path | None = None
+    """a `model_config_file` of TensorFlow Serving's, whose models are served as if they stood under `named`; relative
+    to the config file"""
+    config_poll_interval_ms: int = Field(default=0, ge=0)
+    """milliseconds between two looks at `config_file`; 0 looks at the start only"""
+    accept_config: bool = False
+    """whether clients may replace `named` and `config_file` by `ModelService/HandleReloadConfigRequest`; whoever can
+    call it can have any folder of this machine loaded, but `handler.py` and `processor.py` in it are run only if the
+    operator has named it, too"""
+    defaults: dict[str, Any] = {}
+    """keys of `model.toml` for every model; what a `model.toml` or `settings` says takes their place"""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything to serve."""
+        return self.directory is not None or bool(self.named) or self.config_file is not None
 
 
 class GatewayConfig(_Section):
@@ -152,9 +191,19 @@ class Config(_Section):
     """the address to listen on; "0.0.0.0" or "[::]" for every interface"""
     port: int = Field(default=8500, ge=0, le=65535)
     """the port for every protocol; 0 is any free one"""
+    socket_path: Path | None = None
+    """a Unix-domain socket that is listened on beside the port, for clients on this machine; relative to the config
+    file; of several workers each has its own, with "-0", "-1" and so on after the name"""
     http_port: int | None = Field(default=None, ge=0, le=65535)
-    """an HTTP port for metrics and health on the same host, beside the gRPC port; none if left out; of several workers
-    each has its own, counted up from here"""
+    """an HTTP port for REST, metrics and health on the same host, beside the gRPC port; always plaintext, so without
+    REST where there is `[tls]`; none if left out; of several workers each has its own, counted up from here"""
+    metrics_path: str = Field(default="/metrics", pattern=r"^/[^{}]*$")
+    """the path that metrics are answered at by HTTP"""
+    rest_timeout_ms: int = Field(default=30_000, ge=0, le=3_600_000)
+    """milliseconds that a REST request may take; 0 is no limit"""
+    rest_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
+    """bytes of the largest body of a REST request, after decompression; over it 413. While JSON is read nothing else is
+    answered, for up to 0.1 s per MB"""
     workers: int = Field(default=1, ge=1, le=256)
     """processes that share the port, each with its own copy of the models"""
     transport: str = "auto"
@@ -215,6 +264,8 @@ def _resolved(section: SectionT, folder: Path) -> SectionT:
             update[name] = folder / value
         elif isinstance(value, _Section):
             update[name] = _resolved(value, folder)
+        elif isinstance(value, dict) and all(isinstance(item, _Section) for item in value.values()):
+            update[name] = {key: _resolved(item, folder) for key, item in value.items()}
     return section.model_copy(update=update)
 
 
@@ -241,7 +292,8 @@ def validated(model: type[ModelT], values: Mapping[str, Any], where: str) -> Mod
     except ValidationError as error:
         problems = []
         for problem in error.errors(include_url=False):
-            key = ".".join(map(str, problem["loc"]))
+            # Of the types that a value may have pydantic names each, as in "tuple[int, ...]".
+            key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "tuple[")))
             if problem["type"] == "extra_forbidden":
                 known = ", ".join(_section(model, problem["loc"][:-1]).model_fields)
                 problems.append(f'unknown key "{key}" ({f"known: {known}" if known else "there are none"})')
@@ -253,9 +305,12 @@ def validated(model: type[ModelT], values: Mapping[str, Any], where: str) -> Mod
 
 def _section(model: type[BaseModel], place: tuple[int | str, ...]) -> type[BaseModel]:
     """The model of the table at `place` in a `model`."""
-    for part in place:
+    parts = iter(place)
+    for part in parts:
         if isinstance(part, str):
             types: list[Any] = [model.model_fields[part].annotation]
+            if get_origin(types[0]) is dict:
+                next(parts)  # a key that the file chose
             for annotation in types:
                 types += get_args(annotation)
             model = next(each for each in types if isinstance(each, type) and issubclass(each, BaseModel))

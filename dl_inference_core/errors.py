@@ -80,6 +80,24 @@ class Unimplemented(InferenceError):
     blame = Blame.CLIENT
 
 
+class PermissionDenied(InferenceError):
+    """What the client asks for this server does for nobody, unless its operator says otherwise."""
+
+    code = Code.PERMISSION_DENIED
+    blame = Blame.CLIENT
+
+
+class ReloadFailed(InferenceError):
+    """A config that a client sent was taken up, but not all of what it names could be loaded."""
+
+    code = Code.UNKNOWN
+    blame = Blame.CLIENT
+
+    def __init__(self, message: str, code: Code = Code.UNKNOWN) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class ModelNotReady(InferenceError):
     """The model is known but cannot answer yet, or no longer."""
 

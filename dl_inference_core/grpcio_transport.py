@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
 import grpc.aio
+from pydantic import Field
 
+from dl_inference_core import sockets
 from dl_inference_core.certificates import Credentials, Watched
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import (
@@ -54,16 +56,22 @@ class GrpcioTransport(Transport):
         """Attributes:
         connect_timeout_ms: how long a connection to a node may take to come up.
         reconnect_ms: the first pause before a failed connection is tried again; the later ones are twice as long.
+        channel_arguments: gRPC's own settings of a server, by their names; gRPC ignores those that it does not know.
         """
 
         connect_timeout_ms: int = 1000
         reconnect_ms: int = 100
+        channel_arguments: dict[str, int | str] = Field(default={})
 
     options: Options
 
     def __init__(self, options: PluginOptions) -> None:
         super().__init__(options)
         self._watched: dict[ClientTls, Watched] = {}
+
+    @classmethod
+    def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        return {"channel_arguments": dict(arguments)} if arguments else {}, ()
 
     async def serve(
         self,
@@ -76,18 +84,24 @@ class GrpcioTransport(Transport):
         http: HttpApp | None = None,
     ) -> Server:
         watched = None if tls is None else Watched(tls)
-        server = grpc.aio.server(options=[*size_options(limits), ("grpc.so_reuseport", int(share_port))])
+        arguments = self.options.channel_arguments.items()
+        server = grpc.aio.server(options=[*size_options(limits), ("grpc.so_reuseport", int(share_port)), *arguments])
         server.add_generic_rpc_handlers((_Handlers(methods),))
+        paths = {address: path for address in addresses if (path := sockets.path_of(address)) is not None}
+        for path in paths.values():
+            sockets.claim(path)  # grpc would take it from a server that lives
         ports = []
         for address in addresses:
             try:
-                if int(address.rpartition(":")[2]) > 65535:  # grpc would take the rest of it modulo 65536
-                    raise ValueError("the port is over 65535")
-                ports.append(
+                if address not in paths and int(address.rpartition(":")[2]) > 65535:
+                    raise ValueError("the port is over 65535")  # grpc would take the rest of it modulo 65536
+                port = (
                     server.add_insecure_port(address)
                     if watched is None
                     else server.add_secure_port(address, _server_credentials(watched))
                 )
+                if address not in paths:
+                    ports.append(port)
             except (RuntimeError, ValueError) as error:
                 # Nothing else gives back the ports that were bound before.
                 await server.start()
@@ -113,7 +127,7 @@ class GrpcioTransport(Transport):
             return GrpcioConnection(grpc.aio.insecure_channel(address, options=options))
         if tls not in self._watched:
             self._watched[tls] = Watched(tls)
-        options += name_options(tls)
+        options += name_options(tls, address)
 
         def connect(credentials: Credentials) -> GrpcioConnection:
             return GrpcioConnection(grpc.aio.secure_channel(address, channel_credentials(credentials), options=options))
@@ -129,9 +143,11 @@ def size_options(limits: Limits) -> list[tuple[str, int]]:
     ]
 
 
-def name_options(tls: ClientTls) -> list[tuple[str, str]]:
-    """What gRPC calls the name that a channel expects of the other side."""
-    return [("grpc.ssl_target_name_override", tls.server_name)] if tls.server_name is not None else []
+def name_options(tls: ClientTls, address: str) -> list[tuple[str, str]]:
+    """What gRPC calls the name that a channel to `address` expects of the other side."""
+    # gRPC itself would have a socket's path for a name.
+    name = tls.server_name or ("localhost" if sockets.path_of(address) is not None else None)
+    return [("grpc.ssl_target_name_override", name)] if name is not None else []
 
 
 def channel_credentials(credentials: Credentials) -> grpc.ChannelCredentials:

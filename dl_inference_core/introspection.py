@@ -1,5 +1,5 @@
-"""What clients ask about the server itself: gRPC health, server reflection, and the Open Inference Protocol's
-live, ready and metadata."""
+"""What clients ask about the server and its models: gRPC health, server reflection, the Open Inference Protocol's live,
+ready and metadata, and TensorFlow Serving's metadata and status."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from dl_inference_core.errors import ModelNotFound, ModelNotReady
 from dl_inference_core.routing import Routes
 from dl_inference_core.transport import Call, StreamHandler, UnaryHandler
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, METHODS
+from dl_inference_core.wire.protocol import METADATA, METHODS, QUESTIONS, VERSIONS, Protocol
 
 _WATCH_S = 0.1
 _OIP = "/inference.GRPCInferenceService"
 _HEALTH = "/grpc.health.v1.Health"
-_SERVICES = frozenset({"", *(path.split("/")[1] for path in METHODS)})
+_SERVICES = frozenset(
+    {"", *(path.split("/")[1] for path in (*METHODS, *(question.node_method for question in QUESTIONS)))}
+)
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
@@ -54,7 +56,7 @@ class Introspection:
             f"{_OIP}/ServerReady": self._server_ready,
             f"{_OIP}/ModelReady": self._model_ready,
             f"{_OIP}/ServerMetadata": self._server_metadata,
-            f"{_OIP}/ModelMetadata": self._model_metadata,
+            **{question.node_method: self._asking(question) for question in QUESTIONS},
         }
 
     def streaming(self) -> Mapping[str, StreamHandler]:
@@ -142,7 +144,7 @@ class Introspection:
         ready = self._readiness.serving and upstream.ready
         if ready and request.version:
             try:
-                await upstream.metadata(call)  # the two requests are the same, field by field
+                await upstream.answer(call, METADATA)  # the two requests are the same, field by field
             except ModelNotReady:
                 ready = False
         return _body(messages.ModelReadyResponse(ready=ready))
@@ -150,8 +152,18 @@ class Introspection:
     async def _server_metadata(self, _: Call) -> bytes:
         return _body(messages.ServerMetadataResponse(name="dl-inference-core", version=dl_inference_core.__version__))
 
-    async def _model_metadata(self, call: Call) -> bytes:
-        return await self._routes.find(METADATA.read_key(call.request)).metadata(call)
+    def _asking(self, question: Protocol) -> UnaryHandler:
+        async def ask(call: Call) -> bytes:
+            key = question.read_key(call.request)
+            try:
+                upstream = self._routes.find(key)
+            except ModelNotFound as error:
+                if question is VERSIONS:
+                    raise ModelNotFound(f"Could not find any versions of model {str(key)[:100]}") from error
+                raise
+            return await upstream.answer(call, question)
+
+        return ask
 
 
 def _body(message: Any) -> bytes:

@@ -22,17 +22,10 @@ class Upstream(Interface):
         """Whether a request would now be answered."""
 
     async def answer(self, call: Call, protocol: Protocol) -> bytes:
-        """The answer to `call`, whose request is one of `protocol`.
+        """The answer to `call`, whose request is one of `protocol`, which may be a question about the model.
 
         Raises:
             InferenceError: any failure, of whatever class says best whose fault it is.
-        """
-
-    async def metadata(self, call: Call) -> bytes:
-        """The answer to an Open Inference `ModelMetadata` call.
-
-        Raises:
-            InferenceError: as `answer`.
         """
 
 
@@ -71,14 +64,14 @@ class Routes:
             head, dash, digits = key.rpartition("-")
             # 19 digits hold every task id; int() of many more would be slow.
             if (dash and not head) or not (len(digits) <= 19 and digits.isascii() and digits.isdecimal()):
-                raise ModelNotFound(f'no model or task is named "{_shown(key)}"')
+                raise _not_found(key)
             task = int(digits)
         else:
             task = key
         for table in self._tables:
             if task in table.tasks:
                 return table.tasks[task]
-        raise ModelNotFound(f'no model or task is named "{_shown(str(key))}"')
+        raise _not_found(str(key))
 
     @property
     def ready(self) -> bool:
@@ -91,5 +84,7 @@ class Routes:
         )
 
 
-def _shown(name: str) -> str:
-    return name if len(name) <= 100 else f"{name[:100]}…"
+def _not_found(key: str) -> ModelNotFound:
+    name = key if len(key) <= 100 else f"{key[:100]}…"
+    # The first words are TensorFlow Serving's, whose clients look for them.
+    return ModelNotFound(f'Servable not found for request: Latest({name}); no model or task is named "{name}"')

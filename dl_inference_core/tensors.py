@@ -7,8 +7,9 @@ bfloat16 is `ml_dtypes.bfloat16`.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,6 +18,10 @@ Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Tensors: TypeAlias = Mapping[str, Tensor]
 Json: TypeAlias = "dict[str, Any] | list[Any] | str | float | int | bool | None"
 Payload: TypeAlias = "Tensors | Tensor | bytes | str | Json"
+
+
+_MOST_DIMENSIONS = 32
+_JSON_NAMES = {type(None): "null", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
 
 
 class Form(enum.Enum):
@@ -29,12 +34,21 @@ class Form(enum.Enum):
     TFTENSOR = "tftensor"  # one typed tensor without a name (Seldon data.tftensor): Tensor
     BYTES = "bytes"  # Seldon binData: bytes
     TEXT = "text"  # Seldon strData: str
-    JSON = "json"  # Seldon jsonData: Json
+    JSON = "json"  # Seldon jsonData, TF Serving's REST (with bytes where base64 stood): Json
+    EXAMPLES = "examples"  # serialized tf.Examples (TF Serving's Classify and Regress): Tensor of strings
 
     @property
     def typed(self) -> bool:
         """Whether the client stated a dtype: then it must be the model's; otherwise values are cast."""
-        return self in (Form.TENSORS, Form.TENSORS_RAW, Form.TFTENSOR)
+        return self in (Form.TENSORS, Form.TENSORS_RAW, Form.TFTENSOR, Form.EXAMPLES)
+
+
+class Method(enum.Enum):
+    """What a request asks of a signature; the values are TensorFlow's `method_name`s."""
+
+    PREDICT = "tensorflow/serving/predict"
+    CLASSIFY = "tensorflow/serving/classify"
+    REGRESS = "tensorflow/serving/regress"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +60,8 @@ class Request:
         form: how the payload stood on the wire.
         model: the routing key: a model's name, or a task id.
         version: the version asked for; None is the newest.
+        label: the label of the version asked for, where `version` is None; "" is none.
+        method: what is asked of the signature.
         signature: TF Serving's signature name; "" is the default one.
         outputs: the outputs asked for; empty is all.
         names: column names of an unnamed tensor (Seldon `data.names`).
@@ -58,6 +74,8 @@ class Request:
     form: Form
     model: str | int = ""
     version: int | None = None
+    label: str = ""
+    method: Method = Method.PREDICT
     signature: str = ""
     outputs: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -96,6 +114,8 @@ def as_tensor(value: Any) -> Tensor:
             raise TypeError(f"no tensor can hold this value: {error}") from error
     if array.dtype.kind not in "OUS":
         return array
+    if array.dtype.kind != "O":  # numpy's own text ends at its last character that is not NUL, and numbers become text
+        array = np.array(value, dtype=object)
     strings = np.empty(array.size, dtype=object)
     for index, item in enumerate(array.ravel()):
         if isinstance(item, str):
@@ -116,6 +136,69 @@ def as_tensors(payload: Payload) -> dict[str, Tensor]:
     if isinstance(payload, Mapping):
         return {str(name): as_tensor(value) for name, value in payload.items()}
     return {"output": as_tensor(payload)}
+
+
+def mapped(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """`value` with everything of that `kind` in it converted, in dicts, lists and tuples too."""
+    if isinstance(value, kind):
+        return convert(value)
+    if isinstance(value, dict):
+        return {key: mapped(item, kind, convert) for key, item in value.items()}
+    if isinstance(value, list):
+        return [mapped(item, kind, convert) for item in value]
+    if isinstance(value, tuple):
+        items = [mapped(item, kind, convert) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def from_json(value: Any) -> Tensor:
+    """A JSON value, in which there may be bytes too, as a tensor: bool, int64 (uint64 where one is above it), float64
+    or strings. An empty one is float64.
+
+    Raises:
+        TypeError: what no tensor holds: null, objects, lists of several lengths, values of several kinds, integers
+            beyond 64 bits, or beyond what a float64 holds beside floats.
+    """
+    shape: list[int] = []
+    items: list[Any] = [value]
+    while list in (kinds := set(map(type, items))):
+        lengths = {len(item) for item in items} if len(kinds) == 1 else set()
+        if len(lengths) != 1:
+            raise TypeError(f"the items at level {len(shape)} of nested lists differ in length or depth")
+        if len(shape) == _MOST_DIMENSIONS:
+            raise TypeError(f"expected at most {_MOST_DIMENSIONS} levels of nested lists")
+        shape += lengths
+        items = list(chain.from_iterable(items))
+    return _gathered(items, kinds).reshape(shape)
+
+
+def _gathered(items: list[Any], kinds: set[type]) -> Tensor:
+    """`items`, which are of those types, as a tensor of one dimension."""
+    if kinds == {bool}:
+        return np.array(items, np.bool_)
+    if kinds == {int}:
+        try:
+            return np.array(items, np.int64 if max(items) < 2**63 else np.uint64)
+        except OverflowError:
+            raise TypeError("an integer is out of the range of 64 bits") from None
+    if kinds <= {int, float}:
+        if int in kinds and any(abs(item) > 2**53 for item in items if type(item) is int):
+            raise TypeError("a list holds floats, and an integer that no float64 holds")
+        return np.array(items, np.float64)
+    if kinds <= {str, bytes}:
+        return _strings(items)
+    found = ", ".join(sorted(_JSON_NAMES.get(kind, kind.__name__) for kind in kinds))
+    raise TypeError(f"expected numbers, or booleans, or strings; got {found}")
+
+
+def _strings(items: list[Any]) -> Tensor:
+    strings = np.empty(len(items), dtype=object)
+    try:
+        strings[:] = [item if isinstance(item, bytes) else item.encode() for item in items]
+    except UnicodeEncodeError as error:
+        raise TypeError(f"a string is no Unicode: {error.reason}") from None
+    return strings
 
 
 def as_json(value: Any) -> Json:

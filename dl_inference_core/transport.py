@@ -102,7 +102,7 @@ class Server(ABC):
     """A listening server, on the event loop that made it."""
 
     ports: tuple[int, ...]
-    """The ports it listens on, in the order of the addresses asked for."""
+    """The ports it listens on, in the order of the addresses asked for; a Unix-domain socket has none."""
 
     @abstractmethod
     async def drain(self, grace_s: float) -> None:
@@ -146,6 +146,15 @@ class Transport(ABC):
         """What this machine lacks to run the transport, in one line; "" if nothing. Called before one is made."""
         return ""
 
+    @classmethod
+    def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """What gRPC's channel arguments for a server come to here: values for `Options`, and those it has nothing like.
+
+        Args:
+            arguments: by gRPC's names, such as "grpc.max_connection_age_ms".
+        """
+        return {}, tuple(arguments)
+
     @contextmanager
     def program(self, arguments: Sequence[str]) -> Iterator[Program]:
         """How to start one process that runs `dl-inference-core` with `arguments` and may `serve`.
@@ -166,10 +175,12 @@ class Transport(ABC):
         tls: ServerTls | None = None,
         http: HttpApp | None = None,
     ) -> Server:
-        """Listen on each of `addresses` ("host:port"; port 0 is any free one) and answer `methods`.
+        """Listen on each of `addresses` and answer `methods`.
 
         Args:
-            share_port: other servers that say so too may listen on the same ports (SO_REUSEPORT).
+            addresses: "host:port", where port 0 is any free one; or "unix:/path", a Unix-domain socket: one that a
+                server left there when it was killed is replaced, and ours is removed at the end.
+            share_port: other servers that say so too may listen on the same ports (SO_REUSEPORT); not on sockets.
             tls: speak TLS, and nothing else. Certificates that change on disk are taken up while serving.
             http: answers what is no gRPC, where `http_on_same_port`.
 
@@ -179,7 +190,7 @@ class Transport(ABC):
 
     @abstractmethod
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
-        """A connection to the node at `address` ("host:port"); plaintext without `tls`. Returns at once.
+        """A connection to the node at `address`, "host:port" or "unix:/path"; plaintext without `tls`. Returns at once.
 
         Certificates that change on disk hold for what is connected from then on; what cannot be used changes nothing.
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dl_inference_core.config import ClientTls, Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig, ServerTls
+from dl_inference_core.config import (
+    ClientTls,
+    Config,
+    GatewayConfig,
+    ModelsConfig,
+    NamedModel,
+    NodeConfig,
+    RouteConfig,
+    ServerTls,
+)
 from dl_inference_core.node.loading import ModelConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -34,7 +43,11 @@ nothing, and one warning says why. Any other change takes effect at the next sta
 EXAMPLE = """\
 host = "0.0.0.0"
 port = 8500
+socket_path = "server.socket"
 http_port = 9500
+metrics_path = "/metrics"
+rest_timeout_ms = 30000
+rest_bytes = 10485760
 workers = 1
 transport = "grpcio"
 transport_options = { reconnect_ms = 100 }
@@ -49,6 +62,16 @@ client_ca = "clients.pem"
 [models]
 directory = "models"
 poll_interval_ms = 1000
+config_file = "models.config"
+config_poll_interval_ms = 5000
+accept_config = false
+defaults = { threads = 2 }
+
+[models.named.ranking]
+path = "/srv/ranking"
+settings = { versions = [3, 5], version_labels = { stable = 3 } }
+flat = true
+sources = true
 
 [backends.torch]
 intra_op_threads = 1
@@ -78,7 +101,8 @@ TLS = """\
 ## TLS
 
 - With `[tls]` the gRPC port speaks TLS and nothing else; with `client_ca`, only with clients that show a certificate of
-  those authorities. `http_port` stays plain HTTP.
+  those authorities. `http_port` stays plain HTTP, for metrics and health alone: REST is answered on the gRPC port then,
+  where the transport can.
 - With `[gateway.tls]` every node is called by TLS, by requests and by probes. A node whose certificate is not right is
   unreachable; it is never called in plaintext.
 - A file that cannot be used is an error at the start: one that is missing or no PEM, a certificate that has expired or
@@ -114,6 +138,10 @@ MODEL_HEAD = """\
 ## model.toml
 
 In a model's folder, or in a version's, whose keys take the place of the model's.
+
+A version is loaded again when its own files change, the sources beside it, or what is said of it here. `task_id`,
+`keep_versions`, `versions` and `version_labels` are said of the model: when they change, the versions that stay are not
+loaded again.
 """
 
 
@@ -124,6 +152,7 @@ def reference() -> str:
         f"```toml\n{EXAMPLE}```\n",
         _table("## At the top of the file", Config, leave_out=("models", "gateway", "routes", "tls")),
         _table("## `[models]`", ModelsConfig),
+        _table("### `[models.named.NAME]`", NamedModel),
         _table("## `[gateway]`", GatewayConfig, leave_out=("tls",)),
         _table("## `[[routes]]`", RouteConfig),
         f"{TLS}\n{_table('### `[tls]`', ServerTls)}",
@@ -174,13 +203,17 @@ def _name(annotation: Any) -> str:
     if annotation in names:
         return names[annotation]
     parts = [part for part in get_args(annotation) if part not in (type(None), Ellipsis)]
-    origin = getattr(annotation, "__origin__", None)
-    if origin is dict:
-        return "table"
-    if origin is tuple:
-        inside = get_args(parts[0])
-        return "list of strings" if NodeConfig in (*inside, parts[0]) else f"list of {_name(parts[0])}"
-    return _name(parts[0])
+    match get_origin(annotation):
+        case kind if kind is dict:
+            return "table"
+        case kind if kind is tuple:
+            inside = get_args(parts[0])
+            return "list of strings" if NodeConfig in (*inside, parts[0]) else f"list of {_name(parts[0])}s"
+        case kind if kind is Literal:
+            return ", ".join(f'`"{part}"`' for part in parts)
+        case kind if kind is Annotated:
+            return _name(parts[0])
+    return " or ".join(map(_name, parts))
 
 
 def _default(field: FieldInfo) -> str:

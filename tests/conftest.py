@@ -23,7 +23,7 @@ from dl_inference_core.gateway.pool import Node
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.transport import Call, Limits, Methods, Server, Transport
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, PROTOCOLS
+from dl_inference_core.wire.protocol import METHODS, PROTOCOLS, QUESTIONS
 
 INFER = PROTOCOLS["openinference"].node_method
 CHECK = "/grpc.health.v1.Health/Check"
@@ -116,7 +116,7 @@ class FaultNode:
 
     async def start(self) -> FaultNode:
         """Listen, on the same port as before if there was one."""
-        methods = {protocol.node_method: self._call for protocol in (*PROTOCOLS.values(), METADATA)}
+        methods = {protocol.node_method: self._call for protocol in (*METHODS.values(), *QUESTIONS)}
         self._server = await self._transport.serve(
             Methods(unary={**methods, CHECK: self._check}), (self.address or "127.0.0.1:0",), Limits()
         )

@@ -66,10 +66,13 @@ def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> 
     assert {table.name for table in tables} >= {"gateway", "node"}
     assert set(result) == {"machine", *(table.name for table in tables), "goals", "absent"}
     for table in tables:
-        assert set(result[table.name]) == {size.name if table.node else size.node_name for size in SIZES}
+        assert set(result[table.name]) == {size.name if table.node else size.node_name for size in table.sizes}
         for rows in result[table.name].values():
             assert set(rows) == {system.name for system in table.systems}
-            assert all(value > 0 for figures in rows.values() for value in figures.values())
+            # In so short a run one may use less CPU than a tick of the clock.
+            empty = [(name, each) for name, figures in rows.items() for each in figures if figures[each] <= 0]
+            assert [(name, each) for name, each in empty if not each.startswith("cpu")] == []
+            assert len(empty) < len(rows)
             assert all(set(figures) == set(asdict(row(1))) for figures in rows.values())
     assert set(result["absent"]) == set(systems.absent())
     assert {"date", "cpu", "cores", "python", "versions", "command"} <= set(result["machine"])

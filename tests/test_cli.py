@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ def run(*arguments: str | Path) -> Result:
 # Without a server
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["plugins"], ["check"], ["predict"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["tfserving"], ["plugins"], ["check"], ["predict"]])
 def test_help_is_given(command: list[str]) -> None:
     for option in ("--help", "-h"):
         result = run(*command, option)
@@ -397,6 +398,20 @@ async def test_each_worker_has_an_http_port_of_its_own(lab: Lab) -> None:
         assert sorted(said) == [f"worker {index}: http on http://127.0.0.1:{first + index}" for index in (0, 1)]
         assert await served.end() == 0
         assert served.log == ""
+
+
+async def test_each_worker_has_a_socket_of_its_own(lab: Lab) -> None:
+    with tempfile.TemporaryDirectory(prefix="dl-", dir="/tmp") as folder:
+        path = config(lab, await lab.node(), more=f'socket_path = "{folder}/s"\n')
+        for count, names in ((2, ["s-0", "s-1"]), (1, ["s"])):
+            async with serving(lab.folder, "--config", path, "--workers", str(count)) as served:
+                await served.ready()
+                assert sorted(os.listdir(folder)) == names  # noqa: PTH208
+                assert [await call(f"unix:{folder}/{name}") for name in names] == ["a"] * count
+                said = sorted(line for line in served.lines if "socket " in line)
+                assert [line.split()[-1] for line in said] == [f"{folder}/{name}" for name in names]
+                assert await served.end() == 0
+            assert os.listdir(folder) == []  # noqa: PTH208
 
 
 def two_free_ports() -> int:

@@ -21,7 +21,7 @@ from dl_inference_core.errors import (
     Overloaded,
 )
 from dl_inference_core.grpcio_transport import GrpcioTransport
-from dl_inference_core.tensors import Response
+from dl_inference_core.tensors import Form, Response
 from dl_inference_core.testing.transport_tls import Authority
 from dl_inference_core.transport import Call, Limits, Methods, Server
 from dl_inference_core.wire.protocol import PROTOCOLS
@@ -39,7 +39,8 @@ PAYLOADS: list[tuple[str, Any]] = [
 
 
 class Echo:
-    """Answers in each protocol with the request's payload; `raises` or `waits` instead, where set."""
+    """Answers in each protocol with the request's payload, examples by how many bytes they have; `raises` or `waits`
+    instead, where set."""
 
     def __init__(self) -> None:
         self.raises: InferenceError | None = None
@@ -55,7 +56,11 @@ class Echo:
                 if self.waits:
                     await asyncio.Event().wait()
                 request = codec.decode_request(call.request)
-                return codec.encode_response(Response(payload=request.payload, tags=request.tags), request)
+                payload = request.payload
+                if request.form is Form.EXAMPLES:
+                    sizes = np.array([len(example) for example in payload], np.float32)
+                    payload = {"outputs": sizes, "scores": sizes[:, None]}
+                return codec.encode_response(Response(payload=payload, tags=request.tags), request)
 
             return answer
 
@@ -79,6 +84,38 @@ async def test_what_goes_out_comes_back(protocol: str, payload: Any, blocking: b
             response = await async_client.predict("m", payload, protocol=protocol)
     np.testing.assert_equal(response.payload, payload)
     await server.drain(1)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        (
+            "tfserving_classify",
+            {"classes": np.array([[b""], [b""]], object), "scores": np.array([[17], [9]], np.float32)},
+        ),
+        ("tfserving_regress", {"outputs": np.array([17, 9], np.float32)}),
+    ],
+)
+async def test_examples_go_out_as_features_or_serialized(protocol: str, expected: dict[str, Any]) -> None:
+    echo = Echo()
+    server, address = await echo.serve()
+    examples: Any = [{"x": 1.5}, b"\x0a\x05\x0a\x03\x0a\x01a"]
+    with Client(address) as client:
+        asking = asyncio.to_thread(client.predict, "m", examples, protocol=protocol, label="stable", signature="s")
+        np.testing.assert_equal((await asking).payload, expected)
+    async with AsyncClient(address) as async_client:
+        np.testing.assert_equal((await async_client.predict("m", examples, protocol=protocol)).payload, expected)
+    request = PROTOCOLS[protocol].codec.decode_request(echo.calls[0].request)
+    assert (request.label, request.signature) == ("stable", "s")
+    await server.drain(1)
+
+
+def test_a_label_goes_along() -> None:
+    for protocol in ("tfserving", "tfserving_regress"):
+        payload: Any = TENSORS if protocol == "tfserving" else [{}]
+        built, body = build("m", payload, protocol=protocol, label="stable")
+        request = built.codec.decode_request(body)
+        assert (request.label, request.version) == ("stable", None)
 
 
 async def test_tags_metadata_and_the_task_go_along() -> None:
@@ -153,3 +190,6 @@ def test_what_a_protocol_cannot_hold_is_said_before_anything_is_sent() -> None:
         build("m", b"x", protocol="rest")
     with pytest.raises(BadRequest, match="tfserving cannot hold"):
         build("m", {"x": [1, None]}, protocol="tfserving")
+    for payload in (TENSORS, np.ones(3), [{"x": None}], [{"x": 2**70}], b"x"):
+        with pytest.raises(BadRequest, match="tfserving_classify cannot hold"):
+            build("m", payload, protocol="tfserving_classify")

@@ -9,7 +9,17 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from dl_inference_core import config as configs
-from dl_inference_core.config import ClientTls, Config, GatewayConfig, ModelsConfig, NodeConfig, RouteConfig, ServerTls
+from dl_inference_core.config import (
+    ClientTls,
+    Config,
+    GatewayConfig,
+    ModelsConfig,
+    NamedModel,
+    NodeConfig,
+    RouteConfig,
+    ServerTls,
+    validated,
+)
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.node.loading import ModelConfig
 
@@ -49,9 +59,17 @@ def test_a_config_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("prot = 1", 'unknown key "prot" (known: host, port, http_port, workers, transport,'),
+        ("prot = 1", 'unknown key "prot" (known: host, port, '),
         ("[gateway]\nnodes = 1", 'unknown key "gateway.nodes" (known: nodefile, poll_interval_ms, tls)'),
-        ("[models]\ndir = 1", 'unknown key "models.dir" (known: directory, poll_interval_ms)'),
+        ("[models]\ndir = 1", 'unknown key "models.dir" (known: directory, poll_interval_ms, named,'),
+        ("[models]\npoll_interval_ms = -1", "models.poll_interval_ms: "),
+        ("[models]\nnamed = 1", "models.named: "),
+        ("[models.named]\nm = 'p'", "models.named.m: "),
+        ("[models.named.m]", "models.named.m.path: Field required"),
+        ("[models.named.m]\npath = 1", "models.named.m.path: "),
+        ("[models.named.m]\npath = 'p'\nx = 1", 'unknown key "models.named.m.x" (known: path, settings, flat'),
+        ("[models.named.path]\npath = 'p'\nx = 1", 'unknown key "models.named.path.x" (known: path, settings, flat'),
+        ("[models.named.'tuple a']\npath = 'p'\nsettings = 3", "models.named.tuple a.settings: "),
         (ROUTE + "timeout = 1", 'unknown key "routes.0.timeout" (known: name, task_id, nodes, timeout_ms, attempts'),
         ("port = 70000", "port: Input should be less than or equal to 65535"),
         ("port = -1", "port: Input should be greater than or equal to 0"),
@@ -119,6 +137,12 @@ def test_relative_paths_are_taken_from_the_files_folder() -> None:
     config = read('[tls]\ncertificate = "c"\nkey = "/k"\n[gateway.tls]\nca = "tls/ca"\nserver_name = "n"')
     assert config.tls == ServerTls(certificate=Path("/etc/dl/c"), key=Path("/k"))
     assert config.gateway.tls == ClientTls(ca=Path("/etc/dl/tls/ca"), server_name="n")
+    config = read('[models]\nconfig_file = "m.config"\n[models.named.a]\npath = "a"\n[models.named.b]\npath = "/b"')
+    assert config.models.config_file == Path("/etc/dl/m.config")
+    assert {name: model.path for name, model in config.models.named.items()} == {
+        "a": Path("/etc/dl/a"),
+        "b": Path("/b"),
+    }
     config = read('[models]\ndirectory = "/srv/models"')
     assert config.models.directory == Path("/srv/models")
     assert config.gateway.nodefile is None
@@ -128,6 +152,8 @@ def test_relative_paths_are_taken_from_the_files_folder() -> None:
     ("text", "address", "weight"),
     [
         ("10.0.0.1:8500", "10.0.0.1:8500", 1),
+        ("unix:/run/node.sock", "unix:/run/node.sock", 1),
+        ("unix:/run/a@b/node@3", "unix:/run/a@b/node", 3),
         ("host-1.example_x.org:1@0", "host-1.example_x.org:1", 0),
         ("h:65535@10000", "h:65535", 10_000),
         ("[::1]:80", "[::1]:80", 1),
@@ -144,12 +170,53 @@ def test_a_node_is_an_address_and_perhaps_a_weight(text: str, address: str, weig
     [
         *("", "h", "h:", ":1", "h:0", "h:65536", "h:99999", "h:123456", "h:1@", "h:1@-1", "h:1@1.5", "h:1@10001"),
         *("::1:80", "[::1]", "[::1:80", "h h:1", "h:1 ", "http://h:1", "h:1/x", "h:1\n", "h\x00:1", "h:1@1@1", "é:1"),
-        *("h:-1", "h:\uff11"),
+        *("h:-1", "h:\uff11", "unix:", "unix:run/x", "unix:/x@10001", f"unix:/{'x' * 107}"),
     ],
 )
 def test_what_is_no_node_is_refused_in_words(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no node|is not between|is over"):
+    with pytest.raises(ValueError, match=r"is no node|is not between|is over|over 107 bytes"):
         NodeConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "there"),
+    [
+        ("", False),
+        ("[models]\npoll_interval_ms = 0\naccept_config = true", False),
+        ("[models]\ndirectory = 'models'", True),
+        ("[models]\nconfig_file = 'models.config'", True),
+        ("[models.named.m]\npath = 'm'", True),
+    ],
+)
+def test_models_may_come_from_a_folder_by_name_or_from_a_file(text: str, there: bool) -> None:
+    assert read(text).models.any is there
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"versions": "newst"}, ["versions: Input should be 'newest' or 'all'"]),
+        ({"versions": [1, -1]}, ["versions.1: Input should be greater than or equal to 0"]),
+        ({"versions": ["1"]}, ["versions.0: Input should be a valid integer"]),
+        ({"versions": [True]}, ["versions.0: Input should be a valid integer"]),
+        ({"versions": 3}, ["versions: Input should be 'newest' or 'all'"]),
+        ({"version_labels": {"stable": "3"}}, ["version_labels.stable: Input should be a valid integer"]),
+        ({"version_labels": ["stable"]}, ["version_labels: "]),
+        ({"keep_versions": 0}, ["keep_versions: "]),
+    ],
+)
+def test_what_is_wrong_with_a_policy_of_versions_is_said(values: dict[str, object], said: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        validated(ModelConfig, values, "model.toml")
+    message = str(caught.value)
+    assert message.startswith("model.toml: ")
+    assert all(words in message for words in said)
+    assert "[" not in message.partition("Input")[0]
+
+
+def test_policies_of_versions() -> None:
+    for given, taken in (("all", "all"), ("newest", "newest"), ([3, 0], (3, 0)), ([], ())):
+        assert validated(ModelConfig, {"versions": given}, "").versions == taken
 
 
 def test_differences_are_named_by_their_place() -> None:
@@ -160,6 +227,8 @@ def test_differences_are_named_by_their_place() -> None:
     plain, tls, other_tls = read(""), read("[gateway.tls]\nca = 'a'"), read("[gateway.tls]\nca = 'b'")
     assert configs.differences(plain, tls) == configs.differences(tls, plain) == ["gateway.tls"]
     assert configs.differences(tls, other_tls) == ["gateway.tls.ca"]
+    named, other_named = (read(f"[models.named.m]\npath = '{path}'") for path in "ab")
+    assert configs.differences(named, other_named) == ["models.named"]
 
 
 # docs/configuration.md
@@ -179,7 +248,9 @@ def test_the_reference_page_is_up_to_date() -> None:
     assert page == generator().reference(), "run: python docs/generate.py"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("model", [Config, ModelsConfig, GatewayConfig, RouteConfig, ModelConfig, ServerTls, ClientTls])
+@pytest.mark.parametrize(
+    "model", [Config, ModelsConfig, NamedModel, GatewayConfig, RouteConfig, ModelConfig, ServerTls, ClientTls]
+)
 def test_every_field_is_described_in_the_page_and_in_the_example(model: type[BaseModel]) -> None:
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     for name, field in model.model_fields.items():
@@ -194,6 +265,9 @@ def test_the_example_is_complete_and_right() -> None:
     table = tomllib.loads(blocks[0])
     assert set(table) == set(Config.model_fields)
     assert set(table["models"]) == set(ModelsConfig.model_fields)
+    assert all(set(named) == set(NamedModel.model_fields) for named in table["models"]["named"].values())
+    for named in config.models.named.values():
+        validated(ModelConfig, named.settings, "settings")
     assert set(table["gateway"]) == set(GatewayConfig.model_fields)
     assert set(table["tls"]) == set(ServerTls.model_fields)
     assert set(table["gateway"]["tls"]) == set(ClientTls.model_fields)

@@ -25,6 +25,7 @@ OIP = "/inference.GRPCInferenceService"
 SERVICES = {
     "com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService",
     "tensorflow.serving.PredictionService",
+    "tensorflow.serving.ModelService",
     "seldon.protos.Model",
     "seldon.protos.Seldon",
     "inference.GRPCInferenceService",
@@ -49,7 +50,8 @@ async def ask(gateway: Any, method: str, request: Any, answer: Any) -> Any:
 async def test_check_answers_for_the_server_its_services_and_its_models(lab: Lab) -> None:
     a, b = await lab.nodes("ab")
     gateway = await lab.gateway(lab.route(a) + lab.route(b, name="n", task=70))
-    for service in ("", "m", "n", "69", "x-70", "inference.GRPCInferenceService", "seldon.protos.Model"):
+    services = ("inference.GRPCInferenceService", "seldon.protos.Model", "tensorflow.serving.ModelService")
+    for service in ("", "m", "n", "69", "x-70", *services):
         assert await check(gateway, service) == Status.SERVING, service
     await b.stop()
     await gateway.refusal("n")
@@ -211,3 +213,54 @@ async def test_model_metadata_is_the_nodes_answer(lab: Lab) -> None:
     assert await gateway.start_call(body=body, method=f"{OIP}/ModelMetadata") == answer
     assert (await gateway.refusal(body=b"", method=f"{OIP}/ModelMetadata"))[0] is Code.INVALID_ARGUMENT
     assert node.count == 1
+
+
+# TensorFlow Serving's
+
+
+QUESTIONS = {
+    "/tensorflow.serving.PredictionService/GetModelMetadata": messages.GetModelMetadataRequest,
+    "/tensorflow.serving.ModelService/GetModelStatus": messages.GetModelStatusRequest,
+}
+
+
+@pytest.mark.parametrize("method", QUESTIONS)
+async def test_tensorflows_questions_about_a_model_are_the_nodes_to_answer(lab: Lab, method: str) -> None:
+    answer = messages.GetModelStatusResponse(model_version_status=[{"version": 3, "state": "AVAILABLE"}])
+    node = await lab.node(answer=answer.SerializeToString())
+    gateway = await lab.front(node)
+    body = QUESTIONS[method](model_spec={"name": "x-69", "version_label": "stable"}).SerializeToString()
+    assert await gateway.start_call(body=body, method=method) == answer.SerializeToString()
+    assert [(call.method, call.request) for call in node.calls] == [(method, body)]
+    nameless = QUESTIONS[method](model_spec={"signature_name": "s"}).SerializeToString()
+    for wrong, said in ((nameless, "model_spec.name is missing"), (b"", "model_spec.name is missing"), (b"\xff", "")):
+        code, message = await gateway.refusal(body=wrong, method=method)
+        assert code is Code.INVALID_ARGUMENT
+        assert said in message
+    assert node.count == 1
+
+
+@pytest.mark.parametrize("method", QUESTIONS)
+async def test_a_question_that_one_node_cannot_answer_goes_to_another(lab: Lab, method: str) -> None:
+    first, second = await lab.nodes("ab", status=lab.error(Code.UNAVAILABLE))
+    gateway = await lab.front(first, second)
+    body = QUESTIONS[method](model_spec={"name": "m"}).SerializeToString()
+    assert (await gateway.refusal(body=body, method=method))[0] is Code.UNAVAILABLE
+    assert (first.count, second.count) == (1, 1)
+    second.status = first.status = lab.error(Code.NOT_FOUND, "Could not find version 3 of model m")
+    assert await gateway.refusal(body=body, method=method) == (Code.NOT_FOUND, "Could not find version 3 of model m")
+    assert first.count + second.count == 3
+
+
+async def test_an_unknown_model_is_said_in_tensorflow_servings_words(lab: Lab) -> None:
+    gateway = await lab.front(await lab.node())
+    metadata, status = QUESTIONS
+    body = messages.GetModelStatusRequest(model_spec={"name": "none"}).SerializeToString()
+    assert await gateway.refusal(body=body, method=status) == (
+        Code.NOT_FOUND,
+        "Could not find any versions of model none",
+    )
+    body = messages.GetModelMetadataRequest(model_spec={"name": "none"}).SerializeToString()
+    code, message = await gateway.refusal(body=body, method=metadata)
+    assert code is Code.NOT_FOUND
+    assert message.startswith("Servable not found for request: Latest(none)")

@@ -15,11 +15,12 @@ PACKAGE = Path(__file__).parents[1] / "dl_inference_core"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors"),
     ("tensors", "config"),
-    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "transport"),
+    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "sockets", "transport"),
     ("plugins", "routing", "grpcio_transport", "http_server"),
     ("gateway", "node", "introspection"),
     ("listener", "client", "builtins", "admin"),
-    ("app", "supervisor"),
+    ("rest",),
+    ("app", "supervisor", "tfserving_command"),
     ("cli", "testing"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -221,7 +221,7 @@ class Truncates(FakeModel):
 
 
 class Overwrites(FakeModel):
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = "serving_default") -> dict[str, Tensor]:
         for value in inputs.values():
             value *= 2
         return dict(inputs)

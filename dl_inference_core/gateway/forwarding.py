@@ -20,7 +20,7 @@ from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
 from dl_inference_core.gateway.pool import Node, Pool
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import Call
-from dl_inference_core.wire.protocol import METADATA, Protocol, well_formed
+from dl_inference_core.wire.protocol import Protocol, well_formed
 
 _log = logging.getLogger(__name__)
 
@@ -93,10 +93,6 @@ class Forwarder:
                 if outgoing.trailers:
                     call.trailers.extend(outgoing.trailers)
                 return answer
-
-    async def metadata(self, call: Call) -> bytes:
-        """Forward an Open Inference `ModelMetadata` call."""
-        return await self.answer(call, METADATA)
 
     def _others(self, tried: tuple[Node, ...]) -> Sequence[Node]:
         """The nodes that have not been tried: those known to be well, or else any."""

@@ -9,25 +9,27 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from dl_inference_core.errors import (
+    BadRequest,
+    Code,
     DeadlineExceeded,
     HandlerFailed,
     InferenceError,
     ModelNotFound,
     ModelNotReady,
 )
-from dl_inference_core.node.backend import Model, Signature
+from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.node.handling import Handler, narrow
 from dl_inference_core.tensors import Request, Response
 from dl_inference_core.transport import Call
-from dl_inference_core.wire import openinference
-from dl_inference_core.wire.protocol import Protocol
+from dl_inference_core.wire import openinference, tfserving_examples, tfserving_models
+from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, Protocol
 
 T = TypeVar("T")
 
@@ -197,6 +199,22 @@ class LoadedVersion:
         """
         return await self._workers.run(partial(self._answer, call, protocol, request))
 
+    async def answer_each(self, call: Call, requests: Sequence[Request]) -> bytes:
+        """The answer to a MultiInference call, which asked for all of `requests`.
+
+        Raises:
+            InferenceError: as `answer`; the first failure ends it.
+        """
+
+        def job() -> bytes:
+            answers: list[Any] = [
+                self._answer(call, PROTOCOLS[f"tfserving_{request.method.name.lower()}"], request)
+                for request in requests
+            ]
+            return tfserving_examples.encode_multi_inference(requests, answers)
+
+        return await self._workers.run(job)
+
     def _answer(self, call: Call, protocol: Protocol, request: Request | None) -> bytes | Request:
         if call.deadline is not None and time.monotonic() >= call.deadline:
             raise DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
@@ -206,7 +224,7 @@ class LoadedVersion:
         try:
             if request is None:
                 request = protocol.codec.decode_request(call.request)
-                if request.version not in (None, self.number):
+                if request.version not in (None, self.number) or request.label:
                     return request
             with model.session():
                 stage = "preprocess"
@@ -249,7 +267,10 @@ class ServedModel:
         self.task_id: int | None = None
         self.versions: Mapping[int, VersionStatus] = MappingProxyType({})
         """Every version that is served, is to be, or was until a moment ago."""
+        self.refusal = ""
+        """Why its folder, as it is now, cannot be taken; "" if it can. What was loaded before stays."""
         self._loaded: Mapping[int, LoadedVersion] = {}
+        self._labels: Mapping[str, int] = {}
         self._newest: LoadedVersion | None = None
 
     def publish(
@@ -258,11 +279,15 @@ class ServedModel:
         task_id: int | None,
         loaded: Mapping[int, LoadedVersion],
         versions: Mapping[int, VersionStatus],
+        labels: Mapping[str, int],
+        refusal: str,
     ) -> None:
         """Replace everything, in one step. What is not in `loaded` gets no more requests and may be closed."""
         self.task_id = task_id
         self.versions = MappingProxyType(dict(versions))
         self._loaded = loaded
+        self._labels = labels
+        self.refusal = refusal
         self._newest = loaded[max(loaded)] if loaded else None
 
     @property
@@ -271,7 +296,8 @@ class ServedModel:
         return self._newest is not None
 
     async def answer(self, call: Call, protocol: Protocol) -> bytes:
-        """The answer to `call`, from beginning to end by one version: the one that it names, or the newest.
+        """The answer to `call`, from beginning to end by one version: the one that it names by number or label, or the
+        newest. `protocol` may also be one of `protocol.QUESTIONS`.
 
         Cancelling it takes the request out of the queue; what runs already runs to its end.
 
@@ -279,22 +305,22 @@ class ServedModel:
             ModelNotFound: no such version.
             ModelNotReady: that version, or with none named every version, cannot answer now.
             DeadlineExceeded: `call.deadline` had passed before the request's turn came.
-            BadRequest: the request is malformed or does not fit the model.
+            BadRequest: the request is malformed or does not fit the model; no version has that label.
             HandlerFailed: handler or model raised, or the protocol cannot hold the answer; its cause is attached.
         """
+        if not protocol.codec_at:
+            return await _OTHER_METHODS[protocol.name](self, call)
         # Between `_pick` and the queue nothing waits: a version gets no request after `publish` without it.
         answer = await self._pick(None).answer(call, protocol)
         while isinstance(answer, Request):
-            answer = await self._pick(answer.version).answer(call, protocol, answer)
+            answer = await self._pick_for(answer).answer(call, protocol, answer)
         return answer
 
-    async def metadata(self, call: Call) -> bytes:
-        """The answer to an Open Inference `ModelMetadata` call, for the version that it names or the newest.
+    async def _multi_inference(self, call: Call) -> bytes:
+        requests = await asyncio.to_thread(tfserving_examples.decode_multi_inference, call.request)
+        return await self._pick_for(requests[0]).answer_each(call, requests)
 
-        Raises:
-            BadRequest: the request is malformed.
-            ModelNotFound, ModelNotReady: as `answer`.
-        """
+    async def _metadata(self, call: Call) -> bytes:
         # Name and version stand where they stand in a ModelInferRequest.
         loaded = self._pick(openinference.decode_request(call.request).version).loaded
         signature = loaded.model.signature
@@ -304,6 +330,35 @@ class ServedModel:
             loaded.platform,
             inputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.inputs],
             outputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.outputs],
+        )
+
+    async def _signatures(self, call: Call) -> bytes:
+        version = self._pick_for(tfserving_models.decode_metadata_request(call.request))
+        signatures = version.loaded.model.signatures
+        return tfserving_models.encode_metadata(
+            self.name,
+            version.number,
+            {
+                name: (signature.method, _described(signature.inputs), _described(signature.outputs))
+                for name, signature in signatures.items()
+            },
+        )
+
+    async def _status(self, call: Call) -> bytes:
+        asked = tfserving_models.decode_status_request(call.request)
+        number = self._labelled(asked.label) if asked.label else asked.version
+        statuses = {n: status for n, status in sorted(self.versions.items(), reverse=True) if number in (None, n)}
+        if not statuses:
+            which = "any versions" if number is None else f"version {number}"
+            raise ModelNotFound(f"Could not find {which} of model {self.name}")
+        return tfserving_models.encode_status(
+            (
+                n,
+                _TENSORFLOWS_STATES[status.state],
+                (Code.UNKNOWN if status.state is State.FAILED else Code.OK).value,
+                status.error,
+            )
+            for n, status in statuses.items()
         )
 
     def signature(self, version: int | None = None) -> Signature:
@@ -322,6 +377,17 @@ class ServedModel:
         """
         return self._pick(version).loaded.platform
 
+    def _pick_for(self, request: Request) -> LoadedVersion:
+        return self._pick(self._labelled(request.label) if request.label else request.version)
+
+    def _labelled(self, label: str) -> int:
+        if label not in self._labels:
+            have = ", ".join(f'"{known}"' for known in sorted(self._labels)) or "none"
+            raise BadRequest(
+                f'Unrecognized servable version label: {label[:100]}; model "{self.name}" has the labels {have}'
+            )
+        return self._labels[label]
+
     def _pick(self, version: int | None) -> LoadedVersion:
         picked = self._newest if version is None else self._loaded.get(version)
         if picked is not None:
@@ -332,10 +398,31 @@ class ServedModel:
             state = self.versions[version].state.value
             raise ModelNotReady(f'version {version} of model "{self.name}" is not ready: it is {state}')
         have = ", ".join(map(str, sorted(self._loaded))) or "none"
-        raise ModelNotFound(f'model "{self.name}" has no version {version}; it has {have}')
+        raise ModelNotFound(
+            f"Servable not found for request: Specific({self.name}, {version}); "
+            f'model "{self.name}" has no version {version}; it has {have}'
+        )
 
     def _why(self) -> str:
         return (
             ", ".join(f"version {number} is {status.state.value}" for number, status in sorted(self.versions.items()))
             or "it has no versions"
         )
+
+
+_OTHER_METHODS: Mapping[str, Callable[[ServedModel, Call], Awaitable[bytes]]] = {
+    MULTI_INFERENCE.name: ServedModel._multi_inference,
+    METADATA.name: ServedModel._metadata,
+    SIGNATURES.name: ServedModel._signatures,
+    VERSIONS.name: ServedModel._status,
+}
+_TENSORFLOWS_STATES = {
+    State.LOADING: "LOADING",
+    State.AVAILABLE: "AVAILABLE",
+    State.UNLOADING: "UNLOADING",
+    State.FAILED: "END",
+}
+
+
+def _described(specs: Iterable[TensorSpec]) -> list[tfserving_models.Described]:
+    return [(spec.name, spec.native_name, spec.dtype, spec.shape) for spec in specs]

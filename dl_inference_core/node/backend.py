@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,9 +14,10 @@ import numpy as np
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.tensors import Tensor, Tensors
+from dl_inference_core.tensors import Method, Tensor, Tensors
 
 ANY = None
+DEFAULT_SIGNATURE = "serving_default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +28,13 @@ class TensorSpec:
         name: its name.
         dtype: its numpy dtype; None where the model does not say.
         shape: its sizes, None for a free one; None in place of the tuple where even the rank is unknown.
+        native_name: what the framework calls it, where that is another name.
     """
 
     name: str
     dtype: np.dtype[Any] | None = ANY
     shape: tuple[int | None, ...] | None = ANY
+    native_name: str = ""
 
     def __str__(self) -> str:
         dtype = "any dtype" if self.dtype is None else self.dtype.name
@@ -42,24 +46,32 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """What a model takes and gives. No inputs means that the model does not say; then anything passes."""
+    """What a model takes and gives.
+
+    Attributes:
+        inputs: none means that the model does not say, and anything passes; or, if it is `exact`, that it takes none.
+        method: a `tensors.Method`'s value, or a framework's own word.
+    """
 
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    method: str = Method.PREDICT.value
+    exact: bool = False
 
     def bind(self, tensors: Tensors, *, cast: bool = False) -> dict[str, Tensor]:
         """`tensors` checked against the inputs. With `cast`, numbers are converted where no value changes kind:
-        any number to a floating-point dtype, whole numbers to an integer one.
+        any number to a floating-point dtype, whole numbers to an integer one; what is empty is of any dtype.
 
         Raises:
             BadRequest: a name, dtype or shape that does not fit; names what was expected.
         """
-        if not self.inputs:
+        if not self.inputs and not self.exact:
             return dict(tensors)
         wanted = {spec.name for spec in self.inputs}
         if wanted != tensors.keys():
             given = ", ".join(f'"{name}"' for name in sorted(tensors)) or "none"
-            raise BadRequest(f"expected the inputs {', '.join(map(str, self.inputs))}; got {given}")
+            expected = f"the inputs {', '.join(map(str, self.inputs))}" if self.inputs else "no inputs"
+            raise BadRequest(f"input size does not match signature: expected {expected}; got {given}")
         return {spec.name: _fit(spec, tensors[spec.name], cast) for spec in self.inputs}
 
     def bind_one(self, tensor: Tensor, *, cast: bool) -> dict[str, Tensor]:
@@ -68,11 +80,11 @@ class Signature:
         Raises:
             BadRequest: as `bind`; or the model has several inputs.
         """
-        if not self.inputs:
+        if not self.inputs and not self.exact:
             return {"input": tensor}
-        if len(self.inputs) > 1:
+        if len(self.inputs) != 1:
             raise BadRequest(
-                f"the model has {len(self.inputs)} inputs, {', '.join(map(str, self.inputs))}: "
+                f"the model has {len(self.inputs)} inputs, {', '.join(map(str, self.inputs)) or 'none'}: "
                 "one tensor without a name cannot stand for them"
             )
         return self.bind({self.inputs[0].name: tensor}, cast=cast)
@@ -80,10 +92,9 @@ class Signature:
 
 def _fit(spec: TensorSpec, tensor: Tensor, cast: bool) -> Tensor:
     if spec.dtype is not None and tensor.dtype != spec.dtype:
-        converted = _convert(tensor, spec.dtype) if cast else None
-        if converted is None:
+        if not cast or (tensor.size and (tensor.dtype.kind not in "biuf" or spec.dtype.kind == "O")):
             raise BadRequest(f"input {spec} does not take dtype {tensor.dtype.name}")
-        tensor = converted
+        tensor = _convert(tensor, spec, spec.dtype)
     if spec.shape is not None and not (
         len(spec.shape) == tensor.ndim
         and all(size is None or size == given for size, given in zip(spec.shape, tensor.shape, strict=True))
@@ -92,14 +103,25 @@ def _fit(spec: TensorSpec, tensor: Tensor, cast: bool) -> Tensor:
     return tensor
 
 
-def _convert(tensor: Tensor, dtype: np.dtype[Any]) -> Tensor | None:
-    """`tensor` as `dtype`, or None where that would change what it says."""
-    if tensor.dtype.kind not in "biuf" or dtype.kind == "O":
-        return None
+def _convert(tensor: Tensor, spec: TensorSpec, dtype: np.dtype[Any]) -> Tensor:
+    """`tensor`, of numbers or empty, as `dtype`, by which floats may lose digits.
+
+    Raises:
+        BadRequest: a value would change more than that.
+    """
     with np.errstate(all="ignore"):
         converted = tensor.astype(dtype)
-    if dtype.kind in "biu" and not np.array_equal(converted, tensor):
-        return None
+    if not tensor.size:
+        return converted
+    if dtype.kind in "biu":
+        kept = converted == tensor
+    else:
+        kept = np.isfinite(converted) == np.isfinite(tensor)
+        if tensor.dtype.kind in "iu" and dtype.itemsize >= 4:
+            most = 2 ** (np.finfo(dtype).nmant + 1)
+            kept &= (tensor <= most) & (tensor >= -most)
+    if not kept.all():
+        raise BadRequest(f"input {spec} does not take the value {tensor[~kept][0]}")
     return converted
 
 
@@ -111,6 +133,12 @@ class Model(ABC):
     """
 
     signature: Signature = Signature()
+    """The default one."""
+
+    @property
+    def signatures(self) -> Mapping[str, Signature]:
+        """Every signature by its name."""
+        return {DEFAULT_SIGNATURE: self.signature}
 
     @property
     @abstractmethod
@@ -118,11 +146,15 @@ class Model(ABC):
         """The framework's own callable, for handlers that go around `__call__`: an `nn.Module`, say."""
 
     @abstractmethod
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
         """Run on named inputs (numpy arrays or the framework's tensors), which are known to fit the signature if they
         came through `Signature.bind`. Returns every output by name, as numpy arrays.
 
+        Args:
+            signature: one of `signatures`.
+
         Raises:
+            BadRequest: the framework says that it is the inputs' fault.
             Exception: whatever the framework raises; the client sees INTERNAL with a request id.
         """
 
@@ -155,6 +187,14 @@ class Backend(ABC):
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
+
+    @staticmethod
+    def imported() -> None:
+        """Call it once the framework is imported, before its first model is loaded: what is there by then stays, and no
+        garbage collection looks at it again. With TensorFlow's objects a full one takes 0.3 s, in which nothing is
+        answered."""
+        gc.collect()
+        gc.freeze()
 
     @classmethod
     @abstractmethod

@@ -12,8 +12,14 @@ from typing import Any, ClassVar
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.node.backend import Model, Signature
-from dl_inference_core.tensors import Form, Payload, Request, Tensors, as_tensor
+from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Model, Signature
+from dl_inference_core.tensors import Form, Method, Payload, Request, Tensor, Tensors, as_tensor, from_json
+
+_EXPECTED = {
+    Method.CLASSIFY: ("classification", frozenset({"classes", "scores"})),
+    Method.REGRESS: ("regression", frozenset({"outputs"})),
+}
+"""What TensorFlow Serving calls a signature for each method, and the outputs that one must have."""
 
 
 class Handler:
@@ -47,6 +53,8 @@ class Handler:
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
         self.signature = Signature()
+        """The model's default one."""
+        self.signatures: Mapping[str, Signature] = {DEFAULT_SIGNATURE: self.signature}
 
     def load(self, model: Model, directory: Path) -> None:
         """Called once, after the model is loaded and before the first request, on a thread that runs it and inside its
@@ -56,6 +64,7 @@ class Handler:
             directory: the version's folder, for what lies beside the model: a vocabulary, labels.
         """
         self.signature = model.signature
+        self.signatures = model.signatures
 
     def preprocess(self, request: Request) -> Any:
         """What `run_model` takes, from a request. By default its tensors, checked against the model's signature.
@@ -63,11 +72,42 @@ class Handler:
         Raises:
             BadRequest: the request does not fit the model.
         """
-        return bind(self.signature, request)
+        return bind(self.signature_for(request), request)
+
+    def signature_for(self, request: Request) -> Signature:
+        """The signature that a request asks for. One for Predict will do for Classify and Regress too if it has their
+        outputs: TensorFlow 2 writes no other.
+
+        Raises:
+            BadRequest: the model has none of that name, or it is for another method.
+        """
+        signature = self._find_signature(request)
+        if request.method is Method.PREDICT or request.method.value == signature.method:
+            return signature
+        noun, outputs = _EXPECTED[request.method]
+        if signature.method != Method.PREDICT.value or outputs.isdisjoint(spec.name for spec in signature.outputs):
+            raise BadRequest(
+                f"Expected {noun} signature method_name to be {request.method.value}. Was: {signature.method}; for "
+                f"Predict it would do with an output named {' or '.join(sorted(outputs))}"
+            )
+        return signature
+
+    def _find_signature(self, request: Request) -> Signature:
+        name = request.signature or DEFAULT_SIGNATURE
+        signature = self.signatures.get(name)
+        if signature is None:
+            have = ", ".join(f'"{name}"' for name in sorted(self.signatures)) or "none"
+            raise BadRequest(f'Serving signature name: "{name[:100]}" not found in signature def; the model has {have}')
+        return signature
 
     def run_model(self, model: Model, inputs: Any, request: Request) -> Any:
-        """Call `model`, once or several times. By default once, on what `preprocess` returned."""
-        return model(inputs)
+        """Call `model`, once or several times. By default once, on what `preprocess` returned.
+
+        Raises:
+            BadRequest: the model has no signature of the name that the request asks for.
+        """
+        self._find_signature(request)
+        return model(inputs, request.signature or DEFAULT_SIGNATURE)
 
     def postprocess(self, outputs: Any, request: Request) -> Payload:
         """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values."""
@@ -89,12 +129,19 @@ def bind(signature: Signature, request: Request) -> dict[str, Any]:
             raise BadRequest(
                 f"this model takes tensors, not {request.form.value}: only a handler could turn one into the other"
             )
-    try:
-        if isinstance(payload, Mapping):
-            return signature.bind({name: as_tensor(value) for name, value in payload.items()}, cast=True)
+    if request.form is not Form.JSON:
         return signature.bind_one(as_tensor(payload), cast=not request.form.typed)
+    if not isinstance(payload, Mapping):
+        return signature.bind_one(_from_json(payload, "the only input"), cast=True)
+    tensors = {name: _from_json(value, f'input "{name}"') for name, value in payload.items()}
+    return signature.bind(tensors, cast=True)
+
+
+def _from_json(value: Any, what: str) -> Tensor:
+    try:
+        return from_json(value)
     except TypeError as error:
-        raise BadRequest(str(error)) from error
+        raise BadRequest(f"{what}: {error}") from error
 
 
 def narrow(payload: Payload, request: Request) -> Payload:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
-from dl_inference_core.config import PluginOptions, validated
+from dl_inference_core.config import NamedModel, PluginOptions, validated
 from dl_inference_core.errors import ModelError
 from dl_inference_core.node.answering import Loaded
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.sources import load_module
+from dl_inference_core.node.warm_up import warm_up
 
 CONFIG_FILE = "model.toml"
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 
 class ModelConfig(PluginOptions):
@@ -33,6 +38,14 @@ class ModelConfig(PluginOptions):
     keep_versions: int = Field(default=2, ge=1)
     """how many versions are served: the newest that load; those before them answer requests that name them; in the
     model's folder only"""
+    versions: Literal["newest", "all"] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = (
+        "newest"
+    )
+    """which versions are served: "newest" is as many as `keep_versions` says; "all"; or a list of numbers; in the
+    model's folder only"""
+    version_labels: dict[str, int] = Field(default={})
+    """names for versions, as `{stable = 3}`, by which TensorFlow Serving's clients may ask for them; in the model's
+    folder only"""
     backend: str | None = None
     """the backend; if left out, the one that recognises the version's files"""
     handler: str | None = None
@@ -48,13 +61,23 @@ class ModelConfig(PluginOptions):
     """the handler's own options"""
 
 
-def read_config(*folders: Path) -> ModelConfig:
+MODELS_OWN = frozenset({"task_id", "keep_versions", "versions", "version_labels"})
+"""Keys of a `ModelConfig` that hold for the model, not for one version of it."""
+
+
+def read_config(
+    *folders: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any] = MappingProxyType({})
+) -> ModelConfig:
     """What the `model.toml` of these folders say together, the later one first in line; any may be missing.
 
+    Args:
+        settings: what comes before all of them.
+        defaults: what holds where nobody says anything else.
+
     Raises:
-        ModelError: one of them is no TOML, or says what no `model.toml` says.
+        ModelError: one of them is no TOML, or says what no `model.toml` says; so do `settings`.
     """
-    values: dict[str, Any] = {}
+    values = dict(defaults)
     for folder in folders:
         file = folder / CONFIG_FILE
         try:
@@ -63,11 +86,11 @@ def read_config(*folders: Path) -> ModelConfig:
             continue
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ModelError(f"{file}: {error}") from error
-        if folder is not folders[0] and (misplaced := {"task_id", "keep_versions"} & table.keys()):
+        if folder is not folders[0] and (misplaced := MODELS_OWN & table.keys()):
             raise ModelError(f"{file}: {min(misplaced)} belongs in the model's folder, {folders[0] / CONFIG_FILE}")
         validated(ModelConfig, table, str(file))
         values |= table
-    return ModelConfig.model_validate(values)
+    return validated(ModelConfig, {**values, **settings}, "settings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,26 +98,30 @@ class Loader:
     """Attributes:
     backends: every backend there is, made.
     handlers: every installed handler.
+    defaults: as of `read_config`.
     """
 
     backends: Mapping[str, Backend]
     handlers: Mapping[str, type[Handler]]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, model_folder: Path, folder: Path) -> Loaded:
-        """The version in `folder`, which may be `model_folder` itself. Blocks; call it on a thread that will run it.
+    def load(self, named: NamedModel, folder: Path) -> Loaded:
+        """The version of `named` in `folder`, which may be the model's own. Blocks; call it on a thread that will run
+        it.
 
         Raises:
             InferenceError: why it cannot be loaded; a ModelError unless a plugin had other words for it.
         """
-        folders = tuple(dict.fromkeys((model_folder, folder)))
-        config = read_config(*folders)
+        folders = tuple(dict.fromkeys((named.path, folder)))
+        config = read_config(*folders, settings=named.settings, defaults=self.defaults)
         backend = self._backend(config, folder)
         options = validated(backend.ModelOptions, config.options, f"options of backend {backend.name}")
-        handler = self._handler(config, folders[::-1])
+        handler = self._handler(config, folders[::-1], runs_sources=named.sources)
         model = backend.load(folder, options, config.device)
         try:
             with model.session():
                 handler.load(model, folder)
+                warm_up(folder, model, handler)
         except BaseException:
             model.close()
             raise
@@ -114,9 +141,12 @@ class Loader:
         files = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise ModelError(f"{folder}: no backend recognises it ({_names(self.backends)}); it holds {files}")
 
-    def _handler(self, config: ModelConfig, folders: tuple[Path, ...]) -> Handler:
+    def _handler(self, config: ModelConfig, folders: tuple[Path, ...], *, runs_sources: bool) -> Handler:
         handler_file = _find("handler.py", folders)
         processor_file = _find("processor.py", folders)
+        if not runs_sources and (handler_file or processor_file):
+            _log.warning("%s is not run: the model may have no sources", handler_file or processor_file)
+            handler_file = processor_file = None
         cls: type[Handler]
         if config.handler is not None:
             cls = _named(self.handlers, config.handler, "handler")

@@ -73,12 +73,13 @@ class Processor(Handler):
         """What the model itself takes: `x`, or what becomes of it where the model states its inputs' dtypes."""
         if isinstance(x, bytes | str):
             raise BadRequest(f"this model takes tensors, not {request.form.value}: its processor.py has no preprocess")
-        inputs = self.signature.inputs
+        signature = self.signature_for(request)
+        inputs = signature.inputs
         if request.form in (Form.TENSORS, Form.TENSORS_RAW) and isinstance(x, Mapping):
-            self.signature.bind(x)
+            signature.bind(x)
         if not inputs or any(spec.dtype is None for spec in inputs):
             return x
-        bound = bind(self.signature, request)
+        bound = bind(signature, request)
         return bound if len(bound) > 1 else bound[inputs[0].name]
 
     def run_model(self, model: Model, inputs: Any, request: Request) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ModelError
-from dl_inference_core.node.backend import Backend, Model, Signature, TensorSpec
+from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Backend, Model, Signature, TensorSpec
 from dl_inference_core.tensors import Tensor
 
 
@@ -62,7 +62,7 @@ class FakeModel(Model):
     def native(self) -> FakeModel:
         return self
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
         self.calls.append(dict(inputs))
         if self.sleep_s:
             time.sleep(self.sleep_s)

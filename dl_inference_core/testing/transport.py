@@ -54,6 +54,13 @@ class TransportConformance(ServerConformance, TlsConformance):
     def test_options_are_strict(self) -> None:
         self._check_options(self.transport_class.Options, self.options)
 
+    def test_channel_arguments_become_options_or_are_told(self) -> None:
+        given: dict[str, int | str] = {"grpc.max_connection_age_ms": 60_000, "made.up": "x"}
+        options, ignored = self.transport_class.of_channel_arguments(given)
+        self.transport_class.Options(**{**self.options, **options})
+        assert set(ignored) <= set(given)
+        assert options or set(ignored) == set(given), "what is not ignored has an option"
+
     # Messages and metadata
 
     @pytest.mark.parametrize(

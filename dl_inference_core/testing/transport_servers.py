@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,17 +24,25 @@ from dl_inference_core.testing.loopback import (
     echo,
     error_of,
     free_port,
+    official,
     peer,
     reached,
     refusal,
     serving,
     warm,
 )
+from dl_inference_core.testing.transport_tls import Authority
 from dl_inference_core.transport import Call, Limits, Methods, Transport, UnaryHandler
 
 
 class ServerConformance(LoopbackConformance):
     """Addresses, draining, and nodes that are not there."""
+
+    @pytest.fixture
+    def socket_path(self) -> Iterator[Path]:
+        """Where nothing lies yet; short, as the paths of sockets have to be."""
+        with tempfile.TemporaryDirectory(prefix="dl-", dir="/tmp") as folder:
+            yield Path(folder) / "socket"
 
     # Servers and their addresses
 
@@ -89,6 +101,90 @@ class ServerConformance(LoopbackConformance):
         assert address in str(error.value)
         server = await transport.serve(Methods(unary={ECHO: echo}), (good,), Limits())
         await server.drain(0)
+
+    # Unix-domain sockets
+
+    @asynchronous
+    async def test_a_socket_is_served_beside_a_port_to_official_clients_and_to_gateways(
+        self, transport: Transport, socket_path: Path
+    ) -> None:
+        address = f"unix:{socket_path}"
+        server = await transport.serve(Methods(unary={ECHO: echo, WARM: echo}), (address, *LOOPBACK), Limits())
+        try:
+            assert len(server.ports) == 1, "a socket has no port"
+            for each in (address, f"127.0.0.1:{server.ports[0]}"):
+                async with official(each) as channel, connected(transport, each) as connection:
+                    assert await channel.unary_unary(ECHO)(b"hello", timeout=10) == b"hello"
+                    await warm(connection)
+        finally:
+            await server.drain(0)
+        assert not sockets_in(socket_path.parent)
+
+    @asynchronous
+    async def test_a_socket_speaks_tls_where_the_port_does(self, transport: Transport, socket_path: Path) -> None:
+        authority = Authority(socket_path.parent / "ca")
+        tls = authority.issue("localhost").server()
+        server = await transport.serve(Methods(unary={WARM: echo}), (f"unix:{socket_path}",), Limits(), tls=tls)
+        try:
+            async with connected(transport, f"unix:{socket_path}", tls=authority.client()) as connection:
+                await warm(connection)
+            async with connected(transport, f"unix:{socket_path}") as plain:
+                await error_of(plain.call(Call(method=WARM, request=b"", deadline=time.monotonic() + 2)))
+        finally:
+            await server.drain(0)
+
+    @asynchronous
+    async def test_a_socket_that_a_killed_server_left_is_replaced(
+        self, transport: Transport, socket_path: Path
+    ) -> None:
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(str(socket_path))
+            killed.listen()
+        server = await transport.serve(Methods(unary={WARM: echo}), (f"unix:{socket_path}",), Limits())
+        async with connected(transport, f"unix:{socket_path}") as connection:
+            await warm(connection)
+        await server.drain(0)
+
+    @asynchronous
+    async def test_a_socket_that_another_server_listens_on_is_left_to_it(
+        self, transport: Transport, socket_path: Path
+    ) -> None:
+        address = f"unix:{socket_path}"
+        server = await transport.serve(Methods(unary={WARM: echo}), (address,), Limits())
+        async with connected(transport, address) as connection:
+            with pytest.raises(ConfigError, match=f"{address}: another server listens there"):
+                await transport.serve(Methods(unary={}), (address,), Limits())
+            await warm(connection)
+        await server.drain(0)
+
+    @asynchronous
+    async def test_a_path_that_no_socket_can_have_is_a_config_error_and_leaves_what_lies_there(
+        self, transport: Transport, socket_path: Path
+    ) -> None:
+        file = socket_path.with_name("file")
+        file.write_text("mine")
+        for path, said in (
+            (file, "is no socket"),
+            (socket_path.parent / "none" / "socket", "there is no folder"),
+            (socket_path.parent / ("s" * 108), "107 bytes"),
+        ):
+            with pytest.raises(ConfigError, match=f"cannot listen on .*{said}"):
+                await transport.serve(Methods(unary={}), (*LOOPBACK, f"unix:{path}"), Limits())
+        assert file.read_text() == "mine"
+
+    @asynchronous
+    async def test_a_socket_where_nobody_listens_is_unreachable_and_reached_again(
+        self, transport: Transport, socket_path: Path
+    ) -> None:
+        address = f"unix:{socket_path}"
+        async with connected(transport, address) as connection:
+            for _ in range(2):
+                error = await error_of(connection.call(Call(method=ECHO, request=b"")))
+                assert isinstance(error, NodeUnreachable)
+                server = await transport.serve(Methods(unary={ECHO: echo}), (address,), Limits())
+                await reached(connection, 1.5)
+                await server.drain(0)
+                await refusal(connection, self.prompt_s)
 
     # Draining
 
@@ -185,3 +281,8 @@ class ServerConformance(LoopbackConformance):
             assert error.blame is Blame.NODE
             assert error.another_node
             assert time.monotonic() - started < 1 + self.prompt_s
+
+
+def sockets_in(folder: Path) -> list[Path]:
+    """The files of sockets there."""
+    return [path for path in folder.iterdir() if path.is_socket()]

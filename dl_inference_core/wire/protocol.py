@@ -55,16 +55,21 @@ class Protocol:
         read_key: the routing key of a request's bytes: a model's name, or a task id if Seldon's `taskId` is a
             number. Reads nothing else. Raises BadRequest: the bytes are malformed; the key is missing, empty, or of
             another kind.
+        codec_at: where in `dl_inference_core.wire` its codec is, "module" or "module:attribute"; "" for a question
+            about a model, which one that is served here answers in its own way.
     """
 
     name: str
     node_method: str
     read_key: Callable[[bytes], str | int]
+    codec_at: str = ""
 
     @property
     def codec(self) -> Codec:
-        """The module that decodes and encodes tensors; imported, and numpy with it, when first asked for."""
-        return cast("Codec", importlib.import_module(f"dl_inference_core.wire.{self.name}"))
+        """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
+        module, _, attribute = self.codec_at.partition(":")
+        found: Any = importlib.import_module(f"dl_inference_core.wire.{module}")
+        return cast("Codec", getattr(found, attribute) if attribute else found)
 
 
 # Where stepping over fields in Python overtakes protobuf's own parser, which copies unknown ones: parsing the key's
@@ -83,6 +88,17 @@ def _read_tfserving_key(body: bytes) -> str:
     name: str = _parse_key(messages.PredictKey, body, 1, messages.PredictRequest).model_spec.name
     if not name:
         raise BadRequest("model_spec.name is missing or empty; expected the name of a model")
+    return name
+
+
+def _read_multi_inference_key(body: bytes) -> str:
+    tasks = _parse_key(messages.MultiInferenceKey, body, 1, messages.MultiInferenceRequest).tasks
+    names = {task.model_spec.name for task in tasks}
+    if len(names) > 1:
+        raise BadRequest("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
+    name: str = names.pop() if names else ""
+    if not name:
+        raise BadRequest("tasks[0].model_spec.name is missing or empty; expected the name of a model")
     return name
 
 
@@ -140,31 +156,56 @@ def well_formed(body: bytes) -> bool:
     return True
 
 
+_TENSORFLOW = "/tensorflow.serving.PredictionService"
+_OPEN_INFERENCE = "/inference.GRPCInferenceService"
+
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
         protocol.name: protocol
         for protocol in (
             Protocol(
                 name="tfserving",
-                node_method="/tensorflow.serving.PredictionService/Predict",
+                node_method=f"{_TENSORFLOW}/Predict",
                 read_key=_read_tfserving_key,
+                codec_at="tfserving",
+            ),
+            Protocol(
+                name="tfserving_classify",
+                node_method=f"{_TENSORFLOW}/Classify",
+                read_key=_read_tfserving_key,
+                codec_at="tfserving_examples:CLASSIFY",
+            ),
+            Protocol(
+                name="tfserving_regress",
+                node_method=f"{_TENSORFLOW}/Regress",
+                read_key=_read_tfserving_key,
+                codec_at="tfserving_examples:REGRESS",
             ),
             Protocol(
                 name="seldon",
                 node_method="/seldon.protos.Model/Predict",
                 read_key=_read_seldon_key,
+                codec_at="seldon",
             ),
             Protocol(
                 name="openinference",
-                node_method="/inference.GRPCInferenceService/ModelInfer",
+                node_method=f"{_OPEN_INFERENCE}/ModelInfer",
                 read_key=_read_openinference_key,
+                codec_at="openinference",
             ),
         )
     }
 )
-"""By name."""
+"""Those that infer, by name."""
 
 _WPAI = "/com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService"
+
+MULTI_INFERENCE = Protocol(
+    name="tfserving_multi_inference",
+    node_method=f"{_TENSORFLOW}/MultiInference",
+    read_key=_read_multi_inference_key,
+)
+"""Several of a model's signatures asked at once."""
 
 METHODS: Mapping[str, Protocol] = MappingProxyType(
     {
@@ -172,17 +213,31 @@ METHODS: Mapping[str, Protocol] = MappingProxyType(
         f"{_WPAI}/PytorchPredict": PROTOCOLS["seldon"],
         f"{_WPAI}/CaffePredict": PROTOCOLS["seldon"],
         f"{_WPAI}/TisPredict": PROTOCOLS["openinference"],
-        "/tensorflow.serving.PredictionService/Predict": PROTOCOLS["tfserving"],
-        "/seldon.protos.Model/Predict": PROTOCOLS["seldon"],
+        **{protocol.node_method: protocol for protocol in PROTOCOLS.values()},
         "/seldon.protos.Seldon/Predict": PROTOCOLS["seldon"],
-        "/inference.GRPCInferenceService/ModelInfer": PROTOCOLS["openinference"],
+        MULTI_INFERENCE.node_method: MULTI_INFERENCE,
     }
 )
 """By the path of each method that infers."""
 
 METADATA = Protocol(
-    name="openinference",
-    node_method="/inference.GRPCInferenceService/ModelMetadata",
+    name="openinference_metadata",
+    node_method=f"{_OPEN_INFERENCE}/ModelMetadata",
     read_key=_read_openinference_key,
 )
-"""Questions about one model: `ModelMetadataRequest` has its name where `ModelInferRequest` has it."""
+"""`ModelMetadataRequest` has the model's name where `ModelInferRequest` has it."""
+
+SIGNATURES = Protocol(
+    name="tfserving_metadata",
+    node_method=f"{_TENSORFLOW}/GetModelMetadata",
+    read_key=_read_tfserving_key,
+)
+
+VERSIONS = Protocol(
+    name="tfserving_status",
+    node_method="/tensorflow.serving.ModelService/GetModelStatus",
+    read_key=_read_tfserving_key,
+)
+
+QUESTIONS: tuple[Protocol, ...] = (METADATA, SIGNATURES, VERSIONS)
+"""About one model: answered where it is."""

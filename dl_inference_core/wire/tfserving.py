@@ -93,42 +93,55 @@ class Room:
 
 def decode_request(body: bytes) -> Request:
     message = messages.parse(messages.PredictRequest, body)
-    spec = message.model_spec
-    if spec.WhichOneof("version_choice") == "version_label":
-        raise BadRequest(
-            f'model_spec.version_label is "{spec.version_label}"; labels are not served yet: expected a version or none'
-        )
     return Request(
         payload=_decode_tensors(message.inputs, "input"),
         form=Form.TENSORS,
-        model=spec.name,
-        version=spec.version.value if spec.HasField("version") else None,
-        signature=spec.signature_name,
         outputs=tuple(message.output_filter),
+        **decode_spec(message.model_spec),
     )
+
+
+def decode_spec(spec: Any) -> dict[str, Any]:
+    """What a `ModelSpec` says, as the fields of a `Request`."""
+    return {
+        "model": spec.name,
+        "version": spec.version.value if spec.HasField("version") else None,
+        "label": spec.version_label,
+        "signature": spec.signature_name,
+    }
 
 
 def encode_response(response: Response, request: Request) -> bytes:
     message = messages.PredictResponse()
-    spec = message.model_spec
+    encode_spec(message.model_spec, response, request)
+    for name, array in as_tensors(response.payload).items():
+        encode_tensor(array, message.outputs[name])
+    return message.SerializeToString()  # type: ignore[no-any-return]
+
+
+def encode_asked(spec: Any, request: Request) -> None:
+    """What is asked, in the `ModelSpec` of a request."""
+    spec.name = str(request.model)
+    spec.signature_name = request.signature
+    if request.version is not None:
+        spec.version.value = request.version
+    elif request.label:
+        spec.version_label = request.label
+
+
+def encode_spec(spec: Any, response: Response, request: Request) -> None:
+    """What answered, in the `ModelSpec` of an answer."""
     spec.name = response.model or str(request.model)
     spec.signature_name = request.signature or DEFAULT_SIGNATURE
     if response.version is not None:
         spec.version.value = response.version
-    for name, array in as_tensors(response.payload).items():
-        encode_tensor(array, message.outputs[name])
-    return message.SerializeToString()  # type: ignore[no-any-return]
 
 
 def encode_request(request: Request) -> bytes:
     if not isinstance(request.payload, Mapping):
         raise TypeError("TensorFlow Serving takes named tensors")
     message = messages.PredictRequest()
-    spec = message.model_spec
-    spec.name = str(request.model)
-    spec.signature_name = request.signature
-    if request.version is not None:
-        spec.version.value = request.version
+    encode_asked(message.model_spec, request)
     message.output_filter.extend(request.outputs)
     for name, value in request.payload.items():
         encode_tensor(as_tensor(value), message.inputs[name], as_bytes=True)
@@ -253,6 +266,16 @@ def encode_tensor(array: Tensor, tensor: Any, *, as_bytes: bool = False) -> None
         elif name == "half_val":
             array = np.ascontiguousarray(array).view(np.uint16)
         put(tensor, name, array)
+
+
+def dtype_number(dtype: np.dtype[Any] | None) -> int:
+    """The `tensorflow.DataType` of a dtype; DT_INVALID for one that is unknown, or that TensorFlow lacks."""
+    return 0 if dtype is None else _NUMBERS.get(dtype, 0)
+
+
+def dtype_of(number: int) -> np.dtype[Any] | None:
+    """The dtype of a `tensorflow.DataType`; None where it is not served."""
+    return _DTYPES.get(number)
 
 
 def _dtype_name(number: int) -> str:

@@ -118,7 +118,7 @@ def test_metadata_of_the_version_asked_for(tmp_path: Path) -> None:
 
     async def ask_metadata(model: ServedModel, version: str) -> Any:
         body = messages.ModelMetadataRequest(name="m", version=version).SerializeToString()
-        answer = await model.metadata(Call(method=METADATA.node_method, request=body))
+        answer = await model.answer(Call(method=METADATA.node_method, request=body), METADATA)
         return messages.ModelMetadataResponse.FromString(answer)
 
     async def main() -> None:

@@ -44,7 +44,7 @@ class NativeModel(Model):
         self.calls.append((args, kwargs))
         return args[0] if self.answer is None else self.answer
 
-    def __call__(self, inputs: Any) -> dict[str, Tensor]:
+    def __call__(self, inputs: Any, signature: str = "serving_default") -> dict[str, Tensor]:
         raise AssertionError("the original calls the framework's own model")
 
     def to_native(self, value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dl_inference_core.config import PluginOptions
+from dl_inference_core.config import NamedModel, PluginOptions
 from dl_inference_core.errors import ConfigError, ModelNotFound, ModelNotReady
 from dl_inference_core.node.answering import ServedModel, State
 from dl_inference_core.node.backend import Backend, Model
@@ -447,7 +447,7 @@ def test_only_folders_with_plain_names_count(tmp_path: Path) -> None:
     FakeBackend.write(models / ".git" / "1")
     FakeBackend.write(models / "__pycache__" / "1")
     FakeBackend.write(models / "m" / "1")
-    for name in ("0", "01", "-1", "1.5", "v2", "٣", ".3"):
+    for name in ("-1", "1.5", "v2", "٣", ".3", "9" * 19):
         FakeBackend.write(models / "m" / name)
     (models / "README").touch()
     (models / "linked").mkdir()
@@ -465,6 +465,127 @@ def test_only_folders_with_plain_names_count(tmp_path: Path) -> None:
             assert repository.models["loop"].ready
             assert repository.models["whole"].ready
             assert "../m" not in repository.models
+
+    asyncio.run(main())
+
+
+def test_any_digits_are_a_version_and_of_two_folders_of_a_number_one_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("0", "00000123", "00007", "7", "9" * 18):
+        FakeBackend.write(tmp_path / "m" / name, factor=len(name))
+    toml(tmp_path / "m", 'versions = "all"\nversion_labels = {first = 0}')
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            assert sorted(states(model)) == [0, 7, 123, 10**18 - 1]
+            assert await ask(model, version=0) == (0, 1.0)
+            assert await ask(model, version=7) == (7, 1.0)
+            assert await ask(model, version=123) == (123, 8.0)
+            assert model._labelled("first") == 0
+            await look_twice(repository)
+            shutil.rmtree(tmp_path / "m" / "7")
+            await look_twice(repository)
+            assert await ask(model, version=7) == (7, 5.0)
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(main())
+    assert caplog.messages == [f"{tmp_path / 'm'}: left out, another folder has the same number: 00007"]
+
+
+def test_a_folder_that_is_too_large_for_a_version_is_refused_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dl_inference_core.node.repository._MOST_ENTRIES", 50)
+    FakeBackend.write(tmp_path / "m" / "1")
+    for number in range(5):
+        for file in range(12):
+            path = tmp_path / "m" / "2" / str(number) / str(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    for file in range(60):
+        path = tmp_path / "wide" / str(file)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            assert states(model) == {1: State.AVAILABLE, 2: State.FAILED}
+            assert "it holds over 50 files and folders; expected no more" in model.versions[2].error
+            assert str(tmp_path / "m" / "2") in model.versions[2].error
+            assert "it holds over 50 files and folders" in repository.models["wide"].refusal
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            for number in range(2):
+                shutil.rmtree(tmp_path / "m" / "2" / str(number))
+            await look_twice(repository)
+            assert await ask(model) == (2, 2.0)
+
+    asyncio.run(main())
+
+
+def test_links_that_lead_back_are_walked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    for number in range(4):
+        (tmp_path / "m" / "1" / f"again{number}").symlink_to(tmp_path / "m")
+    scandir, walked = os.scandir, []
+
+    def count(path: Any) -> Any:
+        walked.append(path)
+        assert len(walked) < 100
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", count)
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            assert await ask(repository.models["m"]) == (1, 1.0)
+            assert len(walked) == 3, "the model's folder, the version's, and the model's by a link"
+
+    asyncio.run(main())
+
+
+def test_a_path_that_is_none_fails_its_model_and_no_other(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            await repository.replace_named({"none": NamedModel(path=Path("/a\0b"))})
+            assert "embedded null byte" in repository.models["none"].refusal
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            await look_twice(repository)
+            assert await ask(repository.models["m"]) == (2, 2.0)
+        with pytest.raises(ConfigError, match="directory cannot be read: embedded null byte"):
+            await Repository(Path("/a\0b"), backends={}, handlers={}).start()
+
+    asyncio.run(main())
+
+
+def test_defaults_hold_where_neither_settings_nor_a_toml_say_otherwise(tmp_path: Path) -> None:
+    for name in ("plain", "told", "set"):
+        FakeBackend.write(tmp_path / name / "1")
+    toml(tmp_path / "told", "threads = 3")
+    named = {"set": NamedModel(path=tmp_path / "set", settings={"threads": 4})}
+
+    async def main() -> None:
+        repository = Repository(
+            tmp_path,
+            named=named,
+            backends={"fake": FakeBackend()},
+            handlers={},
+            defaults={"threads": 2, "options": {"factor": 5}},
+        )
+        try:
+            await repository.start()
+            models = repository.models
+            threads = {name: model._loaded[1].loaded.threads for name, model in models.items()}
+            assert threads == {"plain": 2, "told": 3, "set": 4}
+            assert await ask(models["plain"]) == (1, 5.0)
+        finally:
+            await repository.close()
+        with pytest.raises(ConfigError, match=r"^models\.defaults: threads: "):
+            Repository(tmp_path, backends={}, handlers={}, defaults={"threads": 0})
 
     asyncio.run(main())
 

@@ -313,6 +313,33 @@ class Trouble(Handler):
             raise SystemExit(word) if word.startswith("exit") else RuntimeError(word)
 '''
 
+SCORES = '''
+import numpy as np
+
+from dl_inference_core.node.handling import Handler
+from dl_inference_core.tensors import Form, Method
+from dl_inference_core.wire import messages
+
+
+class Scores(Handler):
+    """Examples with the feature "x", three numbers, in; the model's two outputs as scores, or their sum, out."""
+
+    def preprocess(self, request):
+        if request.form is not Form.EXAMPLES:
+            return super().preprocess(request)
+        features = [messages.Example.FromString(body).features.feature for body in request.payload]
+        return {"x": np.array([feature["x"].float_list.value for feature in features], np.float32)}
+
+    def run_model(self, model, inputs, request):
+        return model(inputs)
+
+    def postprocess(self, outputs, request):
+        y = outputs["y"]
+        if request.method is Method.CLASSIFY:
+            return {"scores": y, "classes": np.array([["first", "zweitens"]] * len(y))}
+        return {"outputs": y.sum(axis=1)} if request.method is Method.REGRESS else outputs
+'''
+
 WEIGHTS = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
 
 
@@ -398,7 +425,10 @@ def make() -> ModelMaker:
     return ModelMaker()
 
 
-TASKS = {"linear": 7, "branches": 8, "dtypes": 9, "echo": 69, "words": 11, "trouble": 12, "tags": 13, "one-tag": 14}
+TASKS = {
+    "linear": 7, "branches": 8, "dtypes": 9, "echo": 69, "words": 11, "trouble": 12, "tags": 13, "one-tag": 14,
+    "scores": 15, "half": 16, "elsewhere": 17,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -409,14 +439,18 @@ def tasks() -> dict[str, int]:
 
 @pytest.fixture(scope="session")
 def models(make: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of models that `node` serves."""
+    """The folder of models that `node` serves, but for the one that lies elsewhere."""
     root = tmp_path_factory.mktemp("models")
-    toml = {name: f"task_id = {task}\n" for name, task in TASKS.items()}
+    toml = {name: f"task_id = {task}\n" for name, task in TASKS.items() if name != "elsewhere"}
+    toml["linear"] += "version_labels = { stable = 1, canary = 2, gone = 9 }\n"
     make.linear(root / "linear/1", 1)
     make.linear(root / "linear/2", 10)
     make.branches(root / "branches/1")
     make.dtypes(root / "dtypes/1")
-    for name, source in (("words", WORDS), ("trouble", TROUBLE)):
+    make.linear(root / "half/1", 1)
+    (root / "half/2").mkdir()
+    (root / "half/2/model.pt2").write_bytes(b"this is no model")
+    for name, source in (("words", WORDS), ("trouble", TROUBLE), ("scores", SCORES)):
         shutil.copytree(root / "linear/1", root / name / "1")
         (root / name / "handler.py").write_text(source)
     toml["echo"] += f'[options]\nsha256 = ["{make.pickled(root / "echo")}"]\n'
@@ -433,9 +467,27 @@ def models(make: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def node(serve: Serve, models: Path) -> Process:
-    """A node that serves `models`."""
-    return serve(f'[models]\ndirectory = "{models}"\npoll_interval_ms = 50\n[backends.torch]\nintra_op_threads = 1\n')
+def elsewhere(make: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that lies outside `models`."""
+    folder = tmp_path_factory.mktemp("far") / "away"
+    for version, factor in ((1, 1), (2, 10), (3, 100)):
+        make.linear(folder / str(version), factor)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def node(serve: Serve, models: Path, elsewhere: Path) -> Process:
+    """A node that serves `models`, and `elsewhere` under that name."""
+    return serve(f"""
+[models]
+directory = "{models}"
+poll_interval_ms = 50
+[models.named.elsewhere]
+path = "{elsewhere}"
+settings = {{ task_id = {TASKS["elsewhere"]}, versions = [1, 3], version_labels = {{ old = 1 }} }}
+[backends.torch]
+intra_op_threads = 1
+""")
 
 
 @pytest.fixture(scope="session")

@@ -381,7 +381,11 @@ def test_buf_infers(buf: Any, make: Any, schema: tuple[str | Path, ...]) -> None
 @pytest.mark.parametrize(
     ("data", "code", "said"),
     [
-        ({"model_name": "模型é"}, grpc.StatusCode.NOT_FOUND, 'no model or task is named "模型é"'),
+        (
+            {"model_name": "模型é"},
+            grpc.StatusCode.NOT_FOUND,
+            'Servable not found for request: Latest(模型é); no model or task is named "模型é"',
+        ),
         ({}, grpc.StatusCode.INVALID_ARGUMENT, "model_name is missing or empty; expected the name of a model"),
     ],
     ids=["unknown", "nameless"],
@@ -493,7 +497,8 @@ def test_cpp_infers(cpp: Cpp, peer: Any, make: Any) -> None:
 def test_cpp_is_told_what_is_wrong(cpp: Cpp, peer: Any) -> None:
     (outcome,) = cpp(peer.address, "infer", "模型 é 100%")
     assert outcome.code is grpc.StatusCode.NOT_FOUND
-    assert outcome.said == 'no model or task is named "模型 é 100%"'
+    name = "模型 é 100%"
+    assert outcome.said == f'Servable not found for request: Latest({name}); no model or task is named "{name}"'
 
 
 def test_cpp_sends_metadata(cpp: Cpp, peer: Any) -> None:

@@ -10,10 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dl_inference_core.errors import BadRequest, NodeFailed
-from dl_inference_core.tensors import Form, Request, Response
-from dl_inference_core.wire import openinference, seldon, tfserving
-from dl_inference_core.wire.protocol import PROTOCOLS, well_formed
+from dl_inference_core.errors import BadRequest, NodeFailed, Unimplemented
+from dl_inference_core.tensors import Form, Method, Request, Response
+from dl_inference_core.wire import messages, openinference, seldon, tfserving
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, well_formed
+from dl_inference_core.wire.tfserving_examples import (
+    CLASSIFY,
+    REGRESS,
+    decode_multi_inference,
+    encode_multi_inference,
+)
+from dl_inference_core.wire.tfserving_models import (
+    decode_metadata_request,
+    decode_status_request,
+    encode_metadata,
+    encode_status,
+)
 
 TENSORS = {"x": np.arange(4, dtype=np.float32).reshape(2, 2), "s": np.array([b"ab", b""], object), "i": np.arange(3)}
 TAGS = {"taskId": 69.0, "deep": {"a": [1, None, "b"]}}
@@ -36,6 +48,36 @@ def seeds() -> Any:
         ({"a": [1, {"b": None}]}, Form.JSON),
     ):
         yield seldon.encode_request(Request(payload=payload, form=form, tags=TAGS, names=("a",), id="p"))
+    yield from tensorflows()
+
+
+def tensorflows() -> Any:
+    """Requests and answers of TensorFlow Serving's other methods."""
+    spec = {"name": "m", "version_label": "stable", "signature_name": "s"}
+    examples = Request(
+        payload=[{"x": [1.5, 2.5], "n": 3, "words": ["a", "b"]}, {}], form=Form.EXAMPLES, model="m", version=1
+    )
+    answered = Request(payload=np.array([b"", b""], object), form=Form.EXAMPLES, model="m")
+    outputs = {"scores": TENSORS["x"], "classes": np.array([[b"a", b""], [b"b", b"c"]], object)}
+    answers = [
+        CLASSIFY.encode_response(Response(payload=outputs, version=1), answered),
+        REGRESS.encode_response(Response(payload={"outputs": TENSORS["x"][:, 0]}, version=1), answered),
+    ]
+    yield from (*answers, CLASSIFY.encode_request(examples), REGRESS.encode_request(examples))
+    methods = [Request(payload=None, form=Form.EXAMPLES, method=method) for method in (Method.CLASSIFY, Method.REGRESS)]
+    yield encode_multi_inference(methods, answers)
+    listed = messages.ClassificationRequest.FromString(CLASSIFY.encode_request(examples)).input.example_list.examples
+    context = {"example_list_with_context": {"examples": listed, "context": listed[0]}}
+    yield messages.RegressionRequest(model_spec=spec, input=context).SerializeToString()
+    tasks = [
+        {"model_spec": spec, "method_name": Method.CLASSIFY.value},
+        {"model_spec": {"name": "m"}, "method_name": Method.REGRESS.value},
+    ]
+    yield messages.MultiInferenceRequest(tasks=tasks, input=context).SerializeToString()
+    yield messages.GetModelMetadataRequest(model_spec=spec, metadata_field=["signature_def"]).SerializeToString()
+    yield messages.GetModelStatusRequest(model_spec=spec).SerializeToString()
+    yield encode_metadata("m", 1, {"s": ("", [("x", "x:0", TENSORS["x"].dtype, (None, 3))], [])})
+    yield encode_status([(1, "END", 2, "no weights")])
 
 
 SEEDS = list(seeds())
@@ -58,21 +100,46 @@ def mutated(draw: Any) -> Any:
     return bytes(body)
 
 
-@pytest.mark.parametrize(
-    "codec", [tfserving, openinference, seldon], ids=lambda codec: codec.__name__.rpartition(".")[2]
-)
+BODIES = st.one_of(st.binary(max_size=60), mutated())
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
 @settings(max_examples=600, deadline=None)
-@given(body=st.one_of(st.binary(max_size=60), mutated()))
-def test_decoders_answer_or_say_bad_request(codec: Any, body: Any) -> None:
+@given(body=BODIES)
+def test_decoders_answer_or_say_bad_request(name: str, body: Any) -> None:
+    codec = PROTOCOLS[name].codec
     try:
         request = codec.decode_request(body)
     except BadRequest:
         pass
     else:
+        if request.model and name != "seldon":
+            assert PROTOCOLS[name].read_key(body) == request.model
         again = codec.decode_request(codec.encode_request(request))
         assert (again.form, again.model, again.id) == (request.form, request.model, request.id)
     with suppress(BadRequest, NodeFailed):  # NodeFailed: Seldon's own status, FAILURE
         codec.decode_response(body)
     with suppress(BadRequest):
-        PROTOCOLS[codec.__name__.rpartition(".")[2]].read_key(body)
+        PROTOCOLS[name].read_key(body)
     well_formed(body)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "decode"),
+    [
+        (MULTI_INFERENCE, decode_multi_inference),
+        (SIGNATURES, decode_metadata_request),
+        (VERSIONS, decode_status_request),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+@settings(max_examples=600, deadline=None)
+@given(body=BODIES)
+def test_other_questions_are_read_or_the_clients_fault(protocol: Any, decode: Any, body: Any) -> None:
+    asked = key = None
+    with suppress(BadRequest, Unimplemented):
+        asked = decode(body)
+    with suppress(BadRequest):
+        key = protocol.read_key(body)
+    if asked is not None and key is not None:
+        assert {request.model for request in (asked if isinstance(asked, list) else [asked])} == {key}

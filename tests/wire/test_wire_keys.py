@@ -10,11 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.wire import messages, protocol
-from dl_inference_core.wire.protocol import METHODS, PROTOCOLS, well_formed
+from dl_inference_core.wire import messages, openinference, protocol, tfserving, tfserving_examples
+from dl_inference_core.wire import seldon as seldon_codec
+from dl_inference_core.wire.protocol import (
+    METHODS,
+    MULTI_INFERENCE,
+    PROTOCOLS,
+    QUESTIONS,
+    SIGNATURES,
+    VERSIONS,
+    well_formed,
+)
 
 PADDING = b"\x7a" + b"\xff\xff\x03" + b"p" * 65_535  # field 15, unknown to all: makes a body large enough for the walk
-ENVELOPES = [(messages.PredictKey, 1), (messages.SeldonKey, 2), (messages.ModelInferKey, 1)]
+ENVELOPES = [
+    (messages.PredictKey, 1),
+    (messages.MultiInferenceKey, 1),
+    (messages.SeldonKey, 2),
+    (messages.ModelInferKey, 1),
+]
 
 
 def seldon(**tags: Any) -> Any:
@@ -36,21 +50,66 @@ def test_methods_name_every_path_that_infers() -> None:
         f"{wpai}/CaffePredict": "seldon",
         f"{wpai}/TisPredict": "openinference",
         "/tensorflow.serving.PredictionService/Predict": "tfserving",
+        "/tensorflow.serving.PredictionService/Classify": "tfserving_classify",
+        "/tensorflow.serving.PredictionService/Regress": "tfserving_regress",
+        "/tensorflow.serving.PredictionService/MultiInference": "tfserving_multi_inference",
         "/seldon.protos.Model/Predict": "seldon",
         "/seldon.protos.Seldon/Predict": "seldon",
         "/inference.GRPCInferenceService/ModelInfer": "openinference",
     }
-    for path in METHODS:
+    assert {q.node_method: q.name for q in QUESTIONS} == {
+        "/inference.GRPCInferenceService/ModelMetadata": "openinference_metadata",
+        "/tensorflow.serving.PredictionService/GetModelMetadata": "tfserving_metadata",
+        "/tensorflow.serving.ModelService/GetModelStatus": "tfserving_status",
+    }
+    for path in (*METHODS, *(q.node_method for q in QUESTIONS)):
         service, _, method = path[1:].rpartition("/")
         assert method in {m.name for m in messages.pool.FindServiceByName(service).methods}
-    assert all(METHODS[p.node_method] is p for p in PROTOCOLS.values())
+    assert all(METHODS[p.node_method] is p for p in (*PROTOCOLS.values(), MULTI_INFERENCE))
 
 
 def test_each_protocol_finds_its_codec() -> None:
-    for name, p in PROTOCOLS.items():
-        codec: Any = p.codec
-        assert codec.__name__ == f"dl_inference_core.wire.{name}"
-        assert p.codec is p.codec
+    assert {name: p.codec for name, p in PROTOCOLS.items()} == {
+        "tfserving": tfserving,
+        "tfserving_classify": tfserving_examples.CLASSIFY,
+        "tfserving_regress": tfserving_examples.REGRESS,
+        "seldon": seldon_codec,
+        "openinference": openinference,
+    }
+    assert not any(p.codec_at for p in (MULTI_INFERENCE, *QUESTIONS)), "these a model answers in its own way"
+
+
+@pytest.mark.parametrize("padding", [b"", PADDING])
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (PROTOCOLS["tfserving_classify"], messages.ClassificationRequest),
+        (PROTOCOLS["tfserving_regress"], messages.RegressionRequest),
+        (SIGNATURES, messages.GetModelMetadataRequest),
+        (VERSIONS, messages.GetModelStatusRequest),
+    ],
+)
+def test_the_name_stands_in_the_model_spec(p: Any, message: Any, padding: Any) -> None:
+    body = message(model_spec={"name": "textcnn-69", "version_label": "stable"}).SerializeToString()
+    assert p.read_key(padding + body + padding) == "textcnn-69"
+    for nameless in (b"", message(model_spec={"signature_name": "s"}).SerializeToString()):
+        with pytest.raises(BadRequest, match=r"model_spec\.name is missing or empty"):
+            p.read_key(padding + nameless)
+
+
+@pytest.mark.parametrize("padding", [b"", PADDING])
+def test_all_tasks_of_a_multi_inference_name_one_model(padding: Any) -> None:
+    def body(*names: Any) -> Any:
+        tasks = [{"model_spec": {"name": name}, "method_name": "tensorflow/serving/regress"} for name in names]
+        return messages.MultiInferenceRequest(tasks=tasks).SerializeToString() + padding
+
+    assert MULTI_INFERENCE.read_key(body("m")) == MULTI_INFERENCE.read_key(body("m", "m", "m")) == "m"
+    for names in (("m", "n"), ("m", ""), ("", "m")):
+        with pytest.raises(BadRequest, match="All ModelSpecs in a MultiInferenceRequest must access the same model"):
+            MULTI_INFERENCE.read_key(body(*names))
+    for names in ((), ("",), ("", "")):
+        with pytest.raises(BadRequest, match=r"model_spec\.name is missing or empty"):
+            MULTI_INFERENCE.read_key(body(*names))
 
 
 @pytest.mark.parametrize("padding", [b"", PADDING])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 import warnings
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pb2, descriptor_pool
 
 import dl_inference_core.wire
 from dl_inference_core.wire import messages
@@ -42,6 +44,7 @@ def test_the_gateway_side_stays_light() -> None:
 def test_reflection_can_answer_for_every_service() -> None:
     for name, method in {
         "tensorflow.serving.PredictionService": "Predict",
+        "tensorflow.serving.ModelService": "GetModelStatus",
         "seldon.protos.Model": "Predict",
         "seldon.protos.Seldon": "Predict",
         "inference.GRPCInferenceService": "ModelInfer",
@@ -58,16 +61,24 @@ def test_reflection_can_answer_for_every_service() -> None:
     assert {f.name: f.number for f in v1.fields} == {f.name: f.number for f in alpha.fields}
 
 
+# Read by their numbers only: `google.rpc`'s codes, of which TensorFlow has an enum.
+NUMBERS_FOR_NAMES = {"tensorflow.serving.StatusProto.error_code"}
+
+
 def agree(ours: Any, theirs: Any, seen: Any = ()) -> Any:
-    """Every field of ours is theirs: by number, name, type and repetition."""
+    """Every field of ours is theirs: by number, name, type, repetition and the others that it excludes."""
     if ours.full_name in seen:
         return
+
+    def excluded(field: Any) -> Any:
+        others = field.containing_oneof.fields if field.containing_oneof is not None else [field]
+        return {other.number for other in others} & set(ours.fields_by_number)
+
     for field in ours.fields:
         other = theirs.fields_by_number[field.number]
-        assert (field.name, field.type, field.is_repeated) == (other.name, other.type, other.is_repeated), (
-            field.full_name
-        )
-        assert (field.containing_oneof is None) == (other.containing_oneof is None)
+        type_ = other.TYPE_INT32 if field.full_name in NUMBERS_FOR_NAMES else other.type
+        assert (field.name, field.type, field.is_repeated) == (other.name, type_, other.is_repeated), field.full_name
+        assert excluded(field) == excluded(other), field.full_name
         if field.message_type:
             agree(field.message_type, other.message_type, (*seen, ours.full_name))
         if field.enum_type:
@@ -80,19 +91,72 @@ def agree(ours: Any, theirs: Any, seen: Any = ()) -> Any:
 def test_field_numbers_are_the_official_ones() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from tensorflow_serving.apis import predict_pb2
         from tritonclient.grpc import service_pb2
-    for name in ("PredictRequest", "PredictResponse"):
-        agree(getattr(messages, name).DESCRIPTOR, getattr(predict_pb2, name).DESCRIPTOR)
     ours = messages.pool.FindFileByName("inference.proto").message_types_by_name
     for name, descriptor in ours.items():
         agree(descriptor, getattr(service_pb2, name).DESCRIPTOR)
     for envelope, whole in (
-        (messages.PredictKey, messages.PredictRequest),
+        *((messages.PredictKey, whole) for whole in WITH_A_MODEL_SPEC),
+        (messages.MultiInferenceKey, messages.MultiInferenceRequest),
         (messages.SeldonKey, messages.SeldonMessage),
         (messages.ModelInferKey, messages.ModelInferRequest),
     ):
         agree(envelope.DESCRIPTOR, whole.DESCRIPTOR)
+
+
+WITH_A_MODEL_SPEC = [
+    messages.PredictRequest,
+    messages.ClassificationRequest,
+    messages.RegressionRequest,
+    messages.GetModelMetadataRequest,
+    messages.GetModelStatusRequest,
+]
+# Files of options, which are read in text form, by their names. No official Python package has them.
+OPTIONS = {"MonitoringConfig", "MonitoringConfig.PrometheusConfig", "BatchingParameters"}
+
+
+@pytest.fixture(scope="module")
+def official() -> Any:
+    """Every message of the official packages, by its full name: protobuf's default pool."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow  # noqa: F401
+        import tensorflow_serving.apis
+        import tensorflow_serving.config
+
+        for package in (tensorflow_serving.apis, tensorflow_serving.config):
+            for module in pkgutil.iter_modules(package.__path__):
+                if module.name.endswith("_pb2"):
+                    importlib.import_module(f"{package.__name__}.{module.name}")
+    return descriptor_pool.Default()
+
+
+def with_nested(message: Any) -> Any:
+    yield message
+    for nested in message.nested_types:
+        yield from with_nested(nested)
+
+
+@pytest.mark.parametrize("file", ["tensorflow.proto", "tensorflow_serving.proto"])
+def test_tensorflows_messages_and_services_are_the_official_ones(official: Any, file: Any) -> None:
+    described = messages.pool.FindFileByName(file)
+    unknown = set()
+    for message in (m for top in described.message_types_by_name.values() for m in with_nested(top)):
+        try:
+            theirs = official.FindMessageTypeByName(message.full_name)
+        except KeyError:
+            unknown.add(message.full_name.removeprefix("tensorflow.serving."))
+        else:
+            agree(message, theirs)
+    assert unknown == (OPTIONS if file == "tensorflow_serving.proto" else set())
+    for name, enum in described.enum_types_by_name.items():
+        numbers = {value.name: value.number for value in enum.values}
+        theirs = official.FindEnumTypeByName(enum.full_name)
+        assert numbers.items() <= {value.name: value.number for value in theirs.values}.items(), name
+    for service in described.services_by_name.values():
+        methods = {m.name: (m.input_type.full_name, m.output_type.full_name) for m in service.methods}
+        theirs = official.FindServiceByName(service.full_name)
+        assert methods == {m.name: (m.input_type.full_name, m.output_type.full_name) for m in theirs.methods}
 
 
 THEIRS = """

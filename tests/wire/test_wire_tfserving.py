@@ -210,11 +210,29 @@ def test_many_small_inputs_cannot_claim_much_memory_together() -> None:
         tfserving.decode_request(message.SerializeToString())
 
 
-def test_version_labels_are_not_served_yet() -> None:
-    message = messages.PredictRequest()
+def test_version_labels_pass_both_ways(predict_pb2: Any) -> None:
+    message = predict_pb2.PredictRequest()
     message.model_spec.version_label = "stable"
-    with pytest.raises(BadRequest, match='"stable"; labels are not served yet'):
-        tfserving.decode_request(message.SerializeToString())
+    decoded = tfserving.decode_request(message.SerializeToString())
+    assert (decoded.label, decoded.version) == ("stable", None)
+    again = predict_pb2.PredictRequest.FromString(tfserving.encode_request(decoded))
+    assert (again.model_spec.version_label, again.model_spec.HasField("version")) == ("stable", False)
+
+
+def test_a_version_comes_before_a_label_as_only_one_can_be_sent(predict_pb2: Any) -> None:
+    both = Request(payload={}, form=Form.TENSORS, model="m", version=3, label="stable")
+    spec = predict_pb2.PredictRequest.FromString(tfserving.encode_request(both)).model_spec
+    assert (spec.version.value, spec.WhichOneof("version_choice")) == (3, "version")
+
+
+def test_dtypes_have_tensorflows_numbers(tf: Any) -> None:
+    for array in ARRAYS.values():
+        dtype = array.dtype.newbyteorder("=")
+        number = tfserving.dtype_number(dtype)
+        assert number == (7 if dtype.kind == "O" else tf.as_dtype(dtype).as_datatype_enum)
+        assert tfserving.dtype_of(number) == dtype
+    assert tfserving.dtype_number(None) == tfserving.dtype_number(np.dtype("M8[D]")) == 0
+    assert tfserving.dtype_of(0) is tfserving.dtype_of(20) is tfserving.dtype_of(101) is None
 
 
 def test_a_version_below_one_is_passed_on() -> None:

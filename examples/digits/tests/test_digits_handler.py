@@ -12,7 +12,7 @@ from digits.handler import Digits, pixels
 from PIL import Image
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.node.backend import Signature, TensorSpec
+from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Signature, TensorSpec
 from dl_inference_core.tensors import Form, Request
 from dl_inference_core.testing import FakeModel, HandlerConformance
 
@@ -59,7 +59,7 @@ def test_an_unknown_option_is_an_error() -> None:
 class Scores(FakeModel):
     """A model that is sure of a 3, whatever it sees."""
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Any]:
         return {"scores": np.tile(np.where(np.arange(10) == 3, 0.0, -np.inf), (len(inputs["image"]), 1))}
 
 

@@ -14,17 +14,20 @@ from typing import Any
 
 from pydantic import Field
 
+from dl_inference_core import sockets
 from dl_inference_core.certificates import Credentials
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ConfigError
 
 Document = dict[str, Any]
+Address = tuple[str, int] | Path
+"""A host and a port; or the path of a Unix-domain socket."""
 
 ADMIN, CONTROL, LISTENERS, CLUSTERS = "admin.sock", "control.sock", "listeners.json", "clusters.json"
 """Files in the private directory of one process."""
 
 _TYPE = "type.googleapis.com"
-_RELEASED_BYTES = 32 * 1024 * 1024
+_RELEASED_BYTES = 2 * 1024 * 1024
 _HTTP_PROTOCOL_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 # What is in flight to a node is bounded above this transport, for all routes alike.
 _NO_LIMIT = 2**31 - 1
@@ -39,6 +42,7 @@ class Options(PluginOptions):
     connection_window_bytes: the same, for all the calls of one connection.
     header_kb: KiB that the headers of one call may have.
     idle_timeout_s: seconds after which a client's connection without calls is closed; 0 never.
+    connection_age_s: seconds after which a client is told to connect anew, once its calls are answered; 0 never.
     headers_timeout_s: seconds that a client has to send a call's headers.
     keepalive_s: seconds after which a silent connection is asked for a sign of life: a client's by HTTP/2, a node's by
         TCP.
@@ -55,6 +59,7 @@ class Options(PluginOptions):
     connection_window_bytes: int = Field(default=16 * 1024 * 1024, ge=65_535, lt=2**31)
     header_kb: int = Field(default=60, ge=1, le=8192)
     idle_timeout_s: int = Field(default=3600, ge=0)
+    connection_age_s: int = Field(default=0, ge=0)
     headers_timeout_s: int = Field(default=10, ge=1)
     keepalive_s: int = Field(default=30, ge=1)
     keepalive_timeout_s: int = Field(default=5, ge=1)
@@ -110,7 +115,7 @@ def bootstrap(folder: Path, module: str, app: str, options: Options) -> Document
 
 def listener(
     name: str,
-    addresses: Sequence[tuple[str, int]],
+    addresses: Sequence[Address],
     module: str,
     app: str,
     options: Options,
@@ -118,8 +123,8 @@ def listener(
     share_port: bool,
     secrets: Secrets | None,
 ) -> Document:
-    """One listener on all of `addresses`, IP addresses and ports; `app` answers its calls. TLS with `secrets`."""
-    first, *others = ({"address": _socket(*address)} for address in addresses)
+    """One listener on all of `addresses`, whose hosts are IP addresses; `app` answers its calls. TLS with `secrets`."""
+    first, *others = ({"address": _address(address)} for address in addresses)
     chain: Document = {"filters": [_http(name, module, app, options, lifespan=False)]}
     if secrets is not None:
         chain["transport_socket"] = _tls("Downstream", _downstream_tls(secrets))
@@ -165,15 +170,16 @@ def _secret(name: str, content: Document) -> Document:
 
 
 def cluster(
-    name: str, host: str, port: int, options: Options, credentials: Credentials | None, server_name: str | None
+    name: str, address: Address, options: Options, credentials: Credentials | None, server_name: str | None
 ) -> Document:
     """The cluster of one node; a host that is a name is looked up again every few seconds.
 
     Args:
-        credentials: TLS with these; the node's certificate must have the name `server_name`, or else `host`.
+        credentials: TLS with these; the node's certificate must have the name `server_name`, or else the host's.
     """
     try:
-        ipaddress.ip_address(host)
+        if isinstance(address, tuple):
+            ipaddress.ip_address(address[0])
         kind = "STATIC"
     except ValueError:
         kind = "STRICT_DNS"
@@ -185,7 +191,7 @@ def cluster(
         "per_connection_buffer_limit_bytes": options.stream_window_bytes,
         "load_assignment": {
             "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _socket(host, port)}}]}],
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(address)}}]}],
         },
         "circuit_breakers": {
             "thresholds": [{"max_connections": _NO_LIMIT, "max_pending_requests": _NO_LIMIT, "max_requests": _NO_LIMIT}]
@@ -196,19 +202,20 @@ def cluster(
                 "explicit_http_config": {"http2_protocol_options": _windows(options)},
             }
         },
+    }
+    if isinstance(address, tuple):
         # By TCP, for gRPC servers end a connection that pings by HTTP/2 more than once in five minutes.
-        "upstream_connection_options": {
+        document["upstream_connection_options"] = {
             "tcp_keepalive": {
                 "keepalive_time": options.keepalive_s,
                 "keepalive_interval": options.keepalive_timeout_s,
                 "keepalive_probes": 1,
             }
-        },
-    }
+        }
     if kind == "STRICT_DNS":
         document |= {"dns_refresh_rate": "5s", "dns_lookup_family": "V4_PREFERRED"}
     if credentials is not None:
-        document["transport_socket"] = _tls("Upstream", _upstream_tls(credentials, server_name or host))
+        document["transport_socket"] = _tls("Upstream", _upstream_tls(credentials, server_name or host_of(address)))
     return document
 
 
@@ -220,16 +227,24 @@ def written(path: Path, resources: Sequence[Document], version: int) -> None:
     new.rename(path)
 
 
-def split(address: str) -> tuple[str, int]:
-    """Host, without brackets, and port of "host:port".
+def split(address: str) -> Address:
+    """Host, without brackets, and port of "host:port"; the path of "unix:/path".
 
     Raises:
         ConfigError: it is no such address.
     """
+    path = sockets.path_of(address)
+    if path is not None:
+        return path
     host, colon, port = address.rpartition(":")
     if not (colon and host and port.isascii() and port.isdecimal() and int(port) <= 65535):
         raise ConfigError(f"{address} is no address: expected host:port with a port up to 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def host_of(address: Address) -> str:
+    """What clients call the host: of a socket "localhost", as gRPC does."""
+    return address[0] if isinstance(address, tuple) else "localhost"
 
 
 def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool) -> Document:
@@ -248,6 +263,7 @@ def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool)
             "request_headers_timeout": f"{options.headers_timeout_s}s",
             "common_http_protocol_options": {
                 "idle_timeout": f"{options.idle_timeout_s}s",
+                **({"max_connection_duration": f"{options.connection_age_s}s"} if options.connection_age_s else {}),
                 "max_headers_count": 1000,
             },
             "http2_protocol_options": {
@@ -350,11 +366,17 @@ def _pem(content: bytes) -> Document:
     return {"inline_bytes": base64.b64encode(content).decode("ascii")}
 
 
-def _socket(host: str, port: int) -> Document:
+def _address(address: Address) -> Document:
+    if isinstance(address, Path):
+        return _pipe(address, mode=0)
+    host, port = address
     # "::" is every interface, those of IPv4 too.
     compatible = {"ipv4_compat": True} if host == "::" else {}
     return {"socket_address": {"address": host, "port_value": port, **compatible}}
 
 
-def _pipe(path: Path) -> Document:
-    return {"pipe": {"path": str(path), "mode": 0o600}}
+def _pipe(path: Path, mode: int = 0o600) -> Document:
+    """Args:
+    mode: the socket file's; 0 is what the process's umask leaves.
+    """
+    return {"pipe": {"path": str(path), "mode": mode}}

@@ -189,12 +189,13 @@ class EnvoyConnection(Connection):
         watched, tls: both or neither.
         """
         self._envoy = host
-        self._host, self._port = split(address)
+        self._address = split(address)
         self._limit = limits.message_bytes
         self._options = options
         self._watched = watched
         self._server_name = None if tls is None else tls.server_name
-        self._base = f"{'http' if watched is None else 'https'}://{address}"
+        authority = address if isinstance(self._address, tuple) else configuration.host_of(self._address)
+        self._base = f"{'http' if watched is None else 'https'}://{authority}"
         self._calls: Ticker[Outgoing] = Ticker()
         self._urls: dict[str, str] = {}
         self._closed = False
@@ -204,7 +205,7 @@ class EnvoyConnection(Connection):
     def _new_cluster(self) -> _Cluster:
         """With the credentials of now."""
         document = configuration.cluster(
-            self._envoy.new_name("node"), self._host, self._port, self._options, self._credentials, self._server_name
+            self._envoy.new_name("node"), self._address, self._options, self._credentials, self._server_name
         )
         return _Cluster(self._envoy, document)
 

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.transport import HttpApp
 from dl_inference_envoy_transport import configuration
-from dl_inference_envoy_transport.configuration import Document, Options, Secrets
+from dl_inference_envoy_transport.configuration import Address, Document, Options, Secrets
 from dl_inference_envoy_transport.loop import OneLoop, Pace
 
 T = TypeVar("T")
@@ -183,13 +183,13 @@ class Host:
         self,
         name: str,
         app: HttpApp,
-        addresses: list[tuple[str, int]],
+        addresses: list[Address],
         options: Options,
         *,
         share_port: bool,
         secrets: Secrets | None,
     ) -> tuple[int, ...]:
-        """Open a listener whose requests `app` answers, on this loop; returns its ports.
+        """Open a listener whose requests `app` answers, on this loop; returns the ports of the addresses that have one.
 
         Raises:
             ConfigError: Envoy refuses it, as it does if an address is in use; says why.

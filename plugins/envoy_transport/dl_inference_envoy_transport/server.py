@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from dl_inference_core.certificates import Watched
@@ -25,7 +26,7 @@ from dl_inference_core.errors import (
 )
 from dl_inference_core.transport import Call, HttpApp, Limits, Metadata, Methods, Server, UnaryHandler
 from dl_inference_envoy_transport import framing
-from dl_inference_envoy_transport.configuration import Options, Secrets
+from dl_inference_envoy_transport.configuration import Address, Options, Secrets
 from dl_inference_envoy_transport.host import Host
 from dl_inference_envoy_transport.loop import Ticker
 
@@ -148,6 +149,7 @@ class EnvoyServer(Server):
         self._limit = limits.message_bytes
         self._http = http
         self._calls: Ticker[Incoming] = Ticker()
+        self._sockets: list[Path] = []
         self._metadata_bytes = 0
         self._closed = False
         self._answered = 0
@@ -155,7 +157,7 @@ class EnvoyServer(Server):
 
     async def open(
         self,
-        addresses: list[tuple[str, int]],
+        addresses: list[Address],
         options: Options,
         *,
         share_port: bool,
@@ -167,6 +169,7 @@ class EnvoyServer(Server):
             ConfigError: as `Host.listen`.
         """
         self._metadata_bytes = int(options.header_kb * 1024 * _METADATA_SHARE)
+        self._sockets = [address for address in addresses if isinstance(address, Path)]
         if watched is not None:
             self._secrets = Secrets(self._host.folder, self._name, watched.current())
         try:
@@ -174,6 +177,7 @@ class EnvoyServer(Server):
                 self._name, self, addresses, options, share_port=share_port, secrets=self._secrets
             )
         except BaseException:
+            self._remove_sockets()
             if self._secrets is not None:
                 self._secrets.remove()
             raise
@@ -325,6 +329,7 @@ class EnvoyServer(Server):
         # calls that cross with its closing are answered for a moment longer.
         with suppress(OSError):  # of the admin interface
             await self._host.close_listener(self._name)
+            self._remove_sockets()
         with suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, end - time.monotonic())):
                 await self._until_quiet()
@@ -332,6 +337,11 @@ class EnvoyServer(Server):
         for call in tuple(self._calls.members):
             call.end(Ended.DRAIN)
         await self._until_idle()
+
+    def _remove_sockets(self) -> None:
+        """Envoy leaves their files."""
+        for path in self._sockets:
+            path.unlink(missing_ok=True)
 
     async def _until_quiet(self) -> None:
         while True:

@@ -6,25 +6,38 @@ import asyncio
 import importlib.util
 import ipaddress
 import json
+import math
 import os
 import platform
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from dl_inference_core import sockets
 from dl_inference_core.certificates import Watched
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.grpcio_transport import GrpcioTransport
 from dl_inference_core.transport import Connection, HttpApp, Limits, Methods, Program, Server, Transport
 from dl_inference_envoy_transport import configuration
+from dl_inference_envoy_transport.configuration import Address
 from dl_inference_envoy_transport.host import FOLDER, PROGRAM, Host
 
 _ENTRY = "dl_inference_core.cli:hosted"
+# gRPC's channel arguments that an option stands for, and how many of theirs make one of its unit.
+_OPTIONS = {
+    "grpc.max_concurrent_streams": ("concurrent_streams", 1),
+    "grpc.max_connection_age_ms": ("connection_age_s", 1000),
+    "grpc.max_connection_idle_ms": ("idle_timeout_s", 1000),
+    "grpc.keepalive_time_ms": ("keepalive_s", 1000),
+    "grpc.keepalive_timeout_ms": ("keepalive_timeout_s", 1000),
+    "grpc.max_metadata_size": ("header_kb", 1024),
+}
 # A socket's path has at most 107 bytes.
 _LONGEST_FOLDER = 90
 _APP = "dl_inference_envoy_transport.hosted:app"
@@ -53,6 +66,15 @@ class EnvoyTransport(Transport):
         if not _libpython():
             return f"{sys.executable} was built without a shared libpython (--enable-shared)"
         return ""
+
+    @classmethod
+    def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+        known = {name: value for name, value in arguments.items() if name in _OPTIONS and isinstance(value, int)}
+        options = {}
+        for name, value in known.items():
+            option, unit = _OPTIONS[name]
+            options[option] = math.ceil(value / unit)
+        return options, tuple(arguments.keys() - known.keys())
 
     @contextmanager
     def program(self, arguments: Sequence[str], entry: str = _ENTRY) -> Iterator[Program]:
@@ -153,19 +175,23 @@ def _private_folder() -> Path:
     return folder
 
 
-async def _resolved(address: str) -> tuple[str, int]:
-    """The IP address and port of "host:port".
+async def _resolved(address: str) -> Address:
+    """The IP address and port of "host:port"; or the path of "unix:/path", which is free then.
 
     Raises:
-        ConfigError: it is malformed, or the host is not known.
+        ConfigError: it is malformed, the host is not known, or the path is taken.
     """
-    host, port = configuration.split(address)
+    found = configuration.split(address)
+    if isinstance(found, Path):
+        sockets.claim(found)
+        return found
+    host, port = found
     try:
         ipaddress.ip_address(host)
     except ValueError:
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            known = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as error:
             raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
-        host = str(found[0][4][0])
+        host = str(known[0][4][0])
     return host, port

@@ -105,6 +105,7 @@ class TorchBackend(Backend):
                     ) from error
             if intra is not None:
                 torch.set_num_threads(intra)
+            self.imported()
             self._threads_set = True
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from dl_inference_core.errors import BadRequest, ModelError
-from dl_inference_core.node.backend import Model, Signature, TensorSpec
-from dl_inference_core.tensors import Tensor
+from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Model, Signature, TensorSpec
+from dl_inference_core.tensors import Tensor, mapped
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _GUARD = "Guard failed: "  # how the AssertionError of a program's own guards begins
@@ -42,10 +42,10 @@ class TorchModel(Model):
         return stack
 
     def to_native(self, value: Any) -> Any:
-        return _mapped(value, np.ndarray, self._from_numpy)
+        return mapped(value, np.ndarray, self._from_numpy)
 
     def to_numpy(self, value: Any) -> Any:
-        return _mapped(value, torch.Tensor, _to_numpy)
+        return mapped(value, torch.Tensor, _to_numpy)
 
     def close(self) -> None:
         self._native = None
@@ -86,7 +86,7 @@ class EagerModel(TorchModel):
         self.signature = Signature(inputs=tuple(TensorSpec(name=parameter.name) for parameter in required))
         self._keywords = {parameter.name for parameter in required if parameter.kind is parameter.KEYWORD_ONLY}
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
         tensors = self._inputs(inputs)
         # Without a signature the names are the client's own, which must not become keyword arguments.
         names = [spec.name for spec in self.signature.inputs] or list(tensors)
@@ -106,7 +106,7 @@ class ScriptedModel(TorchModel):
             inputs=tuple(TensorSpec(name=argument.name) for argument in arguments if not argument.has_default_value())
         )
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
         return _outputs(self._native(**self._inputs(inputs)))
 
 
@@ -135,7 +135,7 @@ class ExportedModel(TorchModel):
         self._in_spec = program.call_spec.in_spec
         self.signature = Signature(inputs=tuple(specs), outputs=_output_specs(program, values))
 
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
         tensors = self._inputs(inputs)
         flat = [tensors[item] if isinstance(item, str) else item.value for item in self._flat]
         args, kwargs = pytree.tree_unflatten(flat, self._in_spec)
@@ -223,17 +223,3 @@ def _to_numpy(tensor: torch.Tensor) -> Tensor:
         return array.view(_BFLOAT16)
     array = tensor.numpy(force=True)
     return array
-
-
-def _mapped(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
-    """`value` with everything of that `kind` in it converted."""
-    if isinstance(value, kind):
-        return convert(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, kind, convert) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_mapped(item, kind, convert) for item in value]
-    if isinstance(value, tuple):
-        items = [_mapped(item, kind, convert) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-    return value

@@ -1,0 +1,166 @@
+"""The models that lie outside the folder of models: named in our config, in a `model_config_file`, or by a client."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from dl_inference_core.config import ModelsConfig, NamedModel
+from dl_inference_core.errors import BadRequest, Code, ConfigError, PermissionDenied, ReloadFailed
+from dl_inference_core.node import tfserving_config
+from dl_inference_core.node.answering import ServedModel, State
+from dl_inference_core.node.repository import Repository
+from dl_inference_core.transport import Call
+from dl_inference_core.wire import messages
+
+_log = logging.getLogger(__name__)
+
+
+class NamedModels:
+    """Which models a repository has by name, kept as the file or the last client says. Event loop only."""
+
+    def __init__(self, config: ModelsConfig) -> None:
+        """Raises:
+        ConfigError: `config.config_file` cannot be used, or names a model that `config.named` names.
+        """
+        self._config = config
+        self._content = b""
+        self._repository: Repository
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ours: Mapping[str, NamedModel] = MappingProxyType(config.named)
+        if config.config_file is not None:
+            try:
+                self._content = config.config_file.read_bytes()
+            except OSError as error:
+                raise ConfigError(f"{config.config_file}: {error.strerror or error}") from error
+            self._ours = self._with_ours(tfserving_config.parse(self._content, config.config_file) or {})
+        self.models = self._ours
+        """By name, as of now."""
+
+    def start(self, repository: Repository) -> None:
+        """From now on have `repository`, which was made with `models`, follow."""
+        self._repository = repository
+        if self._config.config_file is not None and self._config.config_poll_interval_ms:
+            self._spawn(asyncio.create_task(self._watch(), name="watch the model_config_file"))
+
+    async def close(self) -> None:
+        """Follow nothing any more. Before the repository is closed."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def reload(self, call: Call) -> bytes:
+        """TensorFlow Serving's HandleReloadConfigRequest: the models that it names take the place of all those named
+        before, and the answer comes when each has loaded or failed. A client that leaves does not undo it. Sources in
+        a folder that only a client names are not run.
+
+        Raises:
+            PermissionDenied: clients may not.
+            BadRequest: the request names what cannot be; nothing has changed.
+            ReloadFailed: it has been done, but a model, a version or a label that it names is not there.
+        """
+        if not self._config.accept_config:
+            raise PermissionDenied(
+                "this server takes no config from clients; to allow it, set accept_config = true under [models]"
+            )
+        config = messages.parse(messages.ReloadConfigRequest, call.request).config
+        if config.WhichOneof("config") != "model_config_list":
+            raise BadRequest(
+                "ServerModelConfig type not supported by HandleReloadConfigRequest."
+                " Only ModelConfigList is currently supported"
+            )
+        try:
+            models = tfserving_config.named_models(config, "ReloadConfigRequest")
+        except ConfigError as error:
+            raise BadRequest(str(error)) from error
+        trusted = {model.path for model in self._ours.values() if model.sources}
+        models = {name: model.model_copy(update={"sources": model.path in trusted}) for name, model in models.items()}
+        _log.info("a client has replaced the models: %s", ", ".join(models) or "none")
+        await asyncio.shield(self._spawn(asyncio.create_task(self._replace_and_wait(models))))
+        _check(models, self._repository.models)
+        response = messages.ReloadConfigResponse(status={"error_code": Code.OK})
+        return response.SerializeToString()  # type: ignore[no-any-return]
+
+    async def _watch(self) -> None:
+        assert self._config.config_file is not None
+        file, said = self._config.config_file, ""
+        while True:
+            await asyncio.sleep(self._config.config_poll_interval_ms / 1000)
+            try:
+                content = await asyncio.to_thread(file.read_bytes)
+                if content == self._content:
+                    said = ""
+                    continue
+                models = tfserving_config.parse(content, file)
+                if models is not None:  # nothing at all is a file that is being written
+                    self._ours = self._with_ours(models)
+                    await self._replace(self._ours)
+                    self._content, said = content, ""
+            except (ConfigError, OSError) as error:
+                if said != (said := str(error)):
+                    _log.warning("all stays as it is: %s", error)
+            except Exception as error:
+                if said != (said := repr(error)):
+                    _log.exception("following %s failed", file)
+
+    def _with_ours(self, models: Mapping[str, NamedModel]) -> Mapping[str, NamedModel]:
+        if both := sorted(models.keys() & self._config.named.keys()):
+            raise ConfigError(f"{self._config.config_file}: our own config names the model {both[0]}, too")
+        return {**self._config.named, **models}
+
+    async def _replace(self, models: Mapping[str, NamedModel]) -> None:
+        self.models = models
+        await self._repository.replace_named(models)
+
+    async def _replace_and_wait(self, models: Mapping[str, NamedModel]) -> None:
+        await self._replace(models)
+        await self._repository.loaded(models)
+
+    def _spawn(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _check(named: Mapping[str, NamedModel], served: Mapping[str, ServedModel]) -> None:
+    """Raises:
+    ReloadFailed: in TensorFlow Serving's words, if something of `named` is not there.
+    """
+    missing = [problem for name, model in named.items() for problem in _missing(name, model, served.get(name))]
+    if missing:
+        listed = "".join(f"{{{problem}}}, " for problem in missing)
+        raise ReloadFailed(f"{len(missing)} servable(s) did not become available: {{{listed}}}")
+    for name, model in named.items():
+        for version in model.settings.get("version_labels", {}).values():
+            if version not in _available(served[name]):
+                raise ReloadFailed(
+                    f"Request to assign label to version {version} of model {name}, which is not currently available "
+                    "for inference",
+                    Code.FAILED_PRECONDITION,
+                )
+
+
+def _missing(name: str, model: NamedModel, served: ServedModel | None) -> Iterator[str]:
+    """What of the model `name` is not there as it was asked for, and why; what older files answer is not."""
+    if served is None:
+        yield f"name: {name} due to error: another config has taken its place"
+    elif served.refusal:
+        yield f"name: {name} due to error: {served.refusal}"
+    else:
+        asked = model.settings["versions"]
+        statuses = served.versions
+        wanted = asked if isinstance(asked, tuple) else sorted(n for n, status in statuses.items() if status.error)
+        if not wanted and not served.ready:
+            yield f"name: {name} due to error: there is no version in {model.path}"
+        for version in wanted:
+            status = statuses.get(version)
+            if status is None:
+                yield f"{{name: {name} version: {version}}} due to error: it is not in {model.path}"
+            elif status.error or status.state is not State.AVAILABLE:
+                yield f"{{name: {name} version: {version}}} due to error: {status.error or status.state.value}"
+
+
+def _available(served: ServedModel) -> set[int]:
+    return {version for version, status in served.versions.items() if status.state is State.AVAILABLE}

@@ -1,0 +1,273 @@
+"""What every REST API here shares: models of this process alone, bodies read in pieces, deadlines, errors as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from dl_inference_core.errors import (
+    BadRequest,
+    Code,
+    DeadlineExceeded,
+    InferenceError,
+    MessageTooLarge,
+    ModelNotFound,
+    ModelNotReady,
+)
+from dl_inference_core.introspection import Readiness
+from dl_inference_core.listener import Listener
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.routing import Routes, Table, Upstream
+from dl_inference_core.transport import Call, HttpApp
+from dl_inference_core.wire.protocol import Protocol
+
+_log = logging.getLogger(__name__)
+
+_LOOK_AFTER_S = 0.02
+_LINGER_S = 0.5
+_MOST_DISCARDED = 10
+"""Times the limit of a body."""
+_GZIP = 16 + zlib.MAX_WBITS
+
+# As TensorFlow Serving has it.
+_STATUS = {
+    Code.CANCELLED: 499,
+    Code.INVALID_ARGUMENT: 400,
+    Code.DEADLINE_EXCEEDED: 504,
+    Code.NOT_FOUND: 404,
+    Code.ALREADY_EXISTS: 409,
+    Code.PERMISSION_DENIED: 403,
+    Code.RESOURCE_EXHAUSTED: 429,
+    Code.FAILED_PRECONDITION: 400,
+    Code.ABORTED: 409,
+    Code.OUT_OF_RANGE: 400,
+    Code.UNIMPLEMENTED: 501,
+    Code.UNAVAILABLE: 503,
+    Code.UNAUTHENTICATED: 401,
+}
+
+
+class Refused(BadRequest):
+    """A request for which HTTP has a status of its own.
+
+    Attributes:
+        status: that status.
+        headers: what goes back beside it.
+    """
+
+    def __init__(self, message: str, status: int, **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+
+
+class Local(Routes):
+    """The models that this process serves itself."""
+
+    def __init__(self, here: Table | None, elsewhere: Table | None, readiness: Readiness) -> None:
+        """Args:
+        here: where they are found; None is nowhere.
+        elsewhere: what has routes to other nodes, which are not gone.
+        """
+        super().__init__(*() if here is None else (here,))
+        self._starting = here is not None
+        self._elsewhere = Routes(*() if elsewhere is None else (elsewhere,))
+        self._readiness = readiness
+
+    def find(self, key: str | int) -> Upstream:
+        """Raises:
+        ModelNotFound: there is no such model, or it is on other nodes.
+        ModelNotReady: the server starts, and may yet have it; or it ends.
+        """
+        if self._readiness.ending.is_set():
+            raise ModelNotReady("the server is shutting down")
+        try:
+            return super().find(key)
+        except ModelNotFound:
+            if self._is_elsewhere(key):
+                raise ModelNotFound(
+                    f'Servable not found for request: Latest({key}); "{key}" is a route to other nodes, '
+                    "which is taken by gRPC only: REST answers for the models of this process"
+                ) from None
+            if self._starting and not self._readiness.serving:
+                raise ModelNotReady(f'no model is named "{str(key)[:100]}", but the server is starting') from None
+            raise
+
+    def _is_elsewhere(self, key: str | int) -> bool:
+        try:
+            self._elsewhere.find(key)
+        except ModelNotFound:
+            return False
+        return True
+
+
+class Rest:
+    """Turns HTTP requests into calls of models and back. Event loop only."""
+
+    def __init__(self, local: Local, metrics: Metrics, *, body_bytes: int, timeout_s: float | None) -> None:
+        """Args:
+        body_bytes: of the largest request body, as it comes and after decompression.
+        timeout_s: what a request may take, from its headers to its answer; None is no limit.
+        """
+        self._local = local
+        self._listener = Listener(local, metrics)
+        self._body_bytes = body_bytes
+        self._timeout_s = timeout_s
+
+    def app(self, answer: Callable[[Request], Awaitable[bytes]]) -> HttpApp:
+        """An application of which each request is answered by the JSON that `answer` gives, or by
+        `{"error": "..."}` and the status that belongs to what it raises."""
+
+        async def respond(scope: Any, receive: Any, send: Any) -> None:
+            request = Request(scope, receive)
+            try:
+                response = Response(await answer(request), media_type="application/json")
+            except ClientDisconnect:
+                return
+            except InferenceError as error:
+                response = _refusal(error)
+            except Exception as error:
+                _log.exception("%s %s failed", request.method, scope["path"])
+                response = _refusal(InferenceError(f"unexpected {type(error).__name__}"))
+            await response(scope, receive, send)
+
+        return respond
+
+    async def infer(self, request: Request, protocol: Protocol) -> bytes:
+        """The answer of the model that `protocol.read_key` names to the request's body.
+
+        Raises:
+            InferenceError: any failure.
+            ClientDisconnect: the client has left; the call is cancelled.
+        """
+        start = time.monotonic()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._body(request)
+                deadline = None if self._timeout_s is None else start + self._timeout_s
+                given = request.headers.get("x-request-id")
+                call = Call(
+                    method=request.scope["path"],
+                    request=body,
+                    metadata=(("x-request-id", given),) if given else (),
+                    deadline=deadline,
+                )
+                return await _while_there(request, self._listener.handler(protocol)(call))
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request took longer than {self._timeout_s} s") from None
+
+    async def ask(self, question: Protocol, body: bytes) -> bytes:
+        """The answer to a question about a model, one of `protocol.QUESTIONS`.
+
+        Args:
+            body: the question's message.
+
+        Raises:
+            InferenceError: any failure.
+        """
+        call = Call(method=question.node_method, request=body)
+        return await self._local.find(question.read_key(body)).answer(call, question)
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, decompressed; no more of it is held than the limit and one piece.
+
+        Raises:
+            MessageTooLarge: as soon as that is known.
+            Refused: a content encoding that is not known.
+            BadRequest: the body is not in its encoding.
+        """
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", "gzip"):
+            raise Refused(f"content encoding {encoding[:100]} is not known; expected gzip or none", 415)
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._body_bytes):
+            await self._discard(request)
+            raise self._too_large()
+        parts: list[bytes] = []
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self._body_bytes:
+                parts.clear()
+                await self._discard(request)
+                raise self._too_large()
+            parts.append(part)
+        body = b"".join(parts)
+        return body if encoding == "identity" else await asyncio.to_thread(self._decompressed, body)
+
+    async def _discard(self, request: Request) -> None:
+        """Take the rest of a body, within bounds: a client that is cut off while it sends may see no answer."""
+        if "expect" in request.headers:  # it sends nothing before it is told to
+            return
+        left = _MOST_DISCARDED * self._body_bytes
+        more = True
+        with contextlib.suppress(TimeoutError):
+            while more and left > 0:
+                async with asyncio.timeout(_LINGER_S):
+                    event = await request.receive()
+                left -= len(event.get("body", b""))
+                more = event.get("more_body", False)
+
+    def _decompressed(self, body: bytes) -> bytes:
+        decompressing = zlib.decompressobj(_GZIP)
+        try:
+            plain = decompressing.decompress(body, self._body_bytes + 1)
+        except zlib.error as error:
+            raise BadRequest(f"the body is no gzip, which its content encoding says it is: {error}") from None
+        if len(plain) > self._body_bytes:
+            raise self._too_large()
+        if not decompressing.eof or decompressing.unused_data:
+            raise BadRequest(
+                "the body is no gzip, which its content encoding says it is: it does not end where it ends"
+            )
+        return plain
+
+    def _too_large(self) -> MessageTooLarge:
+        return MessageTooLarge(f"the request's body is too large; expected at most {self._body_bytes} bytes")
+
+
+async def _while_there(request: Request, answering: Awaitable[bytes]) -> bytes:
+    """The result of `answering`, which is cancelled when the client leaves.
+
+    Raises:
+        ClientDisconnect: it has.
+    """
+    task = asyncio.ensure_future(answering)
+    leaving: asyncio.Future[None] | None = None
+    try:
+        await asyncio.wait((task,), timeout=_LOOK_AFTER_S)
+        if not task.done():
+            leaving = asyncio.ensure_future(_until_left(request))
+            await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        if leaving is not None:
+            leaving.cancel()
+
+
+async def _until_left(request: Request) -> None:
+    # Some servers tell when the client leaves, others only whether it has.
+    while (await request.receive())["type"] != "http.disconnect":  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK_AFTER_S)
+
+
+def _refusal(error: InferenceError) -> Response:
+    status, headers = _STATUS.get(error.code, 500), {}
+    if isinstance(error, Refused):
+        status, headers = error.status, error.headers
+    elif isinstance(error, MessageTooLarge):
+        status = 413
+    # In ASCII: what a client sent, and an error repeats, need not be encodable.
+    return Response(json.dumps({"error": str(error)}), status, headers, "application/json")

@@ -1,0 +1,185 @@
+"""TensorFlow Serving's REST API: its URLs, and what is asked about a model. Values are `rest.tfserving_codec`'s."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
+
+from google.protobuf import json_format
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Mount
+
+from dl_inference_core.errors import BadRequest, Code
+from dl_inference_core.rest.answering import Refused, Rest
+from dl_inference_core.wire import messages
+from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol
+
+if TYPE_CHECKING:
+    from dl_inference_core.wire.protocol import Codec
+
+# Matched before percent-decoding, so that a name may hold "/" and ":".
+_MODEL = r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
+_QUESTION = re.compile(_MODEL + r"(?P<metadata>/metadata)?")
+_VERB = re.compile(_MODEL + r":(?P<verb>predict|classify|regress)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addressed:
+    """What a URL says of a request: the model, and which version of it by number or label, or neither."""
+
+    model: str
+    version: int | None
+    label: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Inference(Protocol):
+    """One request of the API, as listener and model take it: its bytes say nothing of what the URL says."""
+
+    addressed: Addressed
+    verb: str
+
+    @property
+    def codec(self) -> Codec:
+        from dl_inference_core.rest.tfserving_codec import CODECS  # numpy with it
+
+        return cast("Codec", CODECS[self.verb](self.addressed))
+
+
+def routes(rest: Rest) -> tuple[BaseRoute, ...]:
+    """Everything below `/v1`."""
+    return (Mount("/v1", app=rest.app(TfServing(rest).answer)),)
+
+
+class TfServing:
+    """Answers the requests below `/v1`. Event loop only."""
+
+    def __init__(self, rest: Rest) -> None:
+        self._rest = rest
+
+    async def answer(self, request: Request) -> bytes:
+        """The answer's JSON.
+
+        Raises:
+            InferenceError: any failure.
+        """
+        path = _raw_path(request)
+        if found := _VERB.fullmatch(path):
+            _allow(request, "POST")
+            return await self._infer(request, _addressed(found), found["verb"])
+        if found := _QUESTION.fullmatch(path):
+            _allow(request, "GET", "HEAD")
+            question = self._metadata if found["metadata"] else self._status
+            return await question(_addressed(found))
+        if path == "/v1/models":
+            raise BadRequest("Missing model name in request.")
+        raise BadRequest(
+            f"Malformed request: {request.method} {path[:200]}; expected "
+            "/v1/models/MODEL[/versions/NUMBER|/labels/LABEL] and nothing, /metadata, :predict, :classify or :regress"
+        )
+
+    async def _infer(self, request: Request, addressed: Addressed, verb: str) -> bytes:
+        return await self._rest.infer(
+            request,
+            _Inference(
+                name=f"rest_{verb}",
+                node_method="",
+                read_key=lambda _: addressed.model,
+                codec_at="rest",
+                addressed=addressed,
+                verb=verb,
+            ),
+        )
+
+    async def _status(self, addressed: Addressed) -> bytes:
+        asked = messages.GetModelStatusRequest(model_spec=_spec(addressed))
+        answer = messages.parse(
+            messages.GetModelStatusResponse, await self._rest.ask(VERSIONS, asked.SerializeToString())
+        )
+        state = messages.GetModelStatusResponse.DESCRIPTOR.fields_by_name["model_version_status"].message_type
+        names = state.fields_by_name["state"].enum_type.values_by_number
+        return _dumped(
+            {
+                "model_version_status": [
+                    {
+                        "version": str(each.version),
+                        "state": names[each.state].name,
+                        "status": {
+                            "error_code": Code(each.status.error_code).name,
+                            "error_message": each.status.error_message,
+                        },
+                    }
+                    for each in answer.model_version_status
+                ]
+            }
+        )
+
+    async def _metadata(self, addressed: Addressed) -> bytes:
+        asked = messages.GetModelMetadataRequest(model_spec=_spec(addressed), metadata_field=["signature_def"])
+        answer = messages.parse(
+            messages.GetModelMetadataResponse, await self._rest.ask(SIGNATURES, asked.SerializeToString())
+        )
+        signatures = messages.SignatureDefMap()
+        answer.metadata["signature_def"].Unpack(signatures)
+        return _dumped({"model_spec": _printed(answer.model_spec), "metadata": {"signature_def": _printed(signatures)}})
+
+
+def _raw_path(request: Request) -> str:
+    raw: bytes = request.scope["raw_path"]
+    return raw.partition(b"?")[0].decode("latin-1")
+
+
+def _allow(request: Request, *methods: str) -> None:
+    if request.method not in methods:
+        raise Refused(
+            f"Malformed request: {request.method} is not for this path; expected {methods[0]}",
+            405,
+            allow=", ".join(methods),
+        )
+
+
+def _addressed(found: re.Match[str]) -> Addressed:
+    """Raises:
+    BadRequest: a version that no model can have; what is no UTF-8 after percent-decoding.
+    """
+    version = found["version"]
+    if version is not None and (len(version) > 19 or int(version) >= 2**63):
+        raise BadRequest(f"Failed to convert version: {version[:100]} to numeric.")
+    return Addressed(
+        model=_decoded(found["model"], "model name"),
+        version=None if version is None else int(version),
+        label=_decoded(found["label"] or "", "version label"),
+    )
+
+
+def _decoded(quoted: str, what: str) -> str:
+    try:
+        return unquote(quoted, errors="strict")
+    except UnicodeDecodeError:
+        raise BadRequest(f"Failed to decode {what}: {quoted[:200]}; expected UTF-8, percent-encoded") from None
+
+
+def _spec(addressed: Addressed) -> dict[str, Any]:
+    spec: dict[str, Any] = {"name": addressed.model}
+    if addressed.version is not None:
+        spec["version"] = {"value": addressed.version}
+    elif addressed.label:
+        spec["version_label"] = addressed.label
+    return spec
+
+
+def _printed(message: Any) -> Any:
+    """A message as TensorFlow Serving prints it: every field of it, under the names of the .proto."""
+    return json_format.MessageToDict(
+        message,
+        preserving_proto_field_name=True,
+        always_print_fields_with_no_presence=True,
+        descriptor_pool=messages.pool,
+    )
+
+
+def _dumped(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode()

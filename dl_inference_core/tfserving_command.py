@@ -1,0 +1,251 @@
+"""TensorFlow Serving's command line → our config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dl_inference_core.config import Config, ModelsConfig, NamedModel
+from dl_inference_core.errors import ConfigError
+from dl_inference_core.transport import Transport
+from dl_inference_core.wire import messages, text
+
+_METRICS_PATH = "/monitoring/prometheus/metrics"
+_LARGEST_MESSAGE = 2**31 - 1
+_LONGEST_REST_MS = 3_600_000
+_LARGEST_REST_BODY = 64 * 1024 * 1024
+_INT32 = range(-(2**31), 2**31)
+_MOST_THREADS = 1024
+
+
+class TfServingCommand(click.Command):
+    """A command that answers an unknown flag with the flags that it knows."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            known = " ".join(option for parameter in self.params for option in parameter.opts if not _hidden(parameter))
+            raise click.UsageError(f"unknown flag {error.option_name}; known are: {known} --help", ctx) from None
+
+
+def _hidden(parameter: click.Parameter) -> bool:
+    return isinstance(parameter, click.Option) and parameter.hidden
+
+
+def _flag(name: str, kind: Any, default: Any, metavar: str, words: str, **more: Any) -> Any:
+    told = f"  [default: {default}]" if default != "" else ""
+    return click.option(name, type=kind, default=default, metavar=metavar, help=f"{words}{told}", **more)
+
+
+def _port(name: str, default: int, words: str) -> Any:
+    return _flag(name, click.IntRange(0, 65535), default, "P", words)
+
+
+def _number(name: str, default: int, words: str) -> Any:
+    return _flag(name, click.IntRange(0), default, "N", words)
+
+
+def _text(name: str, words: str, *, metavar: str = "PATH", default: str = "") -> Any:
+    return _flag(name, str, default, metavar, words)
+
+
+_FLAGS = (
+    _port("--port", 8500, "Listen for gRPC here, on every interface; 0 is any free port."),
+    _text("--grpc_socket_path", "Listen for gRPC on this Unix-domain socket, too."),
+    _port("--rest_api_port", 0, "Answer REST here, on every interface; 0 answers none on a port of its own."),
+    _number("--rest_api_timeout_in_ms", 30000, "Milliseconds that a REST call may take."),
+    _text("--model_name", "The name that clients ask for.", metavar="NAME", default="default"),
+    _text("--model_base_path", "The folder of the one model, which holds a folder for each version: PATH/1, PATH/2."),
+    _text(
+        "--model_config_file",
+        "Serve the models in this file, a ModelServerConfig in protobuf's text form; --model_name and "
+        "--model_base_path are ignored then.",
+        metavar="FILE",
+    ),
+    _number(
+        "--model_config_file_poll_wait_seconds", 0, "Seconds between two looks at that file; 0 reads it once only."
+    ),
+    _number(
+        "--file_system_poll_wait_seconds", 1, "Seconds between two looks for new versions; 0 looks at the start only."
+    ),
+    _flag(
+        "--enable_batching",
+        bool,
+        "false",
+        "[true|false]",
+        "Batch requests; has no effect yet.",
+        is_flag=False,
+        flag_value="true",
+    ),
+    _text("--batching_parameters_file", "BatchingParameters in text form; with --enable_batching.", metavar="FILE"),
+    _text(
+        "--monitoring_config_file",
+        f"A MonitoringConfig in text form: whether Prometheus gets metrics on the REST port at another path than "
+        f"/metrics; {_METRICS_PATH}, if it says none.",
+        metavar="FILE",
+    ),
+    _text(
+        "--grpc_channel_arguments",
+        "Settings of the gRPC server by gRPC's names, such as grpc.max_connection_age_ms=60000. It says which the "
+        "transport has nothing like.",
+        metavar="KEY=VALUE,...",
+    ),
+    _number("--tensorflow_session_parallelism", 0, "Both numbers of threads of TensorFlow's, in one; 0 says neither."),
+    _number(
+        "--tensorflow_intra_op_parallelism", 0, "Threads for one operation of TensorFlow's; 0 is one for each CPU."
+    ),
+    _number(
+        "--tensorflow_inter_op_parallelism",
+        0,
+        "Threads for operations of one request that need not wait for each other; 0 runs a request's operations one "
+        "after another on its own thread.",
+    ),
+    _text(
+        "--transport",
+        'Not TensorFlow Serving\'s: the network stack, "envoy", "grpcio", or "auto" for envoy where it can run.',
+        metavar="NAME",
+        default="auto",
+    ),
+)
+
+
+def flags(command: Callable[..., None]) -> Callable[..., None]:
+    """The flags, as options of `command`."""
+    for decorate in reversed(_FLAGS):
+        command = decorate(command)
+    return command
+
+
+def config_of(given: Mapping[str, Any], transport: type[Transport]) -> tuple[Config, list[str]]:
+    """What `flags` come to, and, a line each, what of it has no effect or should be known.
+
+    Args:
+        given: the flags' values, by their names; "" is as if left out.
+        transport: what will serve.
+
+    Raises:
+        ConfigError: they say what cannot be.
+    """
+    notes: list[str] = []
+    _check_batching(given, notes)
+    options, ignored = transport.of_channel_arguments(_channel_arguments(given["grpc_channel_arguments"]))
+    if ignored:
+        notes.append(f"the transport {transport.name} has nothing like {', '.join(sorted(ignored))}: ignored")
+    http_port = given["rest_api_port"] or None
+    if http_port is not None and http_port == given["port"]:
+        notes.append(f"--rest_api_port is --port, {http_port}: there is no port for REST alone")
+        http_port = None
+    threads = _threads(given)
+    config = Config(
+        host="0.0.0.0",  # noqa: S104 - as TensorFlow Serving, for which this stands in
+        port=given["port"],
+        socket_path=Path(given["grpc_socket_path"]) if given["grpc_socket_path"] else None,
+        http_port=http_port,
+        rest_timeout_ms=min(given["rest_api_timeout_in_ms"], _LONGEST_REST_MS),
+        rest_bytes=_LARGEST_REST_BODY,
+        metrics_path=_metrics_path(given, transport, http_port, notes),
+        transport=transport.name,
+        transport_options=options,
+        message_bytes=_LARGEST_MESSAGE,
+        models=_models(given, notes),
+        backends={"tensorflow": threads} if threads else {},
+    )
+    return config, notes
+
+
+def _models(given: Mapping[str, Any], notes: list[str]) -> ModelsConfig:
+    from dl_inference_core.node import tfserving_config  # a gateway's command line loads nothing of a node's
+
+    file, base_path, name = given["model_config_file"], given["model_base_path"], given["model_name"]
+    named: dict[str, NamedModel] = {}
+    if file:
+        if base_path:
+            notes.append("--model_config_file is given: --model_name and --model_base_path are ignored")
+    elif base_path:
+        named[tfserving_config.checked_name(name, "--model_name")] = NamedModel(
+            path=tfserving_config.checked_path(base_path, "--model_base_path", Path()),
+            settings={"versions": "newest", "keep_versions": 1},
+            flat=False,
+        )
+    else:
+        raise ConfigError("nothing to serve: give --model_base_path=PATH or --model_config_file=FILE")
+    notes.append(
+        "clients may have any folder of this machine served, by HandleReloadConfigRequest, as TensorFlow Serving's may"
+    )
+    return ModelsConfig(
+        defaults={"threads": min(_cpus(), _MOST_THREADS)},
+        named=named,
+        config_file=Path(file) if file else None,
+        config_poll_interval_ms=1000 * given["model_config_file_poll_wait_seconds"],
+        poll_interval_ms=1000 * given["file_system_poll_wait_seconds"],
+        accept_config=True,
+    )
+
+
+def _cpus() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _check_batching(given: Mapping[str, Any], notes: list[str]) -> None:
+    file = given["batching_parameters_file"]
+    if file and not given["enable_batching"]:
+        raise ConfigError("--batching_parameters_file takes --enable_batching, too")
+    if file:
+        text.read(Path(file), messages.BatchingParameters)
+    if given["enable_batching"]:
+        notes.append("--enable_batching has no effect yet: requests are not batched")
+
+
+def _metrics_path(given: Mapping[str, Any], transport: type[Transport], port: int | None, notes: list[str]) -> str:
+    if not given["monitoring_config_file"]:
+        return "/metrics"
+    file = Path(given["monitoring_config_file"])
+    prometheus = text.read(file, messages.MonitoringConfig).prometheus_config
+    if not prometheus.enable:
+        return "/metrics"
+    if port is None and not transport.http_on_same_port:
+        notes.append("--monitoring_config_file has no effect without --rest_api_port")
+    path: str = prometheus.path or _METRICS_PATH
+    if not path.startswith("/") or set(path) & set("{}"):
+        raise ConfigError(f'{file}: prometheus_config.path is "{path}"; expected a path that begins with "/"')
+    return path
+
+
+def _threads(given: Mapping[str, Any]) -> dict[str, int]:
+    """Options of the backend "tensorflow"."""
+    both, intra, inter = (given[f"tensorflow_{kind}_parallelism"] for kind in ("session", "intra_op", "inter_op"))
+    if both and (intra or inter):
+        raise ConfigError(
+            "--tensorflow_session_parallelism stands for --tensorflow_intra_op_parallelism and "
+            "--tensorflow_inter_op_parallelism; give it or them"
+        )
+    threads = {"intra_op_threads": intra or both, "inter_op_threads": inter or both}
+    return {option: number for option, number in threads.items() if number}
+
+
+def _channel_arguments(written: str) -> dict[str, int | str]:
+    """By name; what is a number of 32 bits is one, as in TensorFlow Serving.
+
+    Raises:
+        ConfigError: one is not written KEY=VALUE.
+    """
+    arguments: dict[str, int | str] = {}
+    for argument in filter(None, written.split(",")):
+        name, equals, value = argument.partition("=")
+        if not (name and equals):
+            raise ConfigError(f'--grpc_channel_arguments has "{argument}"; expected KEY=VALUE,KEY=VALUE')
+        try:
+            number = int(value)
+        except ValueError:
+            arguments[name] = value
+        else:
+            arguments[name] = number if number in _INT32 else value
+    return arguments

@@ -1,0 +1,54 @@
+"""Unix-domain sockets, from the config to clients and to nodes."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dl_inference_core import config as configs
+from dl_inference_core import sockets
+
+Lab = Any  # tests/conftest.py
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A short path."""
+    with tempfile.TemporaryDirectory(prefix="dl-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("address", "path"),
+    [
+        ("unix:/run/x", Path("/run/x")),
+        ("unix:///run/x", Path("/run/x")),
+        ("unix:x/y", Path.cwd() / "x/y"),
+        ("127.0.0.1:8500", None),
+        ("unix-1:8500", None),
+    ],
+)
+def test_an_address_of_a_socket_is_told_from_others(address: str, path: Path | None) -> None:
+    assert sockets.path_of(address) == path
+
+
+def test_the_path_is_taken_from_the_folder_of_the_config() -> None:
+    assert configs.parse(b'socket_path = "run/x"', Path("/etc/dl/server.toml")).socket_path == Path("/etc/dl/run/x")
+
+
+async def test_a_gateway_is_called_by_its_socket_and_calls_a_node_by_its(lab: Lab, folder: Path) -> None:
+    node = await lab.node("a")
+    near = await lab.gateway(lab.route(node), socket_path=folder / "near")
+    far = await lab.front(f"unix:{folder / 'near'}", top=f'socket_path = "{folder / "far"}"\n')
+    assert await far.call() == "a"
+    assert (folder / "far").is_socket()
+    await near.app.close()
+    assert not (folder / "near").exists()
+    code, said = await far.refusal()
+    assert code.name == "UNAVAILABLE"
+    assert re.search(rf"node unix:{folder / 'near'}", said)

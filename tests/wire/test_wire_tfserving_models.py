@@ -1,0 +1,137 @@
+"""What a model says of itself, read by TensorFlow's own classes."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dl_inference_core.errors import BadRequest
+from dl_inference_core.wire.tfserving_models import (
+    decode_metadata_request,
+    decode_status_request,
+    encode_metadata,
+    encode_signatures,
+    encode_status,
+)
+
+
+@pytest.fixture(scope="module")
+def apis() -> Any:
+    """The official messages, by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow
+        from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
+    return SimpleNamespace(tf=tensorflow, **{**vars(get_model_metadata_pb2), **vars(get_model_status_pb2)})
+
+
+def test_a_question_about_signatures(apis: Any) -> None:
+    message = apis.GetModelMetadataRequest(metadata_field=["signature_def", "signature_def"])
+    message.model_spec.name = "m"
+    message.model_spec.version.value = 3
+    request = decode_metadata_request(message.SerializeToString())
+    assert (request.model, request.version, request.label) == ("m", 3, "")
+    message.model_spec.version_label = "stable"
+    request = decode_metadata_request(message.SerializeToString())
+    assert (request.version, request.label) == (None, "stable")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ([], "^GetModelMetadataRequest must specify at least one metadata_field"),
+        (["asset"], "^Metadata field asset is not supported"),
+        (["signature_def", ""], "^Metadata field  is not supported"),
+        (["x" * 1000], "^Metadata field x{100} is not supported"),
+    ],
+)
+def test_a_question_about_anything_else_is_a_bad_request(apis: Any, fields: list[str], said: str) -> None:
+    message = apis.GetModelMetadataRequest(metadata_field=fields)
+    message.model_spec.name = "m"
+    with pytest.raises(BadRequest, match=said):
+        decode_metadata_request(message.SerializeToString())
+
+
+def test_a_question_about_versions(apis: Any) -> None:
+    message = apis.GetModelStatusRequest()
+    message.model_spec.name = "m"
+    assert decode_status_request(message.SerializeToString()).version is None
+    message.model_spec.version.value = -1
+    assert decode_status_request(message.SerializeToString()).version == -1
+    message.model_spec.version_label = "stable"
+    assert decode_status_request(message.SerializeToString()).label == "stable"
+
+
+@pytest.mark.parametrize("decode", [decode_metadata_request, decode_status_request])
+def test_malformed_questions_are_bad_requests(decode: Any) -> None:
+    with pytest.raises(BadRequest, match=r"malformed; expected a tensorflow\.serving\.GetModel"):
+        decode(b"\x0a\x05a")
+
+
+STRING, FLOAT = np.dtype(object), np.dtype(np.float32)
+SIGNATURES: dict[str, Any] = {
+    "serving_default": (
+        "tensorflow/serving/predict",
+        [("x", "serving_default_x:0", FLOAT, (None, 3)), ("flag", "", np.dtype(np.bool_), ())],
+        [("y", "StatefulPartitionedCall:0", np.dtype(np.int64), None)],
+    ),
+    "classify": ("tensorflow/serving/classify", [("inputs", "", STRING, (None,))], [("scores", "", None, None)]),
+    "nothing": ("my/own", [], []),
+}
+
+
+def test_tensorflow_reads_the_signatures(apis: Any) -> None:
+    answer = apis.GetModelMetadataResponse.FromString(encode_metadata("m", 7, SIGNATURES))
+    assert (answer.model_spec.name, answer.model_spec.version.value, list(answer.metadata)) == (
+        "m",
+        7,
+        ["signature_def"],
+    )
+    assert answer.metadata["signature_def"].type_url == "type.googleapis.com/tensorflow.serving.SignatureDefMap"
+    found = apis.SignatureDefMap()
+    assert answer.metadata["signature_def"].Unpack(found)
+    assert {name: signature.method_name for name, signature in found.signature_def.items()} == {
+        name: method for name, (method, _, _) in SIGNATURES.items()
+    }
+    tf = apis.tf
+    default = found.signature_def["serving_default"]
+    x, flag, y = default.inputs["x"], default.inputs["flag"], default.outputs["y"]
+    assert (x.name, tf.as_dtype(x.dtype), tf.TensorShape(x.tensor_shape).as_list()) == (
+        "serving_default_x:0",
+        tf.float32,
+        [None, 3],
+    )
+    assert (flag.name, tf.as_dtype(flag.dtype), tf.TensorShape(flag.tensor_shape).as_list()) == ("flag", tf.bool, [])
+    assert (y.name, tf.as_dtype(y.dtype)) == ("StatefulPartitionedCall:0", tf.int64)
+    assert tf.TensorShape(y.tensor_shape).rank is None
+    classify = found.signature_def["classify"]
+    assert tf.as_dtype(classify.inputs["inputs"].dtype) == tf.string
+    assert classify.outputs["scores"].dtype == 0
+    assert not found.signature_def["nothing"].inputs
+    assert apis.SignatureDefMap.FromString(encode_signatures(SIGNATURES).SerializeToString()) == found
+
+
+def test_official_clients_read_the_state_of_versions(apis: Any) -> None:
+    body = encode_status([(3, "LOADING", 0, ""), (2, "AVAILABLE", 0, ""), (1, "END", 2, "no weights: naïve")])
+    status = apis.GetModelStatusResponse.FromString(body).model_version_status
+    State = apis.ModelVersionStatus.State  # noqa: N806
+    assert [(each.version, State.Name(each.state)) for each in status] == [
+        (3, "LOADING"),
+        (2, "AVAILABLE"),
+        (1, "END"),
+    ]
+    assert [(each.status.error_code, each.status.error_message) for each in status] == [
+        (0, ""),
+        (0, ""),
+        (2, "no weights: naïve"),
+    ]
+
+
+@pytest.mark.parametrize("state", ["START", "LOADING", "AVAILABLE", "UNLOADING", "END"])
+def test_every_state_has_the_official_number(apis: Any, state: str) -> None:
+    (status,) = apis.GetModelStatusResponse.FromString(encode_status([(1, state, 0, "")])).model_version_status
+    assert status.state == apis.ModelVersionStatus.State.Value(state)
