@@ -118,18 +118,26 @@ def parse(message: Any, body: bytes | memoryview, whole: Any = None) -> Any:
 
 
 def fields(body: bytes | memoryview, number: int) -> bytes | None:
-    """The top-level fields of that number, tags included, in order; the others are stepped over.
+    """The top-level fields of that number, tags included, in order; the others are stepped over. None as `spans`."""
+    found = spans(body, 0, len(body))
+    if found is None:
+        return None
+    return b"".join([body[first:end] for each, first, _, end in found if each == number])
+
+
+def spans(body: bytes | memoryview, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
+    """Of each field of the message in `body[start:end]`: its number, where it begins, where its payload begins if that
+    has a length, and where it ends.
 
     None where there are many fields, or anything that protobuf libraries rarely write: protobuf is to judge that.
     """
-    end = len(body)
-    position = 0
-    found = b""
+    position = start
+    found: list[tuple[int, int, int, int]] = []
     try:
         for _ in range(_MOST_FIELDS):
-            if position == end:
-                return found
-            start = position
+            if position >= end:
+                return found if position == end else None
+            first = position
             tag = body[position]
             position += 1
             if tag > 127:
@@ -138,6 +146,7 @@ def fields(body: bytes | memoryview, number: int) -> bytes | None:
             if not 8 <= tag < 1 << 14:
                 return None
             kind = tag & 7
+            payload = position
             if kind == 2:
                 size = body[position]
                 position += 1
@@ -148,6 +157,7 @@ def fields(body: bytes | memoryview, number: int) -> bytes | None:
                     size = size & (1 << shift) - 1 | body[position] << shift
                     shift += 7
                     position += 1
+                payload = position
                 position += size
             elif kind == 0:
                 last = position + 8
@@ -162,8 +172,7 @@ def fields(body: bytes | memoryview, number: int) -> bytes | None:
                 position += 8
             else:
                 return None
-            if tag >> 3 == number:
-                found += body[start:position]
+            found.append((tag >> 3, first, payload, position))
     except IndexError:
         pass
     return None

@@ -8,6 +8,7 @@ that this side sends carry bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dl_inference_core.wire.arrays import (
     BFLOAT16,
     STRING,
     count_of,
+    field,
     from_bytes,
     from_strings,
     mismatch,
@@ -33,6 +35,13 @@ MOST_REPEATED_BYTES = 8 * 10 * 1024 * 1024
 """What one message may claim in memory by repeated values: eight times the default limit of a message."""
 
 DEFAULT_SIGNATURE = "serving_default"
+
+LARGE = 32_768
+"""Bytes of a message from which on it pays to read tensors where they stand in it."""
+_NOTHING: Mapping[str, memoryview] = MappingProxyType({})
+
+# Numbers of fields: of a PredictRequest, of an entry of its map, and of a TensorProto.
+_INPUTS, _KEY, _VALUE, _TENSOR_CONTENT = 2, 1, 2, 4
 
 # By numbers of tensorflow.DataType; and the list in which each travels, with the dtype of that list's numbers.
 _DTYPES: dict[int, np.dtype[Any]] = {
@@ -91,10 +100,11 @@ class Room:
         self.left -= size
 
 
-def decode_request(body: bytes) -> Request:
-    message = messages.parse(messages.PredictRequest, body)
+def decode_request(body: bytes | memoryview) -> Request:
+    rest, contents = _apart(body) if len(body) >= LARGE else (body, {})
+    message = messages.parse(messages.PredictRequest, rest)
     return Request(
-        payload=_decode_tensors(message.inputs, "input"),
+        payload=_decode_tensors(message.inputs, "input", contents),
         form=Form.TENSORS,
         outputs=tuple(message.output_filter),
         **decode_spec(message.model_spec),
@@ -158,13 +168,46 @@ def decode_response(body: bytes) -> Response:
     )
 
 
-def _decode_tensors(tensors: Any, noun: str) -> dict[str, Tensor]:
+def _apart(body: bytes | memoryview) -> tuple[bytes | memoryview, dict[str, memoryview]]:
+    """A PredictRequest without the bytes in its inputs, and those by the inputs' names, where they stand in `body`.
+
+    protobuf would copy them twice. What is written in another way than usual is left to it: nothing is taken out then.
+    """
+    view = memoryview(body)
+    parts: list[bytes | memoryview] = []
+    contents: dict[str, memoryview] = {}
+    for number, first, payload, end in messages.spans(body, 0, len(body)) or ():
+        if number != _INPUTS:
+            parts.append(view[first:end])
+            continue
+        entry = messages.spans(body, payload, end) or []
+        tensor = messages.spans(body, *entry[1][2:]) if [each[0] for each in entry] == [_KEY, _VALUE] else None
+        held = [span for span in tensor or () if span[0] == _TENSOR_CONTENT]
+        delimited = all(view[span[1]] & 7 == 2 for span in (*entry, *held))
+        if tensor is None or view[first] & 7 != 2 or not delimited or len(held) > 1:
+            return body, {}
+        key = bytes(view[slice(*entry[0][2:])])
+        rest = b"".join([view[begin:after] for each, begin, _, after in tensor if each != _TENSOR_CONTENT])
+        parts.append(field(_INPUTS, field(_KEY, key) + field(_VALUE, rest)))
+        name = key.decode(errors="replace")  # protobuf refuses what is no UTF-8
+        contents.pop(name, None)  # of two of the same name the last one counts
+        if held:
+            contents[name] = view[slice(*held[0][2:])]
+    return (b"".join(parts), contents) if contents else (body, {})
+
+
+def _decode_tensors(tensors: Any, noun: str, contents: Mapping[str, memoryview] = _NOTHING) -> dict[str, Tensor]:
     room = Room()
-    return {name: decode_tensor(tensor, f'{noun} "{name}"', room) for name, tensor in tensors.items()}
+    return {
+        name: decode_tensor(tensor, f'{noun} "{name}"', room, contents.get(name)) for name, tensor in tensors.items()
+    }
 
 
-def decode_tensor(tensor: Any, what: str, room: Room) -> Tensor:
+def decode_tensor(tensor: Any, what: str, room: Room, content: memoryview | None = None) -> Tensor:
     """A `tensorflow.TensorProto` as an array; `what` names it in errors.
+
+    Args:
+        content: its `tensor_content`, where that was taken out of it. The array is a view of it.
 
     Raises:
         BadRequest: a dtype that is not served; a shape that is unknown, or does not fit the values; more repeated
@@ -177,9 +220,10 @@ def decode_tensor(tensor: Any, what: str, room: Room) -> Tensor:
         raise BadRequest(f"{what}: its rank is unknown; expected a known shape")
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
     count = count_of(shape, what)
-    content: bytes = tensor.tensor_content
+    if content is None:
+        content = tensor.tensor_content
     if content and dtype is STRING:
-        values = from_strings(_split(content, count, what), count)
+        values = from_strings(_split(bytes(content), count, what), count)
     elif content:
         if len(content) != count * dtype.itemsize:
             expected = f"{count * dtype.itemsize} bytes of tensor_content"
