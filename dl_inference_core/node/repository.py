@@ -40,7 +40,8 @@ _TOO_LARGE: Fingerprint = (("", -2, 0),)
 _MOST_ENTRIES = 10_000
 """Files and folders that one version may consist of."""
 
-_VERSION = re.compile(r"[0-9]{1,18}")
+_VERSION = re.compile(r"[0-9]{1,19}")
+_LARGEST_VERSION = 2**63 - 1
 
 _log = logging.getLogger(__name__)
 
@@ -132,10 +133,13 @@ def _versions(entries: Iterable[os.DirEntry[str]]) -> tuple[dict[int, os.DirEntr
     for entry in sorted(entries, key=lambda entry: len(entry.name)):
         if not _VERSION.fullmatch(entry.name) or not entry.is_dir():
             continue
-        if int(entry.name) in folders:
+        number = int(entry.name)
+        if number > _LARGEST_VERSION:
+            continue
+        if number in folders:
             doubles.append(entry.name)
         else:
-            folders[int(entry.name)] = entry
+            folders[number] = entry
     return folders, tuple(doubles)
 
 
