@@ -58,21 +58,12 @@ class Size:
         return request
 
 
+_MANY = Load(requests=12_000, clients=16, streams=8), Load(requests=500, clients=1, streams=1)
+_FEWER = Load(requests=1_000, clients=8, streams=2), Load(requests=100, clients=1, streams=1)
+
 SIZES = (
-    Size(
-        name="600B",
-        node_name="echo@128",
-        message_bytes=600,
-        load=Load(requests=12_000, clients=16, streams=8),
-        alone=Load(requests=500, clients=1, streams=1),
-    ),
-    Size(
-        name="600KB",
-        node_name="echo-600KB@16",
-        message_bytes=600_000,
-        load=Load(requests=1_000, clients=8, streams=2),
-        alone=Load(requests=100, clients=1, streams=1),
-    ),
+    Size(name="600B", node_name="echo@128", message_bytes=600, load=_MANY[0], alone=_MANY[1]),
+    Size(name="600KB", node_name="echo-600KB@16", message_bytes=600_000, load=_FEWER[0], alone=_FEWER[1]),
 )
 MODEL_SIZES = (
     Size(
@@ -80,16 +71,16 @@ MODEL_SIZES = (
         node_name="small@128",
         message_bytes=546,
         tensor=SMALL_INPUT,
-        load=Load(requests=12_000, clients=16, streams=8),
-        alone=Load(requests=500, clients=1, streams=1),
+        load=_MANY[0],
+        alone=_MANY[1],
     ),
     Size(
         name="image",
         node_name="image@16",
         message_bytes=602_162,
         tensor=IMAGE_INPUT,
-        load=Load(requests=1_000, clients=8, streams=2),
-        alone=Load(requests=100, clients=1, streams=1),
+        load=_FEWER[0],
+        alone=_FEWER[1],
     ),
 )
 

@@ -18,7 +18,7 @@ from bench import chart, goals, load, peers, processes, systems
 from bench.__main__ import main
 from bench.load import LoadError
 from bench.report import Report
-from bench.rounds import SIZES, Row
+from bench.rounds import MODEL_SIZES, SIZES, Row
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = """\
@@ -108,7 +108,8 @@ def test_a_system_that_there_is_not_is_refused_by_name() -> None:
 
 
 def test_a_message_has_the_size_that_it_is_named_after() -> None:
-    assert [len(size.message()) for size in SIZES] == [600, 600_000]
+    for size in (*SIZES, *MODEL_SIZES):
+        assert len(size.message()) == size.message_bytes
 
 
 def test_h2load_is_read() -> None:
