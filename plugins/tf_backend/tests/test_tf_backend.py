@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from dl_inference_tf_backend.backend import TensorFlowBackend
 
+from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
@@ -226,7 +227,9 @@ def test_the_originals_processor_runs_on_a_saved_model(saved: Any, tmp_path: Pat
     folder = tmp_path / "1"
     shutil.copytree(saved("double"), folder)
     (folder / "processor.py").write_text(source)
-    loaded = Loader(backends={"tensorflow": TensorFlowBackend(OPTIONS)}, handlers={}).load(tmp_path, folder)
+    loaded = Loader(backends={"tensorflow": TensorFlowBackend(OPTIONS)}, handlers={}).load(
+        NamedModel(path=tmp_path), folder
+    )
     request = Request(payload=np.ones((1, 3)), form=Form.TENSOR)
     inputs = loaded.handler.preprocess(request)
     outputs = loaded.handler.postprocess(loaded.handler.run_model(loaded.model, inputs, request), request)
