@@ -24,6 +24,10 @@ _MOST_DIMENSIONS = 32
 _JSON_NAMES = {type(None): "null", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
 
 
+DEFAULT_SIGNATURE = "serving_default"
+"""The signature that a request asks for which names none."""
+
+
 class Form(enum.Enum):
     """How a payload stood on the wire; an answer takes the form of its request where it can."""
 

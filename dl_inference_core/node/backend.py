@@ -14,10 +14,9 @@ import numpy as np
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.tensors import Method, Tensor, Tensors
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Method, Tensor, Tensors
 
 ANY = None
-DEFAULT_SIGNATURE = "serving_default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,18 @@ from typing import Any, ClassVar
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Model, Signature
-from dl_inference_core.tensors import Form, Method, Payload, Request, Tensor, Tensors, as_tensor, from_json
+from dl_inference_core.node.backend import Model, Signature
+from dl_inference_core.tensors import (
+    DEFAULT_SIGNATURE,
+    Form,
+    Method,
+    Payload,
+    Request,
+    Tensor,
+    Tensors,
+    as_tensor,
+    from_json,
+)
 
 _EXPECTED = {
     Method.CLASSIFY: ("classification", frozenset({"classes", "scores"})),

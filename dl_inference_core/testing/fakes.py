@@ -13,8 +13,8 @@ import numpy as np
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ModelError
-from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Backend, Model, Signature, TensorSpec
-from dl_inference_core.tensors import Tensor
+from dl_inference_core.node.backend import Backend, Model, Signature, TensorSpec
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

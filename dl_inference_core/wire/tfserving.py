@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.tensors import Form, Request, Response, Tensor, as_tensor, as_tensors
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Response, Tensor, as_tensor, as_tensors
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import (
     BFLOAT16,
@@ -33,8 +33,6 @@ from dl_inference_core.wire.arrays import (
 
 MOST_REPEATED_BYTES = 8 * 10 * 1024 * 1024
 """What one message may claim in memory by repeated values: eight times the default limit of a message."""
-
-DEFAULT_SIGNATURE = "serving_default"
 
 LARGE = 32_768
 """Bytes of a message from which on it pays to read tensors where they stand in it."""

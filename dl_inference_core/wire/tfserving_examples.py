@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from dl_inference_core.errors import BadRequest, Unimplemented
-from dl_inference_core.tensors import Form, Method, Request, Response, Tensor, as_tensors
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Method, Request, Response, Tensor, as_tensors
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import from_strings
-from dl_inference_core.wire.tfserving import DEFAULT_SIGNATURE, decode_spec, encode_asked, encode_spec
+from dl_inference_core.wire.tfserving import decode_spec, encode_asked, encode_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,8 +12,8 @@ from digits.handler import Digits, pixels
 from PIL import Image
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Signature, TensorSpec
-from dl_inference_core.tensors import Form, Request
+from dl_inference_core.node.backend import Signature, TensorSpec
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request
 from dl_inference_core.testing import FakeModel, HandlerConformance
 
 

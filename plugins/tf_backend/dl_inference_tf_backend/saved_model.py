@@ -19,8 +19,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 
 from dl_inference_core.errors import BadRequest, ModelError, Overloaded
-from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Model, Signature, TensorSpec
-from dl_inference_core.tensors import Tensor, as_tensor, mapped
+from dl_inference_core.node.backend import Model, Signature, TensorSpec
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor, as_tensor, mapped
 from dl_inference_core.wire.tfserving import dtype_of
 
 _log = logging.getLogger(__name__)

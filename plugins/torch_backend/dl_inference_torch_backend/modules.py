@@ -15,8 +15,8 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from dl_inference_core.errors import BadRequest, ModelError
-from dl_inference_core.node.backend import DEFAULT_SIGNATURE, Model, Signature, TensorSpec
-from dl_inference_core.tensors import Tensor, mapped
+from dl_inference_core.node.backend import Model, Signature, TensorSpec
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor, mapped
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _GUARD = "Guard failed: "  # how the AssertionError of a program's own guards begins
