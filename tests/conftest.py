@@ -21,6 +21,7 @@ from dl_inference_core.errors import Code, InferenceError, from_status
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.testing.loopback import free_port
 from dl_inference_core.transport import Call, Limits, Methods, Server, Transport
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import METHODS, PROTOCOLS, QUESTIONS
@@ -112,15 +113,14 @@ class FaultNode:
         self.release = asyncio.Event()
         self._transport = transport
         self._server: Server | None = None
-        self.address = ""
+        self.address = f"127.0.0.1:{free_port()}"
 
     async def start(self) -> FaultNode:
-        """Listen, on the same port as before if there was one."""
+        """Listen, always on the same port."""
         methods = {protocol.node_method: self._call for protocol in (*METHODS.values(), *QUESTIONS)}
         self._server = await self._transport.serve(
-            Methods(unary={**methods, CHECK: self._check}), (self.address or "127.0.0.1:0",), Limits()
+            Methods(unary={**methods, CHECK: self._check}), (self.address,), Limits()
         )
-        self.address = f"127.0.0.1:{self._server.ports[0]}"
         return self
 
     async def stop(self) -> None:

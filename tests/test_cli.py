@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 import dl_inference_core
 from dl_inference_core.cli import main
 from dl_inference_core.errors import Code
+from dl_inference_core.testing.loopback import free_port
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
 
@@ -290,8 +291,8 @@ async def test_it_says_where_it_serves_once_and_ends_on_sigterm(lab: Lab) -> Non
 async def test_it_says_so_only_when_requests_would_succeed(lab: Lab) -> None:
     node = await lab.node()
     await node.stop()
-    async with serving(lab.folder, "--config", config(lab, node)) as served:
-        reading = asyncio.ensure_future(served.ready())
+    async with serving(lab.folder, "--config", config(lab, node)) as served, asyncio.TaskGroup() as tasks:
+        reading = tasks.create_task(served.ready())
         await lab.until(lambda: "not serving yet: no model has loaded" in served.log, 20)
         assert not reading.done()
         await node.start()
@@ -417,9 +418,8 @@ async def test_each_worker_has_a_socket_of_its_own(lab: Lab) -> None:
 def two_free_ports() -> int:
     """The first of two that follow each other."""
     while True:
-        with socket.create_server(("127.0.0.1", 0)) as one, contextlib.suppress(OSError):
-            port: int = one.getsockname()[1]
-            socket.create_server(("127.0.0.1", port + 1)).close()
+        port = free_port()
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
             return port
 
 

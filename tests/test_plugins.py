@@ -28,7 +28,7 @@ class {cls}(Balancer):
     class Options(PluginOptions):
         size: int = Field(default=1, ge=1)
 
-    def choose(self, nodes):
+    def choose(self, nodes, call):
         return nodes[0]
 
 @hookimpl

@@ -24,6 +24,7 @@ from dl_inference_core.testing import (
     FakeNode,
     HandlerConformance,
 )
+from dl_inference_core.transport import Call
 
 
 class TestFakeBackend(BackendConformance):
@@ -91,7 +92,7 @@ def test_model_options_take_precedence_over_the_file(tmp_path: Path) -> None:
 class Right(Balancer):
     name = "right"
 
-    def choose(self, nodes: Sequence[Node]) -> Node:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
         return nodes[0]
 
 
@@ -100,7 +101,7 @@ class Remembers(Right):
         super().__init__(options)
         self.first: Node | None = None
 
-    def choose(self, nodes: Sequence[Node]) -> Node:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
         self.first = self.first or nodes[0]
         return self.first
 
@@ -123,12 +124,12 @@ class KnowsNoStrangers(Right):
 
 
 class Divides(Right):
-    def choose(self, nodes: Sequence[Node]) -> Node:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
         return min(nodes, key=lambda node: 1 / sum(each.weight for each in nodes))
 
 
 class Sorts(Right):
-    def choose(self, nodes: Sequence[Node]) -> Node:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
         if isinstance(nodes, list):
             nodes.reverse()
         return nodes[0]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import enum
 import random
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 from dl_inference_core.config import PluginOptions
+from dl_inference_core.transport import Call
+from dl_inference_core.wire.orca import Load
 
 
 class Node(Protocol):
@@ -44,12 +47,16 @@ class Balancer(ABC):
     All methods run on the event loop, on the request path: they must neither block nor await, and should take about
     a microsecond for a handful of nodes. If one raises, round robin takes over for that request.
 
+    Attributes:
+        clock: seconds that only grow; all that a strategy knows of time. A simulation sets its own.
+        random: where chance comes from; likewise.
+
     A strategy in full::
 
         class FewestInFlight(Balancer):
             name = "fewest_in_flight"
 
-            def choose(self, nodes: Sequence[Node]) -> Node:
+            def choose(self, nodes: Sequence[Node], call: Call) -> Node:
                 return min(nodes, key=lambda node: node.in_flight)
     """
 
@@ -58,13 +65,31 @@ class Balancer(ABC):
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
+        self.clock: Callable[[], float] = time.monotonic
+        self.random = random.Random()  # noqa: S311 - no secret
 
     @abstractmethod
-    def choose(self, nodes: Sequence[Node]) -> Node:
-        """One of `nodes`, for the next attempt."""
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+        """One of `nodes`, for the next attempt at `call`, the client's own."""
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
         """An attempt that `choose` sent to `node` ended, `seconds` after it began."""
+
+    def report(self, node: Node, load: Load) -> None:
+        """`node` sent `load` along with an answer. Called before `record`."""
+
+    def returned(self, node: Node) -> None:
+        """`node` was left out as unwell, and may be chosen again: what made it unwell is over."""
+
+    def learned(self, node: Node) -> float | None:
+        """What is known of `node`, as one number that another process's `learn` understands; None if nothing is.
+
+        With several gateway processes each is asked for it a few times a second; what has changed goes to the others.
+        """
+        return None
+
+    def learn(self, node: Node, value: float) -> None:
+        """Another process, of the same strategy and options, has `learned` this of `node`."""
 
     def forget(self, node: Node) -> None:
         """`node` has left the route for good: drop what is kept of it."""
@@ -77,8 +102,8 @@ class RoundRobin(Balancer):
 
     def __init__(self, options: PluginOptions) -> None:
         super().__init__(options)
-        self._turn = random.randrange(1 << 16)  # noqa: S311 - only so that gateways do not start in step
+        self._turn = self.random.randrange(1 << 16)
 
-    def choose(self, nodes: Sequence[Node]) -> Node:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
         self._turn += 1
         return nodes[self._turn % len(nodes)]

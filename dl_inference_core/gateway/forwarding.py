@@ -68,7 +68,7 @@ class Forwarder:
         if not nodes:
             raise NoNodeAvailable(f"route {self.name} has no nodes")
         while True:
-            node = self._choose(nodes)
+            node = self._choose(nodes, call)
             tried = (*tried, node)
             outgoing = Call(
                 method=protocol.node_method,
@@ -99,14 +99,14 @@ class Forwarder:
         usable = [node for node in self.pool.usable() if node not in tried]
         return usable or [node for node in self.pool.nodes if node not in tried]
 
-    def _choose(self, nodes: Sequence[Node]) -> Node:
+    def _choose(self, nodes: Sequence[Node], call: Call) -> Node:
         try:
-            node = self.balancer.choose(nodes)
+            node = self.balancer.choose(nodes, call)
             if not isinstance(node, Node) or node.removed:
                 raise TypeError(f"it chose {node!r}, which is not among the nodes")
         except Exception:
             self._balancer_raised()
-            return self._fallback.choose(nodes)  # type: ignore[return-value] # one of `nodes`
+            return self._fallback.choose(nodes, call)  # type: ignore[return-value] # one of `nodes`
         return node
 
     async def _attempt(self, node: Node, outgoing: Call, client_deadline: float | None, protocol: Protocol) -> bytes:

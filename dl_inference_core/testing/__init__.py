@@ -45,11 +45,12 @@ pytest.register_assert_rewrite(
 
 from dl_inference_core.testing.backend import BackendConformance  # noqa: E402
 from dl_inference_core.testing.balancer import BalancerConformance  # noqa: E402
-from dl_inference_core.testing.fakes import FakeBackend, FakeModel, FakeNode  # noqa: E402
+from dl_inference_core.testing.fakes import CALL, FakeBackend, FakeModel, FakeNode  # noqa: E402
 from dl_inference_core.testing.handler import HandlerConformance  # noqa: E402
 from dl_inference_core.testing.transport import TransportConformance  # noqa: E402
 
 __all__ = [
+    "CALL",
     "BackendConformance",
     "BalancerConformance",
     "FakeBackend",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from dl_inference_core.gateway.balancing import Balancer, Outcome
-from dl_inference_core.testing.fakes import FakeNode
+from dl_inference_core.testing.fakes import CALL, FakeNode
 from dl_inference_core.testing.plugin import PluginConformance
 
 
@@ -39,7 +39,9 @@ class BalancerConformance(PluginConformance):
         return [FakeNode(f"10.0.0.{number}:8500") for number in range(1, 5)]
 
     def test_is_a_balancer_with_a_name_and_plain_methods(self) -> None:
-        self._check_class(self.balancer_class, Balancer, ["choose", "record", "forget"])
+        self._check_class(
+            self.balancer_class, Balancer, ["choose", "record", "report", "returned", "learned", "learn", "forget"]
+        )
 
     def test_options_are_strict(self) -> None:
         self._check_options(self.balancer_class.Options, self.options)
@@ -50,12 +52,12 @@ class BalancerConformance(PluginConformance):
         for given in (nodes, tuple(nodes)):
             before = list(given)
             for _ in range(50):
-                assert _is_among(balancer.choose(given), before)
+                assert _is_among(balancer.choose(given, CALL), before)
                 assert list(given) == before
 
     def test_chooses_the_only_node(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         for node in nodes * 3:
-            assert balancer.choose([node]) is node
+            assert balancer.choose([node], CALL) is node
 
     def test_never_chooses_a_node_that_is_not_given_this_time(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         outcomes = list(Outcome)
@@ -63,29 +65,29 @@ class BalancerConformance(PluginConformance):
             given = [node for bit, node in enumerate(nodes) if turn >> bit & 1] or nodes
             if turn % 2:
                 given.reverse()
-            chosen = balancer.choose(given)
+            chosen = balancer.choose(given, CALL)
             assert _is_among(chosen, given)
             balancer.record(chosen, outcomes[turn % 7 % len(outcomes)], 0.001 * turn)
 
     def test_tells_nodes_apart_by_identity(self, balancer: Balancer) -> None:
         twins = [FakeNode("10.0.0.1:8500"), FakeNode("10.0.0.1:8500")]
-        balancer.choose(twins)
+        balancer.choose(twins, CALL)
         balancer.forget(twins[0])
         for _ in range(10):
-            assert balancer.choose(twins[1:]) is twins[1]
+            assert balancer.choose(twins[1:], CALL) is twins[1]
 
     def test_takes_new_nodes_and_new_weights_while_running(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         for turn in range(60):
             nodes[turn % 4].weight = turn % 3
             nodes[turn % 4].in_flight = turn % 5
             given = [*nodes, FakeNode(f"10.0.1.{turn}:8500")]
-            assert _is_among(balancer.choose(given), given)
+            assert _is_among(balancer.choose(given, CALL), given)
 
     def test_copes_with_weights_that_are_all_zero(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         for node in nodes:
             node.weight = 0
         for _ in range(20):
-            chosen = balancer.choose(nodes)
+            chosen = balancer.choose(nodes, CALL)
             assert _is_among(chosen, nodes)
             balancer.record(chosen, Outcome.FAILURE, 0.1)
 
@@ -96,17 +98,17 @@ class BalancerConformance(PluginConformance):
         stranger = FakeNode("10.9.9.9:8500")
         balancer.record(stranger, outcome, 0.1)
         balancer.forget(stranger)
-        balancer.choose(nodes)
+        balancer.choose(nodes, CALL)
         balancer.record(stranger, outcome, 0.1)
         balancer.forget(stranger)
-        assert _is_among(balancer.choose(nodes), nodes)
+        assert _is_among(balancer.choose(nodes, CALL), nodes)
 
     def test_keeps_nothing_of_a_forgotten_node_even_if_an_attempt_ends_later(
         self, balancer: Balancer, nodes: list[FakeNode]
     ) -> None:
         leaving = nodes.pop()
         for _ in range(20):
-            chosen = balancer.choose([*nodes, leaving])
+            chosen = balancer.choose([*nodes, leaving], CALL)
             balancer.record(chosen, Outcome.SUCCESS, 0.1)
         balancer.forget(leaving)
         balancer.record(leaving, Outcome.FAILURE, 0.1)
@@ -114,12 +116,12 @@ class BalancerConformance(PluginConformance):
         del leaving, chosen
         gc.collect()
         assert trace() is None, "the balancer still holds on to the node"
-        assert _is_among(balancer.choose(nodes), nodes)
+        assert _is_among(balancer.choose(nodes, CALL), nodes)
 
     def test_does_not_block(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         started = time.perf_counter()
         for _ in range(1000):
-            balancer.record(balancer.choose(nodes), Outcome.SUCCESS, 0.01)
+            balancer.record(balancer.choose(nodes, CALL), Outcome.SUCCESS, 0.01)
         each = (time.perf_counter() - started) / 1000
         assert each < 200e-6, f"{each * 1e6:.0f} µs for one choice and its outcome; a few are expected"
 
@@ -155,7 +157,7 @@ def _drive(
     """How often each node is chosen, one request after the other."""
     taken = dict.fromkeys(nodes, 0)
     for _ in range(times):
-        chosen = balancer.choose(nodes)
+        chosen = balancer.choose(nodes, CALL)
         assert isinstance(chosen, FakeNode)
         taken[chosen] += 1
         if chosen is failing:

@@ -15,6 +15,10 @@ from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Backend, Model, Signature, TensorSpec
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor
+from dl_inference_core.transport import Call
+
+CALL = Call(method="/inference.GRPCInferenceService/ModelInfer", request=b"")
+"""A call for balancers, where nothing depends on which."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -600,7 +600,7 @@ class Stubborn(Balancer):
     raises: Exception | None = None
     recorded: list[Outcome]
 
-    def choose(self, nodes: Any) -> Any:
+    def choose(self, nodes: Any, call: Any) -> Any:
         if self.raises is not None:
             raise self.raises
         return self.chosen

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Balancer, Node, Outcome, RoundRobin
+from dl_inference_core.transport import Call
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +53,7 @@ class SmoothWeightedRoundRobin(Balancer):
         self.shares: dict[Node, Share] = {}
         self._round_robin = RoundRobin(PluginOptions())
 
-    def choose(self, nodes: Sequence[Node]) -> Node:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
         shares = self.shares
         total = 0
         highest: float = _LOWEST
@@ -73,7 +74,7 @@ class SmoothWeightedRoundRobin(Balancer):
                     best = share
                     chosen = node
         if best is None:
-            return self._round_robin.choose(nodes)
+            return self._round_robin.choose(nodes, call)
         best.current -= total
         return chosen
 

@@ -17,7 +17,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from dl_inference_core.gateway.balancing import Node, Outcome
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.testing import BalancerConformance, FakeNode
+from dl_inference_core.testing import CALL, BalancerConformance, FakeNode
+from dl_inference_core.transport import Call
 
 WEIGHTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
 
@@ -37,7 +38,7 @@ def dynamic(scale: int = 100) -> DynamicWeightedRoundRobin:
 def sequence(balancer: SmoothWeightedRoundRobin, nodes: list[FakeNode], length: int) -> list[int]:
     """Which of the nodes are chosen, by their places in the list."""
     places: dict[Node, int] = {node: place for place, node in enumerate(nodes)}
-    return [places[balancer.choose(nodes)] for _ in range(length)]
+    return [places[balancer.choose(nodes, CALL)] for _ in range(length)]
 
 
 def owed(balancer: SmoothWeightedRoundRobin) -> int:
@@ -74,7 +75,7 @@ def test_each_period_takes_each_node_its_weight_times_and_every_prefix_is_near_t
     latest = sum(Fraction(1, k) for k in range(2, len([w for w in weights if w]) + 1))
     taken: Counter[Any] = Counter()
     for n in range(1, 2 * total + 1):
-        taken[balancer.choose(nodes)] += 1
+        taken[balancer.choose(nodes, CALL)] += 1
         assert owed(balancer) == 0
         for node in nodes:
             behind = Fraction(n * node.weight, total) - taken[node]
@@ -90,7 +91,7 @@ def test_among_four_a_node_can_be_more_than_a_turn_late() -> None:
     behind = []
     taken = 0
     for n in range(1, 81):
-        taken += balancer.choose(nodes) is nodes[3]
+        taken += balancer.choose(nodes, CALL) is nodes[3]
         behind.append(Fraction(37 * n, 80) - taken)
     assert max(behind) == Fraction(82, 80)
 
@@ -105,41 +106,41 @@ def test_weight_zero_gets_nothing_while_another_has_weight_and_its_turn_otherwis
     balancer: SmoothWeightedRoundRobin,
 ) -> None:
     nodes = nodes_of([0, 2, 0])
-    assert {balancer.choose(nodes) for _ in range(20)} == {nodes[1]}
+    assert {balancer.choose(nodes, CALL) for _ in range(20)} == {nodes[1]}
     alone = [nodes[0], nodes[2]]
     for node in alone:
         balancer.record(node, Outcome.FAILURE, 1.0)
-    taken = [balancer.choose(alone) for _ in range(20)]
+    taken = [balancer.choose(alone, CALL) for _ in range(20)]
     assert taken[::2] == [taken[0]] * 10
     assert taken[1::2] == [taken[1]] * 10
     assert taken[0] is not taken[1]
-    assert {balancer.choose(nodes) for _ in range(20)} == {nodes[1]}
+    assert {balancer.choose(nodes, CALL) for _ in range(20)} == {nodes[1]}
     assert owed(balancer) == 0
 
 
 def test_a_node_that_was_away_for_a_call_keeps_its_place() -> None:
     nodes = nodes_of([1, 1])
     balancer = weighted()
-    assert balancer.choose(nodes) is nodes[0]
-    assert balancer.choose(nodes[:1]) is nodes[0]
-    assert balancer.choose(nodes) is nodes[1]
+    assert balancer.choose(nodes, CALL) is nodes[0]
+    assert balancer.choose(nodes[:1], CALL) is nodes[0]
+    assert balancer.choose(nodes, CALL) is nodes[1]
 
 
 def test_a_forgotten_node_leaves_the_others_at_the_start_of_a_period() -> None:
     nodes = nodes_of([5, 3, 2])
     balancer = weighted()
     for _ in range(4):
-        balancer.choose(nodes)
+        balancer.choose(nodes, CALL)
     balancer.forget(nodes[0])
     assert set(balancer.shares) == set(nodes[1:])
     assert {share.current for share in balancer.shares.values()} == {0}
-    assert Counter(balancer.choose(nodes[1:]) for _ in range(5)) == {nodes[1]: 3, nodes[2]: 2}
+    assert Counter(balancer.choose(nodes[1:], CALL) for _ in range(5)) == {nodes[1]: 3, nodes[2]: 2}
 
 
 def test_forgetting_one_node_keeps_what_was_learned_of_the_others() -> None:
     nodes = nodes_of([1, 1, 1])
     balancer = dynamic()
-    balancer.choose(nodes)
+    balancer.choose(nodes, CALL)
     balancer.record(nodes[1], Outcome.FAILURE, 0.1)
     balancer.forget(nodes[0])
     assert [balancer.shares[node].weight for node in nodes[1:]] == [50, 100]
@@ -148,7 +149,7 @@ def test_forgetting_one_node_keeps_what_was_learned_of_the_others() -> None:
 def test_what_ends_after_its_node_was_forgotten_does_not_bring_the_node_back() -> None:
     nodes = nodes_of([1, 1])
     balancer = dynamic()
-    balancer.choose(nodes)
+    balancer.choose(nodes, CALL)
     balancer.forget(nodes[1])
     balancer.record(nodes[1], Outcome.FAILURE, 0.1)
     assert set(balancer.shares) == {nodes[0]}
@@ -157,7 +158,7 @@ def test_what_ends_after_its_node_was_forgotten_does_not_bring_the_node_back() -
 def test_six_failures_reach_the_floor_and_seven_successes_come_back() -> None:
     nodes = nodes_of([1, 1])
     balancer = dynamic()
-    balancer.choose(nodes)
+    balancer.choose(nodes, CALL)
     share = balancer.shares[nodes[0]]
     weights = []
     for outcome in [Outcome.FAILURE] * 7 + [Outcome.SUCCESS] * 8:
@@ -170,7 +171,7 @@ def test_six_failures_reach_the_floor_and_seven_successes_come_back() -> None:
 def test_overload_counts_as_failure_and_neutral_as_nothing(outcome: Outcome, weight: int) -> None:
     nodes = nodes_of([1, 1])
     balancer = dynamic()
-    balancer.choose(nodes)
+    balancer.choose(nodes, CALL)
     balancer.record(nodes[0], outcome, 0.1)
     assert balancer.shares[nodes[0]].weight == weight
 
@@ -184,7 +185,7 @@ def test_a_dead_node_keeps_one_request_in_one_plus_the_others_weights(count: int
     def requests(number: int) -> int:
         failed = 0
         for _ in range(number):
-            node = balancer.choose(nodes)
+            node = balancer.choose(nodes, CALL)
             failed += node is dead
             balancer.record(node, Outcome.FAILURE if node is dead else Outcome.SUCCESS, 0.01)
         return failed
@@ -201,10 +202,10 @@ def test_a_dead_node_keeps_one_request_in_one_plus_the_others_weights(count: int
 def test_a_weight_that_the_operator_changes_takes_along_what_was_learned(before: int, after: int, weight: int) -> None:
     nodes = nodes_of([before, 1])
     balancer = dynamic()
-    balancer.choose(nodes)
+    balancer.choose(nodes, CALL)
     balancer.record(nodes[0], Outcome.FAILURE, 0.1)
     nodes[0].weight = after
-    balancer.choose(nodes)
+    balancer.choose(nodes, CALL)
     assert balancer.shares[nodes[0]].weight == weight
     assert owed(balancer) == 0
 
@@ -217,7 +218,7 @@ class Reference:
         self.current: dict[Any, int] = {}
         self.effective: dict[Any, int] = {}
 
-    def choose(self, nodes: Sequence[Node]) -> Node | None:
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node | None:
         """None where every weight is 0: round robin, and where that starts is left open."""
         for node in nodes:
             self.current.setdefault(node, 0)
@@ -266,7 +267,7 @@ class AgainstTheReference(RuleBasedStateMachine):
     @rule(given=st.lists(nodes, min_size=1, max_size=6, unique=True), times=st.integers(1, 10))
     def choose(self, given: list[FakeNode], times: int) -> None:
         for _ in range(times):
-            chosen, expected = self.balancer.choose(given), self.reference.choose(given)
+            chosen, expected = self.balancer.choose(given, CALL), self.reference.choose(given, CALL)
             assert chosen in given
             assert expected is None or chosen is expected
 
