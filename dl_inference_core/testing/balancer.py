@@ -39,9 +39,8 @@ class BalancerConformance(PluginConformance):
         return [FakeNode(f"10.0.0.{number}:8500") for number in range(1, 5)]
 
     def test_is_a_balancer_with_a_name_and_plain_methods(self) -> None:
-        self._check_class(
-            self.balancer_class, Balancer, ["choose", "record", "report", "returned", "learned", "learn", "forget"]
-        )
+        plain = ["choose", "record", "report", "returned", "learned", "learn", "forget"]
+        self._check_class(self.balancer_class, Balancer, plain)
 
     def test_options_are_strict(self) -> None:
         self._check_options(self.balancer_class.Options, self.options)

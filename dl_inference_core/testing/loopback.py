@@ -237,7 +237,7 @@ async def reached(connection: Connection, within_s: float) -> None:
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on, and that no outgoing connection is given meanwhile."""
     while True:
-        port = random.randrange(20_000, 32_768)  # below those that Linux gives to connections
+        port = random.randrange(20_000, 32_768)  # noqa: S311 - below those that Linux gives to connections
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
