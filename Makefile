@@ -6,7 +6,7 @@ EDITABLE := -e '.[uvloop,dev]' -e plugins/tf_backend -e plugins/torch_backend -e
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tf test check bench soak protos
+.PHONY: help setup demo demo-tf test check bench soak faults faults-short simulate protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,15 @@ bench: .venv/ready ## what a request costs beside plain peers, measured in one r
 
 soak: .venv/ready ## ten minutes of all that may happen to a gateway: does anything stay behind? writes docs/soak.md
 	$(BIN)/python -m bench.soak --docs
+
+faults: .venv/ready ## most of an hour of faults under load, ours beside Envoy and the original; writes docs/reliability.md
+	$(BIN)/python -m bench.faults --docs
+
+faults-short: .venv/ready ## two minutes of them, of what no run may miss
+	$(BIN)/python -m bench.faults --short
+
+simulate: .venv/ready ## every strategy in every scenario under a virtual clock; writes docs/simulation.md
+	$(BIN)/python -m bench.simulation --docs
 
 protos: .venv/ready ## dl_inference_core/wire/messages.binpb from protos/
 	$(BIN)/python -m grpc_tools.protoc --proto_path=protos --include_imports \

@@ -19,19 +19,21 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import goals, rounds, systems
+from bench import choices, goals, rounds, systems
+from bench.choices import Choices
 from bench.load import LoadError, require_h2load
 from bench.report import CHART, Report
 from bench.systems import Table
 
 _OUT = Path(__file__).parent / "out" / "bench.json"
 _DOCS = Path(__file__).parents[1] / "docs"
+_NAMES = (*systems.NAMES, goals.CHOICES)
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    names = tuple(value.split(",")) if value else systems.NAMES
-    if unknown := set(names) - set(systems.NAMES):
-        raise click.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(systems.NAMES)}")
+    names = tuple(value.split(",")) if value else _NAMES
+    if unknown := set(names) - set(_NAMES):
+        raise click.BadParameter(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(_NAMES)}")
     return names
 
 
@@ -45,7 +47,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     "names",
     callback=_names,
     metavar="A,B,…",
-    help=f"Only these, of {', '.join(systems.NAMES)}.  [default: all]",
+    help=f"Only these, of {', '.join(_NAMES)}.  [default: all]",
 )
 @click.option(
     "--nodes",
@@ -71,11 +73,13 @@ def main(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
     console = Console(stderr=True)
-    tables, absent = systems.installed(names, node_kinds), systems.absent(names)
+    tables = systems.installed(names, node_kinds)
+    absent = systems.absent(tuple(name for name in names if name != goals.CHOICES))
     turns = 1 if quick else turns
     try:
-        require_h2load()
-        rows = _measured(tables, turns, 0.05 if quick else 1, console)
+        if tables:
+            require_h2load()
+        rows, chosen = _measured(tables, goals.CHOICES in names, turns, 0.05 if quick else 1, console)
     except LoadError as error:
         console.print(f"error: {error}", highlight=False)
         sys.exit(2)
@@ -83,7 +87,8 @@ def main(
         machine=_machine(tables, turns),
         rows=rows,
         titles={table.name: table.title for table in tables},
-        outcomes=goals.outcomes(rows),
+        choices=chosen,
+        outcomes=goals.outcomes(rows, chosen),
         absent=absent,
     )
     values = json.dumps(report.values(), indent=2)
@@ -101,13 +106,19 @@ def main(
         report.show(Console())
 
 
-def _measured(tables: Sequence[Table], turns: int, share: float, console: Console) -> goals.Rows:
+def _measured(
+    tables: Sequence[Table], choosing: bool, turns: int, share: float, console: Console
+) -> tuple[goals.Rows, Choices]:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bars = {
             table.name: progress.add_task(table.title, total=turns * len(table.sizes) * len(table.systems))
             for table in tables
         }
+        chosen: Choices = {}
+        if choosing:
+            bar = progress.add_task("Choosing a node", total=len(choices.strategies()))
+            chosen = choices.measure(share, partial(progress.advance, bar))
         rows: dict[str, dict[str, dict[str, rounds.Row]]] = {}
         for table in tables:
             with table.running() as running:
@@ -117,7 +128,7 @@ def _measured(tables: Sequence[Table], turns: int, share: float, console: Consol
                     )
                     for size in table.sizes
                 }
-        return rows
+        return rows, chosen
 
 
 def _machine(tables: Sequence[Table], turns: int) -> dict[str, Any]:
@@ -134,8 +145,10 @@ def _machine(tables: Sequence[Table], turns: int) -> dict[str, Any]:
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "rounds": turns,
         "loads": "; ".join(
-            f"{size.name}: {size.load.clients} connections, {size.load.streams} requests under way on each"
-            for size in systems.EVERY_SIZE
+            dict.fromkeys(
+                f"{size.name}: {size.load.clients} connections, {size.load.streams} requests under way on each"
+                for size in systems.EVERY_SIZE
+            )
         ),
     }
 

@@ -24,8 +24,10 @@ def svg(rows: Rows, titles: Mapping[str, str], path: Path) -> None:
         columns = max(map(len, rows.values()))
         panels = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
         for across, (table, by_load) in zip(panels, rows.items(), strict=True):
-            for panel, (load, by_system) in zip(across, by_load.items(), strict=True):
+            for panel, (load, by_system) in zip(across, by_load.items(), strict=False):
                 _bars(panel, f"{titles[table]}: {load}", by_system)
+            for panel in across[len(by_load) :]:
+                panel.set_axis_off()
         figure.savefig(path, format="svg", metadata={"Date": None})
 
 

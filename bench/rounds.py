@@ -65,6 +65,9 @@ SIZES = (
     Size(name="600B", node_name="echo@128", message_bytes=600, load=_MANY[0], alone=_MANY[1]),
     Size(name="600KB", node_name="echo-600KB@16", message_bytes=600_000, load=_FEWER[0], alone=_FEWER[1]),
 )
+_BRIEF = Load(requests=4_000, clients=16, streams=8), Load(requests=100, clients=1, streams=1)
+OWN_SIZES = (Size(name="600B", node_name="echo@128", message_bytes=600, load=_BRIEF[0], alone=_BRIEF[1]),)
+"""For systems that are measured beside themselves, set up in another way."""
 MODEL_SIZES = (
     Size(
         name="small",

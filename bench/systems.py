@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import peers, saved_models
 from bench.contract import MESSAGE_BYTES
 from bench.processes import Server, announcing
-from bench.rounds import MODEL_SIZES, SIZES, Size
+from bench.rounds import MODEL_SIZES, OWN_SIZES, SIZES, Size
 from dl_inference_core.plugins import Kind, Plugins
 
 
@@ -126,6 +126,32 @@ def _gateway(nodes: Sequence[str]) -> str:
     return f'[[routes]]\nname = "echo"\ntimeout_ms = 60000\nnodes = {list(nodes)}\n'
 
 
+def _tasks(count: int) -> Callable[[Sequence[str]], str]:
+    """A gateway with so many routes; the one that is asked stands in their middle."""
+
+    def config(nodes: Sequence[str]) -> str:
+        names = [f"task-{number}" for number in range(1, count)]
+        names.insert(count // 2, "echo")
+        return "".join(f'[[routes]]\nname = "{name}"\ntimeout_ms = 60000\nnodes = {list(nodes)}\n' for name in names)
+
+    return config
+
+
+_BARE = """\
+attempts = 1
+retry_budget = 0
+retry_reserve = 0
+[gateway.health]
+interval_ms = 0
+failures = 100000
+"""
+_CARE = "node_in_flight = 1000\nqueue = 1000\n"
+
+
+def _careful(more: str) -> Callable[[Sequence[str]], str]:
+    return lambda nodes: f'{_gateway(nodes)}balancer = "round_robin"\n{more}'
+
+
 def _node(folders: Sequence[str]) -> str:
     return saved_models.CONFIG.format(folder=folders[0])
 
@@ -173,6 +199,18 @@ _TENSORFLOW_NODES = (
     System(name="ours-tf-envoy", software=_TENSORFLOW, start=_ours("envoy", _node)),
 )
 
+_TRANSPORTS = {"grpcio": _CORE, "envoy": _PLUGIN}
+_CAREFUL = tuple(
+    System(name=f"ours-{transport}-{how}", software=software, start=_ours(transport, _careful(more)))
+    for transport, software in _TRANSPORTS.items()
+    for how, more in (("bare", _BARE), ("care", _CARE))
+)
+_OF_TASKS = tuple(
+    System(name=f"ours-{transport}-{count}-tasks", software=software, start=_ours(transport, _tasks(count)))
+    for transport, software in _TRANSPORTS.items()
+    for count in (1, 10_000)
+)
+
 # A node is measured beside the gateways in front of its kind too: it is what one leg costs.
 _TABLES = (
     Table(
@@ -187,6 +225,20 @@ _TABLES = (
         systems=(_NODES["envoy"], *_GATEWAYS),
         node=_NODES["envoy"],
     ),
+    Table(
+        name="gateway-care",
+        title="Gateway, with and without health, retries and admission",
+        systems=_CAREFUL,
+        node=_NODES["grpcio"],
+        sizes=OWN_SIZES,
+    ),
+    Table(
+        name="gateway-tasks",
+        title="Gateway, with 1 task and 10,000",
+        systems=_OF_TASKS,
+        node=_NODES["grpcio"],
+        sizes=OWN_SIZES,
+    ),
     Table(name="node", title="Node", systems=tuple(_NODES.values())),
     Table(
         name="node-tensorflow",
@@ -197,7 +249,7 @@ _TABLES = (
     ),
 )
 
-_SYSTEMS = (*_GATEWAYS, *_NODES.values(), *_TENSORFLOW_NODES)
+_SYSTEMS = (*_GATEWAYS, *_CAREFUL, *_OF_TASKS, *_NODES.values(), *_TENSORFLOW_NODES)
 NAMES = tuple(system.name for system in _SYSTEMS)
 NODE_KINDS = tuple(_NODES)
 EVERY_SIZE = tuple(dict.fromkeys(size for table in _TABLES for size in table.sizes))

@@ -19,7 +19,7 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path
 
     - `metrics_path`: the metrics, in the format that Prometheus asks for.
     - `/healthz`: 200 for as long as the process answers at all.
-    - `/readyz`: 200 while the process takes requests, else 503; the body says why.
+    - `/readyz`: 200 while requests for some model would succeed, else 503; the body says why.
 
     Args:
         beside: what else is answered on the same port, looked at in order after these paths.
@@ -35,10 +35,12 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path
         return PlainTextResponse("ok\n")
 
     async def readyz(_: Request) -> Response:
-        if readiness.serving:
+        if readiness.ready:
             return PlainTextResponse("ok\n")
-        if readiness.ending.is_set():
+        if readiness.leaving:
             return PlainTextResponse("ending: only what is in flight is finished\n", 503)
+        if readiness.serving:
+            return PlainTextResponse("failing: no model is loaded and no node of any route answers\n", 503)
         return PlainTextResponse("starting: no model has loaded yet and no node of any route answers\n", 503)
 
     starlette = Starlette(

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import admin, sockets
-from dl_inference_core.config import Config, RouteConfig
+from dl_inference_core.config import Config, NodeConfig, RouteConfig
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.gateway.balancing import Balancer
 from dl_inference_core.gateway.reloading import Gateway
+from dl_inference_core.gateway.sharing import Share
 from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Introspection, Readiness
-from dl_inference_core.listener import Listener
+from dl_inference_core.joining import Joining
+from dl_inference_core.listener import InFlight, Listener
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.rest import tfserving
 from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.routing import Routes
-from dl_inference_core.transport import HttpApp, Limits, Methods, Server, Transport
+from dl_inference_core.transport import Connection, HttpApp, Limits, Methods, Server, Transport, room_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,15 +38,19 @@ _log = logging.getLogger(__name__)
 
 _RELOAD = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 _READY_POLL_S = 0.05
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what a host may be, not one that is listened on
 _SAY_UNREADY_AFTER_S = 2.0
 
 
 class App:
     """One serving process. Everything on one event loop."""
 
-    def __init__(self, config: Config, plugins: Plugins, *, config_file: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, plugins: Plugins, *, config_file: Path | None = None, share: Share | None = None
+    ) -> None:
         """Args:
         config_file: where the config came from, to be watched for changed routes.
+        share: to the other workers, if there are any.
 
         Raises:
             ConfigError, PluginError: the config names what is not there, or nothing to serve.
@@ -51,30 +58,37 @@ class App:
         self._config = config
         self._plugins = plugins
         self.metrics = Metrics()
+        self._in_flight = InFlight(config.in_flight)
         # "auto" was resolved by whoever started this process, if that took anything to start it.
         name = config.transport if config.transport != "auto" else "grpcio"
         self.transport: Transport = plugins.make(Kind.TRANSPORTS, name, config.transport_options, "transport")
-        self._limits = Limits(message_bytes=config.message_bytes)
+        self._limits = Limits(
+            message_bytes=config.message_bytes, connections=config.connections, streams=config.streams
+        )
         self.repository: Repository | None = None
         self._named: NamedModels | None = None
         if config.models.any:
             self.repository = self._build_repository()
         self.gateway: Gateway | None = None
-        if config.routes or config.gateway.nodefile is not None:
+        if config.routes or config.gateway.nodefile is not None or config.gateway.registry is not None:
             self.gateway = Gateway(
                 config,
                 config_file,
-                connect=lambda address: self.transport.connect(address, self._limits, config.gateway.tls),
+                connect=self._connect,
                 balancer=self._build_balancer,
                 metrics=self.metrics,
+                share=share,
             )
         if self.repository is None and self.gateway is None:
             raise ConfigError("nothing to serve: give a folder of models, or models by name, or routes, or a node file")
+        self._joining = self._build_joining()
         self._readiness = Readiness()
+        self._awaiting: asyncio.Task[None] | None = None
         self._server: Server | None = None
         self._http_server: HttpServer | None = None
 
     def _build_repository(self) -> Repository:
+        from dl_inference_core.node.load import LoadMeter
         from dl_inference_core.node.model_config import NamedModels
         from dl_inference_core.node.repository import Repository
 
@@ -92,7 +106,28 @@ class App:
             handlers=self._plugins.classes(Kind.HANDLERS),
             defaults=self._config.models.defaults,
             poll_interval_s=self._config.models.poll_interval_ms / 1000,
+            meter=LoadMeter(self._config.models.load_reports_per_s),
         )
+
+    def _build_joining(self) -> Joining | None:
+        join, repository, host = self._config.join, self.repository, self._config.host
+        if join is None:
+            return None
+        if repository is None:
+            raise ConfigError("join: there are no models to register with a gateway")
+        if join.advertise is None and host.strip("[]") in _EVERYWHERE:
+            raise ConfigError(f"join: with host {host} gateways must be told where to reach this node: give advertise")
+        return Joining(
+            join,
+            lambda address: self.transport.connect(address, self._limits, join.tls),
+            lambda: {name: model.task_id for name, model in repository.models.items() if model.ready},
+        )
+
+    def _connect(self, node: NodeConfig) -> Connection:
+        tls = self._config.gateway.tls
+        if tls is not None and node.server_name is not None:
+            tls = tls.model_copy(update={"server_name": node.server_name})
+        return self.transport.connect(node.address, self._limits, tls)
 
     def _build_balancer(self, route: RouteConfig) -> Balancer:
         name = route.balancer
@@ -122,8 +157,8 @@ class App:
             await self.gateway.start()
 
     def describe(self) -> list[dict[str, Any]]:
-        """What `load` came to: for each version of a model and each node of a route its kind, name, whether it is ok,
-        and a detail."""
+        """What `load` came to: for each version of a model, each node of a route and each route without nodes its kind,
+        name, whether it is ok, and a detail."""
         from dl_inference_core.node.answering import State
 
         rows: list[dict[str, Any]] = []
@@ -138,6 +173,9 @@ class App:
             if not model.versions:
                 rows.append({"kind": "model", "name": model.name, "ok": False, "detail": "it has no versions"})
         for forwarder in self.gateway.forwarders if self.gateway is not None else ():
+            if not forwarder.pool.nodes:
+                detail = "none of its names could be looked up, so it has no nodes"
+                rows.append({"kind": "route", "name": forwarder.name, "ok": False, "detail": detail})
             for node in forwarder.pool.nodes:
                 ok = node.endpoint.health.usable
                 rows.append(
@@ -170,11 +208,13 @@ class App:
                 raise ConfigError(f"http_port {self._config.http_port}: {error.strerror or error}") from error
         await self.load()
         routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
-        listener = Listener(routes, self.metrics)
+        listener = Listener(routes, self.metrics, self._in_flight)
         introspection = Introspection(routes, self._readiness)
         unary = {**listener.methods(), **introspection.unary()}
         if self._named is not None:
             unary[_RELOAD] = self._named.reload
+        if self.gateway is not None and self.gateway.registry is not None:
+            unary |= self.gateway.registry.methods()
         path = self._config.socket_path
         self._server = await self.transport.serve(
             Methods(unary=unary, streaming=introspection.streaming()),
@@ -182,20 +222,38 @@ class App:
                 *(addresses or (f"{self._config.host}:{self._config.port}",)),
                 *((f"{sockets.PREFIX}{path}",) if path is not None else ()),
             ),
-            self._limits,
+            self._with_room(self._limits),
             share_port=share_port,
             tls=self._config.tls,
             http=self._http(rest),
         )
-        await self._until_ready(routes)
-        self._readiness.serving = True
+        self._readiness.upstreams = lambda: routes.ready or self._awaits_config
+        ready = self._until_ready()
+        if self._awaits_nodes:
+            self._awaiting = asyncio.create_task(ready, name="wait for nodes")
+        else:
+            await ready
+        if self._joining is not None:
+            join = self._config.join
+            assert join is not None
+            self._joining.start(join.advertise or f"{self._config.host}:{self._server.ports[-1]}")
         return self._server.ports
+
+    def _with_room(self, limits: Limits) -> Limits:
+        """With no more connections than this process can have."""
+        room, wanted = room_for(limits.connections), limits.connections
+        if room < wanted:
+            _log.warning(
+                "the limit on open files (ulimit -n) leaves room for %d connections of clients, not %d", room, wanted
+            )
+        return replace(limits, connections=room)
 
     def _rest_routes(self) -> Sequence[BaseRoute]:
         timeout_ms = self._config.rest_timeout_ms
         rest = Rest(
             Local(self.repository, self.gateway, self._readiness),
             self.metrics,
+            self._in_flight,
             body_bytes=self._config.rest_bytes,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
@@ -204,14 +262,15 @@ class App:
     def _http(self, beside: Sequence[BaseRoute]) -> HttpApp:
         return admin.app(self.metrics, self._readiness, *beside, metrics_path=self._config.metrics_path)
 
-    async def _until_ready(self, routes: Routes) -> None:
+    async def _until_ready(self) -> None:
         loop = asyncio.get_running_loop()
         said = loop.time() + _SAY_UNREADY_AFTER_S
-        while not routes.ready and not self._awaits_config:
+        while not self._readiness.upstreams():
             if loop.time() >= said:
                 said = float("inf")
                 _log.warning("not serving yet: no model has loaded and no node of any route answers")
             await asyncio.sleep(_READY_POLL_S)
+        self._readiness.serving = True
 
     @property
     def _awaits_config(self) -> bool:
@@ -220,9 +279,25 @@ class App:
         models = self._config.models
         return models.accept_config and models.directory is None and named is not None and not named.models
 
+    @property
+    def _awaits_nodes(self) -> bool:
+        """Whether there is nothing to serve because no node has registered itself yet."""
+        if self.repository is not None or self.gateway is None or self.gateway.registry is None:
+            return False
+        return not self.gateway.forwarders
+
     async def close(self) -> None:
-        """Say NOT_SERVING, let requests in flight finish for at most `drain_s` seconds, and take everything down."""
-        self._readiness.serving = False
+        """Say NOT_SERVING for `drain_delay_s` seconds, let requests in flight finish for at most `drain_s`, and take
+        everything down."""
+        if self._awaiting is not None:
+            self._awaiting.cancel()
+            await asyncio.gather(self._awaiting, return_exceptions=True)
+        was_serving, self._readiness.serving = self._readiness.serving, False
+        self._readiness.leaving = True
+        if self._joining is not None:
+            await self._joining.leave()
+        if was_serving:
+            await asyncio.sleep(self._config.drain_delay_s)
         self._readiness.ending.set()
         if self._server is not None:
             await self._server.drain(self._config.drain_s)

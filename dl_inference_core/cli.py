@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ import click
 
 import dl_inference_core
 from dl_inference_core import config as configs
-from dl_inference_core import tfserving_command
+from dl_inference_core import sockets, tfserving_command
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError, InferenceError, PluginError
-from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.supervisor import Supervisor
+from dl_inference_core.plugins import Kind, Plugins, Provided
+from dl_inference_core.supervisor import Heartbeat, Place, Supervisor
 from dl_inference_core.transport import Transport
 
 _CONFIG_EXIT = 2
+_JOIN = {"join": "gateways", "join_token_file": "token_file", "advertise": "advertise"}
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 with contextlib.suppress(ImportError):
@@ -74,8 +76,13 @@ def _sources(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Processes that share the port.  [default: 1]"
 )
-@click.option("--worker", hidden=True, help="INDEX:PORT, from the supervisor.")
-def serve(models: Path | None, config_file: Path | None, nodes: Path | None, worker: str | None, **flags: Any) -> None:
+@click.option("--join", metavar="HOST:PORT[,…]", help="Register the models with these gateways, and stay registered.")
+@click.option(
+    "--join-token-file", type=click.Path(path_type=Path), metavar="FILE", help="The gateways' token is its first line."
+)
+@click.option("--advertise", metavar="HOST:PORT", help="Where gateways reach this node.  [default: where it listens]")
+@click.option("--worker", is_flag=True, hidden=True, help="A supervisor says the rest on standard input.")
+def serve(models: Path | None, config_file: Path | None, nodes: Path | None, worker: bool, **flags: Any) -> None:
     """Serve the models in the folder MODELS, the routes of a config, or both.
 
     MODELS holds a folder for each model, and that a folder for each version: MODELS/NAME/1/model.pt2. New
@@ -99,8 +106,8 @@ def serve(models: Path | None, config_file: Path | None, nodes: Path | None, wor
 
 @main.command(cls=tfserving_command.TfServingCommand)
 @tfserving_command.flags
-@click.option("--worker", hidden=True, help="INDEX:PORT, from the supervisor.")
-def tfserving(worker: str | None, **flags: Any) -> None:
+@click.option("--worker", is_flag=True, hidden=True, help="A supervisor says the rest on standard input.")
+def tfserving(worker: bool, **flags: Any) -> None:
     """Serve as TensorFlow Serving would with the same flags.
 
     \b
@@ -119,17 +126,17 @@ def tfserving(worker: str | None, **flags: Any) -> None:
         config, notes = tfserving_command.config_of(flags, plugins.get(Kind.TRANSPORTS, name, "--transport"))
     except (ConfigError, PluginError) as error:
         _fail(error)
-    for note in notes if worker is None else ():
+    for note in notes if not worker else ():
         click.echo(f"note: {note}", err=True)
     again = ["tfserving", *(f"--{name}={value}" for name, value in flags.items())]
     _serve(Serving(config, None, plugins, f"transport {name}: {why}", describes=True), worker, again)
 
 
-def _serve(serving: Serving, worker: str | None, again: list[str]) -> None:
+def _serve(serving: Serving, worker: bool, again: list[str]) -> None:
     """Serve in this process, or have others do it.
 
     Args:
-        worker: "INDEX:PORT", if a supervisor has started this process.
+        worker: whether a supervisor has started this process.
         again: the command line that says the same.
     """
     config = serving.config
@@ -139,8 +146,8 @@ def _serve(serving: Serving, worker: str | None, again: list[str]) -> None:
         )
     except (ConfigError, PluginError) as error:
         _fail(error)
-    if worker is not None:
-        _run(serving.as_worker(*map(int, worker.split(":"))))
+    if worker:
+        _run(serving.as_worker())
     elif config.workers > 1 or transport.hosted:
         supervisor = Supervisor(config, transport, again, serving.transport)
         _run(supervisor.run(), asyncio.new_event_loop)  # uvloop makes no process groups
@@ -184,36 +191,43 @@ class Serving:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ending.set)
-        await self._until(ending, self.config)
+        await self._until(asyncio.create_task(ending.wait()), self.config, None)
 
-    async def as_worker(self, index: int, port: int) -> None:
-        """Serve until standard input ends: on the port of all workers, and where there are several, on one of its own
-        too, by which it is known."""
+    async def as_worker(self) -> None:
+        """Wait to be told the place, then serve until standard input ends: on the port of all workers, and where there
+        are several, on one of its own too, by which it is known."""
+        importlib.import_module("dl_inference_core.app")  # what takes longest, before the place is known
+        stdin = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
+        told = await stdin.readline()
+        if not told.endswith(b"\n"):
+            return
+        place = Place.parse(told.decode().rstrip("\n"))
         config = self.config
         if config.http_port:
-            config = config.model_copy(update={"http_port": config.http_port + index})
+            config = config.model_copy(update={"http_port": config.http_port + place.index})
         if config.socket_path is not None and config.workers > 1:
-            path = config.socket_path.with_name(f"{config.socket_path.name}-{index}")
+            path = config.socket_path.with_name(f"{config.socket_path.name}-{place.index}")
             config = config.model_copy(update={"socket_path": path})
-        ending = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        ports = (place.own, place.port) if place.own else (place.port,)
+        # It is closed to end this worker; or the supervisor has ended.
+        ending = asyncio.create_task(stdin.read())
+        try:
+            await self._until(ending, config, place, *(f"{config.host}:{port}" for port in ports))
+        finally:
+            sockets.remove_left(place.folder)  # if the supervisor was killed
 
-        def ended() -> None:
-            loop.remove_reader(sys.stdin)  # which is readable for ever now
-            ending.set()
-
-        loop.add_reader(sys.stdin, ended)  # closed to end this worker; or the supervisor has ended
-        own = (f"{config.host}:0",) if config.workers > 1 else ()
-        await self._until(ending, config, *own, f"{config.host}:{port}")
-
-    async def _until(self, ending: asyncio.Event, config: Config, *addresses: str) -> None:
+    async def _until(self, ending: asyncio.Task[Any], config: Config, place: Place | None, *addresses: str) -> None:
         from dl_inference_core.app import App
+        from dl_inference_core.gateway.sharing import Share
 
-        app = App(config, self.plugins, config_file=self.config_file)
+        share = Share(place.folder, place.index) if place is not None and config.workers > 1 else None
+        app = App(config, self.plugins, config_file=self.config_file, share=share)
+        # What holds up the event loop until here are imports.
+        heart = Heartbeat(place.folder, config.hang_s) if place is not None and config.hang_s else None
         try:
             starting = asyncio.create_task(app.serve(*addresses, share_port=bool(addresses)))
-            waiting = asyncio.create_task(ending.wait())
-            await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
                 await asyncio.gather(starting, return_exceptions=True)
@@ -228,16 +242,20 @@ class Serving:
             if config.workers == 1:
                 click.echo(self.transport)
             click.echo(f"serving on {config.host}:{port}")
-            await waiting
+            await ending
         finally:
             await app.close()
+            if heart is not None:
+                heart.close()
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
 def plugins(as_json: bool) -> None:
-    """List the installed plugins: from where, which version, what they provide, and what is broken and why."""
-    found = Plugins().describe()
+    """List the installed plugins: from where, which version, what they provide and what for, the options with their
+    defaults, and what is broken and why."""
+    installed = Plugins()
+    found = installed.describe()
     if as_json:
         rows = [
             {
@@ -245,6 +263,10 @@ def plugins(as_json: bool) -> None:
                 "distribution": plugin.distribution,
                 "version": plugin.version,
                 "provides": {kind.name.lower(): names for kind, names in plugin.provides.items()},
+                "described": {
+                    kind.name.lower(): {name: asdict(Provided.of(installed.classes(kind)[name])) for name in names}
+                    for kind, names in plugin.provides.items()
+                },
                 "error": plugin.error,
             }
             for plugin in found
@@ -256,8 +278,18 @@ def plugins(as_json: bool) -> None:
         for kind in Kind:
             for name in plugin.provides.get(kind, ()):
                 click.echo(f"  {kind.value:<10}{name}")
+                for line in _lines(Provided.of(installed.classes(kind)[name])):
+                    click.echo(click.wrap_text(line, 120, " " * 14, " " * 14))
         if plugin.error:
             click.echo(f"  broken    {plugin.error}")
+
+
+def _lines(provided: Provided) -> Iterator[str]:
+    if provided.purpose:
+        yield provided.purpose
+    if provided.options:
+        given = {name: "" if value is None else f" = {json.dumps(value)}" for name, value in provided.options.items()}
+        yield "options: " + ", ".join(f"{name}{value}" for name, value in given.items())
 
 
 @main.command()
@@ -374,6 +406,15 @@ def _config(models: Path | None, config_file: Path | None, nodes: Path | None, f
     except ConfigError as error:
         _fail(error)
     update = {name: value for name, value in flags.items() if value is not None}
+    join = {key: update.pop(flag) for flag, key in _JOIN.items() if flag in update}
+    if join:
+        if "gateways" in join:
+            join["gateways"] = join["gateways"].split(",")
+        known = config.join.model_dump() if config.join is not None else {}
+        try:
+            update["join"] = configs.validated(configs.JoinConfig, {**known, **join}, "--join")
+        except ConfigError as error:
+            _fail(error)
     if models is not None:
         update["models"] = config.models.model_copy(update={"directory": models})
     if nodes is not None:

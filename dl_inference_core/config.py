@@ -7,7 +7,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,7 +17,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 SectionT = TypeVar("SectionT", bound="_Section")
 
 _NODE = re.compile(
-    r"(?:(?P<socket>unix:/[^\x00-\x1f]+?)|(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5}))"
+    r"(?:(?P<socket>unix:/[^\x00-\x1f]+?)"
+    r"|(?P<host>\[[0-9A-Fa-f:.%]+\]|(?:dns:///)?[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5}))"
     r"(?:@(?P<weight>[0-9]{1,5}))?"
 )
 
@@ -33,12 +34,20 @@ class _Section(PluginOptions):
 
 
 class NodeConfig(_Section):
-    """One node of a route; written "host:port" or "host:port@weight", IPv6 in brackets; or "unix:/path"."""
+    """One node of a route; written "host:port" or "host:port@weight", IPv6 in brackets; or "unix:/path"; or as many as
+    a name has addresses, "dns:///name:port"."""
 
     address: str
-    """host:port, or unix:/path for a Unix-domain socket"""
+    """host:port, unix:/path for a Unix-domain socket, or dns:///name:port"""
     weight: int = Field(default=1, ge=0, le=10_000)
     """the static weight; 0 takes no requests while another node has a weight"""
+    server_name: str | None = None
+    """the name that its certificate must have, if that is not for `[gateway.tls]` or the address to say"""
+
+    @property
+    def target(self) -> str:
+        """What connections are kept by: a node that is to prove another name is another."""
+        return self.address if self.server_name is None else f"{self.address} as {self.server_name}"
 
     @classmethod
     def parse(cls, text: str) -> NodeConfig:
@@ -47,7 +56,8 @@ class NodeConfig(_Section):
         """
         match = _NODE.fullmatch(text)
         if match is None:
-            raise ValueError(f'"{text}" is no node: expected host:port, host:port@weight or unix:/path')
+            expected = "host:port, host:port@weight, dns:///name:port or unix:/path"
+            raise ValueError(f'"{text}" is no node: expected {expected}')
         port, weight = int(match["port"] or 1), int(match["weight"] or 1)
         if not 1 <= port <= 65535:
             raise ValueError(f'"{text}": port {port} is not between 1 and 65535')
@@ -56,6 +66,18 @@ class NodeConfig(_Section):
         if match["socket"] and len(match["socket"].removeprefix("unix:").encode()) > 107:
             raise ValueError(f'"{text}": the path is over 107 bytes, more than a socket\'s can have')
         return cls(address=match["socket"] or f"{match['host']}:{port}", weight=weight)
+
+    @classmethod
+    def parse_one(cls, text: str) -> NodeConfig:
+        """A plain "host:port" of one node.
+
+        Raises:
+            ValueError: says what is wrong with `text`.
+        """
+        match = _NODE.fullmatch(text)
+        if match is None or match["host"] is None or match["weight"] or text.startswith("dns:"):
+            raise ValueError(f'"{text}" is no address: expected host:port')
+        return cls.parse(text)
 
 
 def _node(value: Any) -> NodeConfig:
@@ -66,7 +88,43 @@ def _node(value: Any) -> NodeConfig:
     raise ValueError("expected a string, host:port or host:port@weight")
 
 
-class RouteConfig(_Section):
+class RouteSettings(_Section):
+    """How the requests of a route are forwarded."""
+
+    timeout_ms: int = Field(default=1000, ge=1, le=3_600_000)
+    """milliseconds that one attempt may take; the whole call takes at most this times `attempts`"""
+    attempts: int = Field(default=2, ge=1, le=10)
+    """how many nodes may be tried for one request; 1 never tries again"""
+    retry_failed: bool = True
+    """whether a node's INTERNAL, UNKNOWN or DATA_LOSS is tried on another node"""
+    retry_budget: float = Field(default=0.2, ge=0, le=1)
+    """how many retries each success pays for: 0.2 is one for five. They can be saved up to `retry_reserve` and one for
+    each request in flight; when there are none left, a request that fails is not tried again"""
+    retry_reserve: int = Field(default=20, ge=0, le=1_000_000)
+    """retries that can be saved up beyond one for each request in flight; 0 with `retry_budget = 0` never retries"""
+    hedge: bool = False
+    """whether a request that takes longer than 95 % of recent ones is sent to one more node, within `attempts`; the
+    first answer counts, and the other attempt is cancelled"""
+    hedge_budget: float = Field(default=0.05, ge=0, le=1)
+    """the part of the requests that may be hedged, at most"""
+    node_in_flight: int = Field(default=0, ge=0, le=1_000_000)
+    """requests that this route has at a node at once, at most; what is more waits; 0 is no limit"""
+    queue: int = Field(default=100, ge=0, le=1_000_000)
+    """requests that wait while every node has `node_in_flight`; over it, or if their deadline would pass first,
+    RESOURCE_EXHAUSTED at once. As many as the nodes take at once make a request take twice as long, at most"""
+    balancer: str | None = None
+    """the balancing strategy; if left out, `dynamic_weighted_round_robin` where it is installed, else `round_robin`"""
+    balancer_options: dict[str, Any] = {}
+    """the strategy's own options"""
+
+    @model_validator(mode="after")
+    def _check_hedge(self) -> RouteSettings:
+        if self.hedge and self.attempts < 2:
+            raise ValueError("a hedge is a second attempt: it takes attempts of 2 or more")
+        return self
+
+
+class RouteConfig(RouteSettings):
     """Where the requests of one task go: `[[routes]]`, once per task."""
 
     name: str = Field(default="", pattern=r"^[^/\x00-\x1f]*$", max_length=255)
@@ -75,17 +133,7 @@ class RouteConfig(_Section):
     """the number that `textcnn-69` and `taskId: 69` mean"""
     nodes: tuple[Annotated[NodeConfig, BeforeValidator(_node)], ...] = Field(min_length=1)
     """the nodes: "host:port" or "host:port@weight"; IPv6 addresses in brackets; "unix:/path" for a node on this
-    machine"""
-    timeout_ms: int = Field(default=1000, ge=1, le=3_600_000)
-    """milliseconds that one attempt may take; the whole call takes at most this times `attempts`"""
-    attempts: int = Field(default=2, ge=1, le=10)
-    """how many nodes may be tried for one request; 1 never tries again"""
-    retry_failed: bool = True
-    """whether a node's INTERNAL, UNKNOWN or DATA_LOSS is tried on another node"""
-    balancer: str | None = None
-    """the balancing strategy; if left out, `dynamic_weighted_round_robin` where it is installed, else `round_robin`"""
-    balancer_options: dict[str, Any] = {}
-    """the strategy's own options"""
+    machine; "dns:///name:port" for one node at each address of that name, which is looked up again and again"""
 
     @model_validator(mode="after")
     def _check(self) -> RouteConfig:
@@ -167,11 +215,59 @@ class ModelsConfig(_Section):
     operator has named it, too"""
     defaults: dict[str, Any] = {}
     """keys of `model.toml` for every model; what a `model.toml` or `settings` says takes their place"""
+    load_reports_per_s: int = Field(default=20, ge=0, le=1_000_000)
+    """how many answers a second carry a report of this process's load, in ORCA's form, by which gRPC's and Envoy's
+    weighted round robin and `orca_weighted_round_robin` weigh nodes; 0 is none"""
 
     @property
     def any(self) -> bool:
         """Whether there is anything to serve."""
         return self.directory is not None or bool(self.named) or self.config_file is not None
+
+
+class RegistryConfig(_Section):
+    """Nodes that register themselves, as `serve --join` does: `[gateway.registry]`. Whoever has the token says where
+    requests go."""
+
+    token_file: Path
+    """a file whose first line is the token that nodes must show; relative to the config file"""
+    lease_ms: int = Field(default=10_000, ge=100, le=3_600_000)
+    """the most milliseconds that a registration holds; nodes renew theirs after a third of what they were given"""
+    max_nodes: int = Field(default=1000, ge=1)
+    """registrations at once; each worker process of a node has one"""
+    max_models: int = Field(default=10_000, ge=1)
+    """models of all registrations together"""
+    route: RouteSettings = RouteSettings()
+    """the routes of models that no route is configured for: keys of `[[routes]]`, but for `name`, `task_id` and
+    `nodes`"""
+
+
+class HealthConfig(_Section):
+    """When nodes are left out, and when they are back: `[gateway.health]`, for all routes."""
+
+    probe: Literal["auto", "grpc", "openinference", "tfserving", "tcp"] = "auto"
+    """how a node is asked: by `grpc.health.v1`, the Open Inference Protocol's `ServerReady`, or TensorFlow Serving's
+    `GetModelStatus`; "auto" takes the first of these that the node knows, and one that knows none is well; "tcp" only
+    connects, so that a node which hangs seems well"""
+    interval_ms: int = Field(default=1000, ge=0, le=3_600_000)
+    """milliseconds, somewhat less at random, without an answered request after which a node is probed; one that answers
+    requests is in every fifth only, to hear that it is about to end; 0 probes only who is suspect or left out. A probe
+    takes some 0.3 ms of CPU"""
+    timeout_ms: int = Field(default=500, ge=1, le=60_000)
+    """milliseconds that a probe may take"""
+    fall: int = Field(default=2, ge=1, le=1000)
+    """probes running that fail before a node is ejected; the first probe of a new node counts alone"""
+    rise: int = Field(default=1, ge=1, le=1000)
+    """probes running that pass before a node is used again"""
+    failures: int = Field(default=5, ge=1, le=100_000)
+    """attempts running that time out, or fail by the node's fault, before it is probed at once and ejected if that
+    fails too"""
+    max_ejected: float = Field(default=0.5, ge=0, le=1)
+    """the part of a route's nodes, rounded down, that may be ejected at one time, though never all: those that were
+    first. Nodes that refuse connections or say that they do not serve are left out beside them; if no node is left, all
+    are used"""
+    slow_start_s: float = Field(default=0.0, ge=0, le=3600)
+    """seconds in which the share of a node that is back grows from a tenth to the whole; 0 gives it all at once"""
 
 
 class GatewayConfig(_Section):
@@ -181,7 +277,34 @@ class GatewayConfig(_Section):
     """a file of lines `taskid=timeout_ms,host:port,…`, read beside the routes; relative to the config file"""
     poll_interval_ms: int = Field(default=250, ge=10)
     """milliseconds between two looks at the config file and the nodefile"""
+    resolve_interval_ms: int = Field(default=5000, ge=10)
+    """milliseconds between two look-ups of a name that stands in a route as "dns:///name:port"; while one of its
+    addresses does not answer it is looked up every second"""
+    health: HealthConfig = HealthConfig()
+    registry: RegistryConfig | None = None
     tls: ClientTls | None = None
+
+
+class JoinConfig(_Section):
+    """Gateways that this process registers its models with: `[join]`."""
+
+    gateways: tuple[str, ...] = Field(min_length=1)
+    """each gateway, "host:port"; all of them know then"""
+    token_file: Path
+    """a file whose first line is the gateways' token; relative to the config file"""
+    advertise: str | None = None
+    """where gateways reach this process, "host:port"; if left out, `host` and the port that it listens on"""
+    weight: int = Field(default=1, ge=0, le=10_000)
+    """the static weight of this node"""
+    lease_ms: int = Field(default=10_000, ge=100, le=3_600_000)
+    """milliseconds that a gateway takes this process to be there without hearing of it; the gateway may give less"""
+    tls: ClientTls | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> JoinConfig:
+        for address in (*self.gateways, *((self.advertise,) if self.advertise is not None else ())):
+            NodeConfig.parse_one(address)
+        return self
 
 
 class Config(_Section):
@@ -205,17 +328,33 @@ class Config(_Section):
     """bytes of the largest body of a REST request, after decompression; over it 413. While JSON is read nothing else is
     answered, for up to 0.1 s per MB"""
     workers: int = Field(default=1, ge=1, le=256)
-    """processes that share the port, each with its own copy of the models"""
+    """processes that share the port, each with its own copy of the models; of several that serve routes alone there is
+    one more, which waits to take the place of one that dies"""
     transport: str = "auto"
     """the network stack: "envoy", "grpcio", or "auto": envoy where its plugin is installed and can run, else grpcio"""
     transport_options: dict[str, Any] = {}
     """the network stack's own options"""
     message_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
     """bytes of the largest message, in either direction; over it RESOURCE_EXHAUSTED"""
+    connections: int = Field(default=10_000, ge=0, lt=2**31)
+    """clients' connections to each worker at one time, at most; more are closed as they come; 0 is what the limit
+    on open files leaves room for: a quarter of it, or 64, stay for nodes and files in any case"""
+    streams: int = Field(default=1024, ge=1, lt=2**31)
+    """calls that one connection of a client may have in flight; more wait at the client"""
+    in_flight: int = Field(default=0, ge=0, le=1_000_000)
+    """requests that are answered at once, at most, in each worker; over it RESOURCE_EXHAUSTED at once; questions about
+    health, readiness and models do not count; 0 is no limit"""
     drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     """seconds that requests in flight have to finish after SIGTERM"""
+    drain_delay_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """seconds after SIGTERM in which requests are still taken while health says NOT_SERVING, before `drain_s` begins:
+    time for balancers in front to look elsewhere"""
+    hang_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    """seconds without a sign of life from the event loop of a worker after which it is killed and started again, where
+    there are several or Envoy is the network stack; a model that is slow hangs nothing; 0 waits for ever"""
     models: ModelsConfig = ModelsConfig()
     gateway: GatewayConfig = GatewayConfig()
+    join: JoinConfig | None = None
     tls: ServerTls | None = None
     routes: tuple[RouteConfig, ...] = ()
     backends: dict[str, dict[str, Any]] = {}
@@ -229,6 +368,22 @@ class Config(_Section):
                 if count > 1 and key not in ("", None):
                     raise ValueError(f"{count} routes have the {kind} {key!r}")
         return self
+
+
+def read_token(path: Path) -> str:
+    """The token in a file: its first line.
+
+    Raises:
+        ConfigError: it cannot be read, or there is none in it.
+    """
+    try:
+        first, *_ = path.read_text(encoding="utf-8").splitlines() or [""]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    token = first.strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise ConfigError(f"{path}: the first line is no token; expected visible ASCII characters without spaces")
+    return token
 
 
 def load(path: Path) -> Config:

@@ -6,6 +6,7 @@ Retries, node health and the status that the client sees all read the same three
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 
 class Code(enum.IntEnum):
@@ -45,11 +46,15 @@ class InferenceError(Exception):
     """A failure that a caller may be told of: `str(error)` is the status message.
 
     `code`, `blame` and `another_node` are facts of the class.
+
+    Attributes:
+        trailers: what the node that failed sent beside its status.
     """
 
     code: Code = Code.INTERNAL
     blame: Blame = Blame.SERVER
     another_node: bool = False
+    trailers: Sequence[tuple[str, str | bytes]] = ()
 
 
 class BadRequest(InferenceError):
@@ -84,6 +89,13 @@ class PermissionDenied(InferenceError):
     """What the client asks for this server does for nobody, unless its operator says otherwise."""
 
     code = Code.PERMISSION_DENIED
+    blame = Blame.CLIENT
+
+
+class Unauthenticated(InferenceError):
+    """The client has not shown that it may ask for this."""
+
+    code = Code.UNAUTHENTICATED
     blame = Blame.CLIENT
 
 
@@ -130,10 +142,7 @@ class NodeOverloaded(InferenceError):
 
 
 class NodeFailed(InferenceError):
-    """The node answered INTERNAL, UNKNOWN or DATA_LOSS, or an answer that is none (empty or undecodable).
-
-    `code` is the node's own.
-    """
+    """The node answered INTERNAL, UNKNOWN or DATA_LOSS. `code` is the node's own."""
 
     blame = Blame.NODE
     another_node = True
@@ -141,6 +150,10 @@ class NodeFailed(InferenceError):
     def __init__(self, message: str, code: Code = Code.INTERNAL) -> None:
         super().__init__(message)
         self.code = code
+
+
+class AnswerMalformed(NodeFailed):
+    """The node's answer is none: it is empty, or cannot be decoded."""
 
 
 class NodeRejected(InferenceError):
@@ -221,8 +234,10 @@ def from_status(code: Code, message: str) -> InferenceError:
             # gRPC's own words on both sides of a connection when a message, or its metadata, is over the limit.
             too_large = "message larger than max" in message or "metadata size exceeds" in message
             return MessageTooLarge(message) if too_large else NodeOverloaded(message)
-        case Code.INTERNAL | Code.UNKNOWN | Code.DATA_LOSS | Code.OK:
-            return NodeFailed(message, code if code is not Code.OK else Code.INTERNAL)
+        case Code.INTERNAL | Code.UNKNOWN | Code.DATA_LOSS:
+            return NodeFailed(message, code)
+        case Code.OK:
+            return AnswerMalformed(message)
         case Code.DEADLINE_EXCEEDED:
             return DeadlineExceeded(message)
         case Code.CANCELLED:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -36,8 +37,14 @@ from dl_inference_core.transport import (
     UnaryHandler,
 )
 
+_log = logging.getLogger(__name__)
+_cygrpc_log = logging.getLogger("grpc._cython.cygrpc")
+
 _STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
 _LONGEST_ASCII, _LONGEST = 2000, 500
+_RARELY_MS = 3_600_000
+_LOOK_S = 0.05
+_LONGEST_S = 2**31 // 1000 - 1
 _OF_HTTP = frozenset({"user-agent", "te", "content-type", "content-length"})
 _OF_ENVOY = frozenset({"x-forwarded-for", "x-envoy-internal", "x-envoy-expected-rq-timeout-ms"})
 _RESERVED = _OF_HTTP | _OF_ENVOY
@@ -56,11 +63,28 @@ class GrpcioTransport(Transport):
         """Attributes:
         connect_timeout_ms: how long a connection to a node may take to come up.
         reconnect_ms: the first pause before a failed connection is tried again; the later ones are twice as long.
-        channel_arguments: gRPC's own settings of a server, by their names; gRPC ignores those that it does not know.
+        unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement before the connection
+            is given up, so that the next one finds a path that works again; 0 leaves that to the system. On Linux only.
+        header_kb: KiB that the headers of one call may have; with more, some calls are refused, and all with a quarter
+            more and over 16.
+        idle_timeout_s: seconds after which a client's connection without calls is closed; 0 never.
+        connection_age_s: seconds after which a client is told to connect anew, once its calls are answered; 0 never.
+        headers_timeout_s: seconds that a client has for the handshakes of TLS and HTTP/2.
+        keepalive_s: seconds after which a client's silent connection is asked for a sign of life.
+        keepalive_timeout_s: seconds that the sign may take; then the connection is closed.
+        channel_arguments: gRPC's own settings of a server, by their names, which go before all of these; gRPC ignores
+            those that it does not know.
         """
 
         connect_timeout_ms: int = 1000
         reconnect_ms: int = 100
+        unacknowledged_ms: int = Field(default=1000, ge=0, lt=2**31)
+        header_kb: int = Field(default=16, ge=1, le=8192)
+        idle_timeout_s: int = Field(default=3600, ge=0, le=_LONGEST_S)
+        connection_age_s: int = Field(default=0, ge=0, le=_LONGEST_S)
+        headers_timeout_s: int = Field(default=10, ge=1, le=_LONGEST_S)
+        keepalive_s: int = Field(default=30, ge=1, le=_LONGEST_S)
+        keepalive_timeout_s: int = Field(default=5, ge=1, le=_LONGEST_S)
         channel_arguments: dict[str, int | str] = Field(default={})
 
     options: Options
@@ -84,31 +108,20 @@ class GrpcioTransport(Transport):
         http: HttpApp | None = None,
     ) -> Server:
         watched = None if tls is None else Watched(tls)
-        arguments = self.options.channel_arguments.items()
-        server = grpc.aio.server(options=[*size_options(limits), ("grpc.so_reuseport", int(share_port)), *arguments])
-        server.add_generic_rpc_handlers((_Handlers(methods),))
-        paths = {address: path for address in addresses if (path := sockets.path_of(address)) is not None}
-        for path in paths.values():
-            sockets.claim(path)  # grpc would take it from a server that lives
-        ports = []
+        _cygrpc_log.addFilter(_not_of_a_client_that_left)
+        ours = [*size_options(limits), *_server_options(limits, self.options), ("grpc.so_reuseport", int(share_port))]
+        # Of two arguments of one name gRPC takes the first.
+        options = list({**dict(ours), **self.options.channel_arguments}.items())
+        handlers = _Handlers(methods)
         for address in addresses:
-            try:
-                if address not in paths and int(address.rpartition(":")[2]) > 65535:
-                    raise ValueError("the port is over 65535")  # grpc would take the rest of it modulo 65536
-                port = (
-                    server.add_insecure_port(address)
-                    if watched is None
-                    else server.add_secure_port(address, _server_credentials(watched))
-                )
-                if address not in paths:
-                    ports.append(port)
-            except (RuntimeError, ValueError) as error:
-                # Nothing else gives back the ports that were bound before.
-                await server.start()
-                await server.stop(None)
-                raise ConfigError(f"cannot listen on {address}: is the address right, and the port free?") from error
-        await server.start()
-        return GrpcioServer(server, tuple(ports), watched)
+            if (path := sockets.path_of(address)) is not None:
+                sockets.claim(path)  # grpc would take it from a server that lives
+        server, bound = await _listening(handlers, addresses, options, watched)
+
+        async def again() -> grpc.aio.Server:
+            return (await _listening(handlers, bound, options, watched))[0]
+
+        return GrpcioServer(server, bound, watched, again)
 
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
         options: list[tuple[str, Any]] = [
@@ -123,6 +136,12 @@ class GrpcioTransport(Transport):
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.enable_http_proxy", 0),
         ]
+        if self.options.unacknowledged_ms:
+            # gRPC sets TCP_USER_TIMEOUT where it sends keepalive pings, which servers forbid unless they are rare.
+            options += [
+                ("grpc.keepalive_time_ms", _RARELY_MS),
+                ("grpc.keepalive_timeout_ms", self.options.unacknowledged_ms),
+            ]
         if tls is None:
             return GrpcioConnection(grpc.aio.insecure_channel(address, options=options))
         if tls not in self._watched:
@@ -135,12 +154,71 @@ class GrpcioTransport(Transport):
         return TlsConnection(self._watched[tls], connect)
 
 
+async def _listening(
+    handlers: _Handlers, addresses: Sequence[str], options: list[tuple[str, Any]], watched: Watched | None
+) -> tuple[grpc.aio.Server, list[str]]:
+    """A server that has started; and its addresses, with the ports that it got.
+
+    Raises:
+        ConfigError: an address cannot be listened on.
+    """
+    server = grpc.aio.server(options=options)
+    server.add_generic_rpc_handlers((handlers,))
+    bound = []
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        is_path = sockets.path_of(address) is not None
+        try:
+            if not is_path and int(port) > 65535:
+                raise ValueError("the port is over 65535")  # grpc would take the rest of it modulo 65536
+            got = (
+                server.add_insecure_port(address)
+                if watched is None
+                else server.add_secure_port(address, _server_credentials(watched))
+            )
+        except (RuntimeError, ValueError) as error:
+            # Nothing else gives back the ports that were bound before.
+            await server.start()
+            await server.stop(None)
+            raise ConfigError(f"cannot listen on {address}: is the address right, and the port free?") from error
+        bound.append(address if is_path else f"{host}:{got}")
+    await server.start()
+    return server, bound
+
+
 def size_options(limits: Limits) -> list[tuple[str, int]]:
     """What gRPC calls the limits of a channel or server."""
     return [
         ("grpc.max_receive_message_length", limits.message_bytes),
         ("grpc.max_send_message_length", limits.message_bytes),
     ]
+
+
+def _server_options(limits: Limits, options: GrpcioTransport.Options) -> list[tuple[str, int]]:
+    """What gRPC calls the limits of a server."""
+    ages = {
+        "grpc.max_connection_idle_ms": options.idle_timeout_s,
+        "grpc.max_connection_age_ms": options.connection_age_s,
+    }
+    return [
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.max_metadata_size", options.header_kb * 1024),
+        ("grpc.server_handshake_timeout_ms", options.headers_timeout_s * 1000),
+        ("grpc.http2.settings_timeout", options.headers_timeout_s * 1000),
+        ("grpc.keepalive_time_ms", options.keepalive_s * 1000),
+        ("grpc.keepalive_timeout_ms", options.keepalive_timeout_s * 1000),
+        # Or the answer to a ping may take 60 seconds, whatever the timeout is.
+        ("grpc.http2.ping_timeout_ms", options.keepalive_timeout_s * 1000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        *((name, seconds * 1000) for name, seconds in ages.items() if seconds),
+    ]
+
+
+def _not_of_a_client_that_left(record: logging.LogRecord) -> bool:
+    """grpc.aio logs with a traceback each call whose client leaves before it has taken all of the answer."""
+    error = record.exc_info[1] if record.exc_info else None
+    return type(error).__name__ != "ExecuteBatchError"
 
 
 def name_options(tls: ClientTls, address: str) -> list[tuple[str, str]]:
@@ -171,19 +249,54 @@ def _server_credentials(watched: Watched) -> grpc.ServerCredentials:
 
 
 class GrpcioServer(Server):
-    """A started `grpc.aio` server."""
+    """A started `grpc.aio` server; and the next one, when it ends by itself."""
 
-    def __init__(self, server: grpc.aio.Server, ports: tuple[int, ...], watched: Watched | None) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        addresses: Sequence[str],
+        watched: Watched | None,
+        again: Callable[[], Awaitable[grpc.aio.Server]],
+    ) -> None:
+        """Args:
+        again: starts another one on the same addresses; raises ConfigError.
+        """
         self._server = server
-        self.ports = ports
-        self._watching = (
-            None if watched is None else asyncio.create_task(_watch(watched), name="watch the certificates")
-        )
+        self._again = again
+        self._retiring: dict[grpc.aio.Server, asyncio.Task[None]] = {}
+        self.ports = tuple(int(each.rpartition(":")[2]) for each in addresses if sockets.path_of(each) is None)
+        self._tasks = [asyncio.create_task(self._keep(), name="keep listening")]
+        if watched is not None:
+            self._tasks.append(asyncio.create_task(_watch(watched), name="watch the certificates"))
+
+    async def _keep(self) -> None:
+        """grpc.aio ends a server at the first call whose path is no UTF-8; the calls that it has it lets finish."""
+        while True:
+            try:
+                await self._server.wait_for_termination(_LOOK_S)
+            except Exception as error:
+                _log.error("a call has ended grpcio's server, by a fault of grpcio's (%s); it listens again", error)
+                self._retiring[self._server] = asyncio.create_task(self._retire(self._server))
+                await self._replace()
+
+    async def _retire(self, server: grpc.aio.Server) -> None:
+        await server.stop(_LONGEST_S)
+        del self._retiring[server]
+
+    async def _replace(self) -> None:
+        while True:
+            try:
+                self._server = await self._again()
+            except ConfigError:  # the other has not closed yet
+                await asyncio.sleep(_LOOK_S)
+            else:
+                return
 
     async def drain(self, grace_s: float) -> None:
-        if self._watching is not None:
-            self._watching.cancel()
-        await self._server.stop(grace_s)
+        for task in self._tasks:
+            task.cancel()
+        stopping = [server.stop(grace_s) for server in (self._server, *self._retiring)]
+        await asyncio.gather(*stopping, *self._retiring.values())
 
 
 async def _watch(watched: Watched) -> None:

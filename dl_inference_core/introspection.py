@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,11 +34,21 @@ class Readiness:
     """Whether this process takes requests. Set by the app, read by health and ready.
 
     Attributes:
-        ending: set once it will never again: streams end then, after having said so.
+        serving: from when a request would first have succeeded until it is told to end.
+        leaving: it was told to end, and takes requests for a moment longer.
+        ending: set once it will never take any again: streams end then, after having said so.
+        upstreams: whether any upstream would now answer.
     """
 
     serving: bool = False
+    leaving: bool = False
     ending: asyncio.Event = field(default_factory=asyncio.Event)
+    upstreams: Callable[[], bool] = lambda: True
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request for some model would succeed."""
+        return self.serving and self.upstreams()
 
 
 class Introspection:
@@ -78,9 +88,10 @@ class Introspection:
         }
 
     def _status(self, service: str) -> Any:
-        """The health of `service`: "" is the server, a model's name that model; None is unknown."""
+        """The health of `service`: a model's name is that model; "" is the server, which serves if any model would be
+        answered for; None is unknown."""
         if service in _SERVICES:
-            return _Status.SERVING if self._readiness.serving else _Status.NOT_SERVING
+            return _Status.SERVING if self._readiness.ready else _Status.NOT_SERVING
         try:
             upstream = self._routes.find(service)
         except ModelNotFound:
@@ -136,7 +147,7 @@ class Introspection:
         return _body(messages.ServerLiveResponse(live=True))
 
     async def _server_ready(self, _: Call) -> bytes:
-        return _body(messages.ServerReadyResponse(ready=self._readiness.serving))
+        return _body(messages.ServerReadyResponse(ready=self._readiness.ready))
 
     async def _model_ready(self, call: Call) -> bytes:
         request = messages.parse(messages.ModelReadyRequest, call.request)

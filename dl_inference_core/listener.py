@@ -6,21 +6,37 @@ import logging
 import time
 import uuid
 
-from dl_inference_core.errors import Code, HandlerFailed, InferenceError
+from dl_inference_core.errors import Code, HandlerFailed, InferenceError, Overloaded
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.routing import Routes
-from dl_inference_core.transport import Call, UnaryHandler
+from dl_inference_core.transport import Call, Message, UnaryHandler
 from dl_inference_core.wire.protocol import METHODS, Protocol
 
 _log = logging.getLogger(__name__)
 
 
+class InFlight:
+    """How many requests a process answers at once, whichever way they came. Event loop only.
+
+    Attributes:
+        limit: at most so many; 0 is no limit, and then nothing is counted.
+        now: how many there are.
+    """
+
+    __slots__ = ("limit", "now")
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.now = 0
+
+
 class Listener:
     """Answers every method that infers. Event loop only."""
 
-    def __init__(self, routes: Routes, metrics: Metrics) -> None:
+    def __init__(self, routes: Routes, metrics: Metrics, in_flight: InFlight) -> None:
         self._routes = routes
         self._metrics = metrics
+        self._in_flight = in_flight
 
     def methods(self) -> dict[str, UnaryHandler]:
         """A handler for each method path; raises nothing but InferenceError."""
@@ -50,7 +66,23 @@ class Listener:
             finally:
                 self._metrics.request(protocol.name, name, code, time.monotonic() - start)
 
-        return answer
+        return self._limited(answer, protocol) if self._in_flight.limit else answer
+
+    def _limited(self, answer: UnaryHandler, protocol: Protocol) -> UnaryHandler:
+        in_flight = self._in_flight
+
+        async def admit(call: Call) -> Message:
+            if in_flight.now >= in_flight.limit:
+                self._metrics.rejection("", "in_flight")
+                self._metrics.request(protocol.name, "", Code.RESOURCE_EXHAUSTED.name, 0.0)
+                raise Overloaded(f"this server answers {in_flight.limit} requests already")
+            in_flight.now += 1
+            try:
+                return await answer(call)
+            finally:
+                in_flight.now -= 1
+
+        return admit
 
 
 def _identified(call: Call, error: Exception) -> HandlerFailed:

@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+
+
+class _Sampled(Collector):
+    """A gauge that costs nothing until it is asked for."""
+
+    def __init__(self, name: str, meaning: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
+        self._about = name, meaning, label
+        self._values = values
+
+    def describe(self) -> list[Metric]:
+        return [self._family()]
+
+    def collect(self) -> list[Metric]:
+        family = self._family()
+        for value, number in self._values().items():
+            family.add_metric((value,), number)
+        return [family]
+
+    def _family(self) -> GaugeMetricFamily:
+        name, meaning, label = self._about
+        return GaugeMetricFamily(name, meaning, labels=(label,))
 
 
 class Metrics:
@@ -32,6 +57,43 @@ class Metrics:
             ("route", "node", "outcome"),
             registry=self._registry,
         )
+        self._usable = Gauge(
+            "dl_inference_node_usable",
+            "Whether a node may be chosen (1), or is left out as unwell (0).",
+            ("node",),
+            registry=self._registry,
+        )
+        self._ejections = Counter(
+            "dl_inference_ejections",
+            "Times that a node was left out, by reason (unreachable, not_serving, outlier, probe).",
+            ("node", "reason"),
+            registry=self._registry,
+        )
+        self._retries_denied = Counter(
+            "dl_inference_retries_denied",
+            "Attempts that failed and were not tried again because the route's retry budget was spent.",
+            ("route",),
+            registry=self._registry,
+        )
+        self._hedges = Counter(
+            "dl_inference_hedges",
+            "Attempts that were begun beside one that took long.",
+            ("route",),
+            registry=self._registry,
+        )
+        self._rejections = Counter(
+            "dl_inference_rejections",
+            "Requests and retries refused for want of room: the process answers as many as it may (in_flight), the "
+            "route's queue is full (queue_full), or they would have waited too long (no_time).",
+            ("route", "reason"),
+            registry=self._registry,
+        )
+        self._balancer_failures = Counter(
+            "dl_inference_balancer_failures",
+            "Times that a balancing strategy raised, chose what it was not given, or took over 50 ms to choose.",
+            ("balancer", "route"),
+            registry=self._registry,
+        )
         self._tasks = Gauge(
             "dl_inference_asyncio_tasks",
             "Tasks of the event loop, as they were when the metrics were asked for.",
@@ -40,6 +102,7 @@ class Metrics:
         # labels() costs more than all the rest of a request's accounting.
         self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
         self._of_attempts: dict[tuple[str, str, str], Counter] = {}
+        self._of_ejections: dict[tuple[str, str], Counter] = {}
 
     def request(self, protocol: str, upstream: str, code: str, seconds: float) -> None:
         """A request was answered; `upstream` is "" where the routing key named none."""
@@ -61,6 +124,52 @@ class Metrics:
         if counter is None:
             counter = self._of_attempts[key] = self._attempts.labels(*key)
         counter.inc()
+
+    def node_usable(self, node: str, usable: bool) -> None:
+        """A node may be chosen, or no longer."""
+        self._usable.labels(node).set(usable)
+
+    def node_gone(self, node: str, address: str) -> None:
+        """No route has the node any more. What was counted of it goes with it: addresses may come and go for ever.
+
+        Args:
+            address: what its attempts were counted by.
+        """
+        self._usable.remove(node)
+        for ejected in [key for key in self._of_ejections if key[0] == node]:
+            del self._of_ejections[ejected]
+            self._ejections.remove(*ejected)
+        for attempted in [key for key in self._of_attempts if key[1] == address]:
+            del self._of_attempts[attempted]
+            self._attempts.remove(*attempted)
+
+    def ejection(self, node: str, reason: str) -> None:
+        """A node was left out."""
+        self._of_ejections.setdefault((node, reason), self._ejections.labels(node, reason)).inc()
+
+    def retry_denied(self, route: str) -> None:
+        """An attempt failed and could have been tried again, but the budget was spent."""
+        self._retries_denied.labels(route).inc()
+
+    def hedge(self, route: str) -> None:
+        """An attempt was begun beside one that took long."""
+        self._hedges.labels(route).inc()
+
+    def rejection(self, route: str, reason: str) -> None:
+        """A request was refused for want of room; `route` is "" where it had not been looked up."""
+        self._rejections.labels(route, reason).inc()
+
+    def balancer_failure(self, balancer: str, route: str) -> None:
+        """A strategy did what it must not."""
+        self._balancer_failures.labels(balancer, route).inc()
+
+    def sample(self, name: str, meaning: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
+        """Have a gauge whose values are taken when the metrics are asked for, on whatever thread does.
+
+        Args:
+            values: by the label's value.
+        """
+        self._registry.register(_Sampled(name, meaning, label, values))
 
     def tasks(self, count: int) -> None:
         """The event loop has `count` tasks now."""

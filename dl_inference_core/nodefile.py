@@ -7,7 +7,9 @@ still changes.
 
 from __future__ import annotations
 
+import errno
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +130,7 @@ class Watched:
         """The content, if it is new and has stayed the same since the last look; None otherwise, and while it cannot be
         read. Blocks for as long as reading the file takes."""
         try:
-            content = self._content()
+            content = self._content(again=True)
         except OSError as error:
             self.complaint = f"{self.path}: {error.strerror or error}"
             self._seen = None
@@ -143,6 +145,11 @@ class Watched:
         self._taken = content
         return content
 
-    def _content(self) -> bytes:
+    def _content(self, *, again: bool = False) -> bytes:
+        """Raises:
+        OSError: it cannot be read; or `again`, which a pipe or a device cannot.
+        """
+        if again and not stat.S_ISREG(self.path.stat().st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file, and cannot be read again")
         with self.path.open("rb") as file:
             return file.read(_LARGEST + 1)

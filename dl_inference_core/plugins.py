@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -12,7 +13,7 @@ from typing import Any
 import pluggy
 
 from dl_inference_core import hookspecs
-from dl_inference_core.config import validated
+from dl_inference_core.config import PluginOptions, validated
 from dl_inference_core.errors import ConfigError, PluginError
 
 
@@ -45,11 +46,41 @@ _INTERFACES = {
 _DISTRIBUTIONS = {
     "torch": "dl-inference-torch-backend",
     "tensorflow": "dl-inference-tf-backend",
-    "weighted_round_robin": "dl-inference-balancers",
-    "dynamic_weighted_round_robin": "dl-inference-balancers",
+    **dict.fromkeys(
+        (
+            "weighted_round_robin",
+            "dynamic_weighted_round_robin",
+            "orca_weighted_round_robin",
+            "random",
+            "least_request",
+            "peak_ewma",
+            "prequal",
+            "rendezvous_hash",
+        ),
+        "dl-inference-balancers",
+    ),
     "envoy": "dl-inference-envoy-transport",
 }
 """Which distribution of ours brings a name, for the hint in an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provided:
+    """What is said of one class of a plugin.
+
+    Attributes:
+        purpose: the first paragraph of its docstring, in a line.
+        options: the defaults of its options, as JSON has them; those without one are left out.
+    """
+
+    purpose: str
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, provided: type[Any]) -> Provided:
+        paragraph, *_ = inspect.cleandoc(provided.__doc__ or "").split("\n\n")
+        options: PluginOptions = provided.Options.model_construct()
+        return cls(" ".join(paragraph.split()), options.model_dump(mode="json"))
 
 
 @dataclass(slots=True)

@@ -1,20 +1,31 @@
-"""Worker processes: N of them share one port, each with its own copy of the models and an address of its own."""
+"""Worker processes: N of them share one port, each with its own copy of the models and an address of its own.
+
+A worker that dies is replaced, at the same address; so is one that hangs: each says from its event loop that it lives,
+as a Unix datagram with its process id to a socket in a private folder, where workers also meet each other. To start
+takes a second of CPU time, nearly all of it for imports. So of gateways one process more waits, having imported
+everything, to be told the place of one that died.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 
+from dl_inference_core import sockets
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.transport import Transport
@@ -26,10 +37,75 @@ _LONGEST_PAUSE_S = 5.0
 _STEADY_S = 10.0
 _KILL_AFTER_DRAIN_S = 5.0
 _LONGEST_LINE = 65_536
+_SOCKET = "supervisor"
+_LONGEST_BEAT_S = 1.0
+_BEATS_TO_HANG = 4
+_LAST_WORDS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What the supervisor tells a worker, in the first line of its standard input.
+
+    Attributes:
+        port: of all workers.
+        own: this worker's own port, the same each time it is started; 0 is none.
+        folder: where workers meet; private.
+    """
+
+    index: int
+    port: int
+    own: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.index}:{self.port}:{self.own}:{self.folder}"
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        index, port, own, folder = text.split(":", 3)
+        return cls(int(index), int(port), int(own), Path(folder))
+
+
+class Heartbeat:
+    """Tells the supervisor, from the event loop that makes it, that it runs."""
+
+    def __init__(self, folder: Path, hang_s: float) -> None:
+        """Args:
+        folder: a `Place`'s.
+        hang_s: without a beat for so long this process is killed.
+        """
+        self._interval_s = min(hang_s / _BEATS_TO_HANG, _LONGEST_BEAT_S)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._supervisor = str(folder / _SOCKET)
+        self._message = str(os.getpid()).encode()
+        self._beat()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # it has many to read, or has ended
+            self._socket.sendto(self._message, self._supervisor)
+        self._next = asyncio.get_running_loop().call_later(self._interval_s, self._beat)
+
+    def close(self) -> None:
+        self._next.cancel()
+        self._socket.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    """A process, and what the transport has made for it: there until `stack` closes."""
+
+    process: asyncio.subprocess.Process
+    stack: ExitStack
+
+    def tell(self, place: Place) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{place}\n".encode())
 
 
 class Supervisor:
-    """Starts workers, restarts those that die, ends them all by the end of their standard input, which comes too when
+    """Starts workers, replaces those that die, ends them all by the end of their standard input, which comes too when
     this process dies."""
 
     def __init__(self, config: Config, transport: Transport, arguments: Sequence[str], said: str) -> None:
@@ -44,7 +120,12 @@ class Supervisor:
         self._said = said
         self._ending = asyncio.Event()
         self._status = 0
+        self._ready = [asyncio.Event() for _ in range(config.workers)]
         self._processes: dict[int, asyncio.subprocess.Process] = {}
+        self._spare: _Started | None = None
+        self._spare_wanted = asyncio.Event()
+        self._beats: dict[int, float] = {}
+        """When each process was last heard of, by its id and `time.monotonic`."""
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -56,12 +137,13 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ending.set)
-        with contextlib.closing(self._reserve()) as reserved:
-            port = reserved.getsockname()[1]
-            ready = [asyncio.Event() for _ in range(self._config.workers)]
-            keeping = [asyncio.create_task(self._keep(index, port, event)) for index, event in enumerate(ready)]
-            everyone = asyncio.gather(*(event.wait() for event in ready))
+        with ExitStack() as stack:
+            places = self._places(stack)
+            port = places[0].port
+            keeping = [asyncio.create_task(self._keep(place)) for place in places]
+            everyone = asyncio.gather(*(event.wait() for event in self._ready))
             ending = asyncio.create_task(self._ending.wait())
+            beside = [asyncio.create_task(self._watch()), asyncio.create_task(self._keep_spare())]
             awaited: set[asyncio.Future[Any]] = {everyone, ending, *keeping}
             try:
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
@@ -71,22 +153,35 @@ class Supervisor:
                 await asyncio.wait(awaited - {everyone}, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 everyone.cancel()
+                for task in beside:
+                    task.cancel()
                 self._ending.set()
-                await asyncio.gather(everyone, ending, return_exceptions=True)
+                await asyncio.gather(everyone, ending, *beside, return_exceptions=True)
                 await self._end(keeping)
             for task in keeping:
                 task.result()
         sys.exit(self._status)
 
-    def _reserve(self) -> socket.socket:
-        """The port, bound but not listened on: it stays ours while workers come and go."""
+    def _places(self, stack: ExitStack) -> list[Place]:
+        """Every worker's; the folder and the ports are there until `stack` closes."""
+        count = self._config.workers
+        folder = stack.enter_context(sockets.private_folder())
+        stack.callback(self._listen(folder))
+        port, *own = (
+            stack.enter_context(contextlib.closing(self._reserve(wanted))).getsockname()[1]
+            for wanted in (self._config.port, *([0] * count if count > 1 else ()))
+        )
+        return [Place(index, port, own[index] if own else 0, folder) for index in range(count)]
+
+    def _reserve(self, wanted: int) -> socket.socket:
+        """A port, bound but not listened on: it stays ours while workers come and go."""
         host = self._config.host.strip("[]")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             with socket.socket(family, socket.SOCK_STREAM) as alone:
                 # Another server that shares its port would take half of our calls.
                 alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                alone.bind((host, self._config.port))
+                alone.bind((host, wanted))
                 port = alone.getsockname()[1]
             reserved = socket.socket(family, socket.SOCK_STREAM)
             try:
@@ -96,15 +191,58 @@ class Supervisor:
                 reserved.close()
                 raise
         except OSError as error:
-            raise ConfigError(f"cannot listen on {self._config.host}:{self._config.port}: {error.strerror}") from error
+            raise ConfigError(f"cannot listen on {self._config.host}:{wanted}: {error.strerror}") from error
         return reserved
 
-    async def _keep(self, index: int, port: int, ready: asyncio.Event) -> None:
-        """Keep worker `index` running."""
+    def _listen(self, folder: Path) -> Callable[[], None]:
+        """Hear the workers' hearts beat; returns what ends that."""
+        loop = asyncio.get_running_loop()
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        listening.setblocking(False)
+        listening.bind(str(folder / _SOCKET))
+
+        def heard() -> None:
+            with contextlib.suppress(OSError, ValueError):
+                self._beats[int(listening.recv(32))] = time.monotonic()
+
+        def close() -> None:
+            loop.remove_reader(listening)
+            listening.close()
+
+        loop.add_reader(listening, heard)
+        return close
+
+    async def _watch(self) -> None:
+        """Kill workers that hang. One that has yet to be heard of may be busy starting."""
+        hang_s = self._config.hang_s
+        if not hang_s:
+            return
+        pause_s = min(hang_s / _BEATS_TO_HANG, _LONGEST_BEAT_S)
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(pause_s)
+            now = time.monotonic()
+            living = {process.pid: index for index, process in self._processes.items()}
+            self._beats = {pid: heard for pid, heard in self._beats.items() if pid in living}
+            if now - before > 2 * pause_s:  # this process stood still, and they may have with it
+                self._beats = dict.fromkeys(self._beats, now)
+            for pid, heard in self._beats.items():
+                if now - heard > hang_s:
+                    _log.error(
+                        "worker %d (process %d) hangs: no sign of life from its event loop for %.1f s; it is killed",
+                        *(living[pid], pid, now - heard),
+                    )
+                    self._processes[living[pid]].kill()
+                    self._beats[pid] = math.inf
+
+    async def _keep(self, place: Place) -> None:
+        """Keep a worker running."""
+        index = place.index
+        ready = self._ready[index]
         pause_s = _FIRST_PAUSE_S
         while not self._ending.is_set():
             started = time.monotonic()
-            status = await self._work(index, port, ready)
+            status = await self._work(place)
             if self._ending.is_set():
                 return
             if not ready.is_set():
@@ -119,12 +257,40 @@ class Supervisor:
                 await asyncio.wait_for(self._ending.wait(), pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def _work(self, index: int, port: int, ready: asyncio.Event) -> int:
-        """Run worker `index` once; returns its exit status."""
-        command, *rest = self._arguments
-        arguments = [command, "--worker", f"{index}:{port}", *rest]
+    async def _work(self, place: Place) -> int:
+        """Run a worker once; returns its exit status."""
+        started = self._take_spare() or await self._start()
+        process = started.process
+        with started.stack:
+            self._processes[place.index] = process
+            started.tell(place)
+            if self._ending.is_set():  # it came too late to be ended with the others
+                _tell_to_end(process)
+            echoing = asyncio.create_task(self._echo(process, place.index))
+            status = await process.wait()
+            del self._processes[place.index]
+            # Whoever else holds its standard output, a process that it has started, is not waited for.
+            await asyncio.wait((echoing,), timeout=_LAST_WORDS_S)
+            echoing.cancel()
+            return status
+
+    async def _echo(self, process: asyncio.subprocess.Process, index: int) -> None:
+        """Say what a worker says."""
         name = f"worker {index}: " if self._config.workers > 1 else ""
-        with self._transport.program(arguments) as program:
+        assert process.stdout is not None
+        async for line in _lines(process.stdout):
+            text = line.decode(errors="replace").rstrip()
+            click.echo(f"{name}{text}")
+            if text.startswith("serving on "):
+                self._ready[index].set()
+                if all(event.is_set() for event in self._ready):
+                    self._spare_wanted.set()
+
+    async def _start(self) -> _Started:
+        """A process that waits for its place."""
+        command, *rest = self._arguments
+        with ExitStack() as stack:
+            program = stack.enter_context(self._transport.program([command, "--worker", *rest]))
             process = await asyncio.create_subprocess_exec(
                 *program.command,
                 env={**os.environ, **program.environment},
@@ -133,22 +299,35 @@ class Supervisor:
                 # What a terminal sends to its foreground group is for the supervisor to pass on.
                 process_group=0,
             )
-            self._processes[index] = process
-            if self._ending.is_set():  # it came too late to be ended with the others
-                _tell_to_end(process)
-            assert process.stdout is not None
-            async for line in _lines(process.stdout):
-                text = line.decode(errors="replace").rstrip()
-                click.echo(f"{name}{text}")
-                if text.startswith("serving on "):
-                    ready.set()
-            del self._processes[index]
-            return await process.wait()
+            return _Started(process, stack.pop_all())
+
+    async def _keep_spare(self) -> None:
+        """Have a spare whenever all serve; not where models are served: to load those takes longest."""
+        if self._config.workers == 1 or self._config.models.any:
+            return
+        while True:
+            await self._spare_wanted.wait()
+            self._spare_wanted.clear()
+            if self._spare is None:
+                with contextlib.suppress(OSError):  # no memory or descriptors for now
+                    self._spare = await self._start()
+
+    def _take_spare(self) -> _Started | None:
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.process.returncode is not None:
+            spare.stack.close()
+            return None
+        return spare
 
     async def _end(self, keeping: Sequence[asyncio.Task[None]]) -> None:
+        if (spare := self._take_spare()) is not None:
+            with spare.stack, contextlib.suppress(ProcessLookupError):
+                spare.process.kill()
+                await spare.process.wait()
         for process in self._processes.values():
             _tell_to_end(process)
-        _, late = await asyncio.wait(keeping, timeout=self._config.drain_s + _KILL_AFTER_DRAIN_S)
+        longest_s = self._config.drain_delay_s + self._config.drain_s + _KILL_AFTER_DRAIN_S
+        _, late = await asyncio.wait(keeping, timeout=longest_s)
         for process in self._processes.values() if late else ():
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

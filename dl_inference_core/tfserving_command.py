@@ -11,7 +11,7 @@ import click
 
 from dl_inference_core.config import Config, ModelsConfig, NamedModel
 from dl_inference_core.errors import ConfigError
-from dl_inference_core.transport import Transport
+from dl_inference_core.transport import Limits, Transport
 from dl_inference_core.wire import messages, text
 
 _METRICS_PATH = "/monitoring/prometheus/metrics"
@@ -20,6 +20,7 @@ _LONGEST_REST_MS = 3_600_000
 _LARGEST_REST_BODY = 64 * 1024 * 1024
 _INT32 = range(-(2**31), 2**31)
 _MOST_THREADS = 1024
+_STREAMS = "grpc.max_concurrent_streams"
 
 
 class TfServingCommand(click.Command):
@@ -133,7 +134,9 @@ def config_of(given: Mapping[str, Any], transport: type[Transport]) -> tuple[Con
     """
     notes: list[str] = []
     _check_batching(given, notes)
-    options, ignored = transport.of_channel_arguments(_channel_arguments(given["grpc_channel_arguments"]))
+    arguments = _channel_arguments(given["grpc_channel_arguments"])
+    streams = _streams(arguments)
+    options, ignored = transport.of_channel_arguments(arguments)
     if ignored:
         notes.append(f"the transport {transport.name} has nothing like {', '.join(sorted(ignored))}: ignored")
     http_port = given["rest_api_port"] or None
@@ -152,6 +155,7 @@ def config_of(given: Mapping[str, Any], transport: type[Transport]) -> tuple[Con
         transport=transport.name,
         transport_options=options,
         message_bytes=_LARGEST_MESSAGE,
+        streams=streams,
         models=_models(given, notes),
         backends={"tensorflow": threads} if threads else {},
     )
@@ -229,6 +233,18 @@ def _threads(given: Mapping[str, Any]) -> dict[str, int]:
         )
     threads = {"intra_op_threads": intra or both, "inter_op_threads": inter or both}
     return {option: number for option, number in threads.items() if number}
+
+
+def _streams(arguments: dict[str, int | str]) -> int:
+    """What they say of our key `streams`; it is taken out of them.
+
+    Raises:
+        ConfigError: that is no number of streams.
+    """
+    streams = arguments.pop(_STREAMS, Limits().streams)
+    if not isinstance(streams, int) or streams < 1:
+        raise ConfigError(f"--grpc_channel_arguments has {_STREAMS}={streams}; expected a number of 1 or more")
+    return streams
 
 
 def _channel_arguments(written: str) -> dict[str, int | str]:

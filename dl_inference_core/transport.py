@@ -6,10 +6,11 @@ trailers into these few types and back; `dl_inference_core.testing.TransportConf
 
 from __future__ import annotations
 
+import resource
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
@@ -82,9 +83,31 @@ class Program:
 class Limits:
     """Attributes:
     message_bytes: largest message, in either direction; over it RESOURCE_EXHAUSTED.
+    connections: of a server: from clients at one time; more are closed as they come.
+    streams: of a server: calls that one connection of a client may have in flight; more wait at the client.
     """
 
     message_bytes: int = 10 * 1024 * 1024
+    connections: int = 10_000
+    streams: int = 1024
+
+
+_FILES, _SHARE_OF_FILES = 64, 4
+_NO_LIMIT = 2**31 - 1
+
+
+def room_for(connections: int) -> int:
+    """How many of `connections` from clients, 0 for any number, this process can have; its limit on open files is
+    raised for them as far as it may be. A quarter of it, or 64, stay for nodes and files."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + max(_FILES, connections // (_SHARE_OF_FILES - 1) + 1)
+    if files != resource.RLIM_INFINITY and files < wanted:
+        files = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = _NO_LIMIT if files == resource.RLIM_INFINITY else max(1, files - max(_FILES, files // _SHARE_OF_FILES))
+    return min(connections or room, room)
 
 
 _LONGEST_ASCII, _LONGEST = 2000, 500

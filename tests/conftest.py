@@ -20,6 +20,7 @@ from dl_inference_core.cli import new_event_loop
 from dl_inference_core.errors import Code, InferenceError, from_status
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Node
+from dl_inference_core.gateway.sharing import Share
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.testing.loopback import free_port
 from dl_inference_core.transport import Call, Limits, Methods, Server, Transport
@@ -246,12 +247,12 @@ class Lab:
     async def nodes(self, names: str = "abc", **faults: Any) -> list[FaultNode]:
         return [await self.node(name, **faults) for name in names]
 
-    async def gateway(self, config: str, **update: Any) -> Gateway:
-        """A gateway with that config file."""
+    async def gateway(self, config: str, *, share: Share | None = None, **update: Any) -> Gateway:
+        """A gateway with that config file; with `share` one of several."""
         file = self.folder / f"gateway-{len(self._closing)}.toml"
         file.write_text(f'transport = "{self.transport_name}"\n{config}')
         parsed = configs.load(file).model_copy(update=update)
-        app = App(parsed, self.plugins, config_file=file)
+        app = App(parsed, self.plugins, config_file=file, share=share)
         try:
             (port,) = await app.serve("127.0.0.1:0")
         except BaseException:

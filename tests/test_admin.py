@@ -75,8 +75,10 @@ async def test_it_is_ready_while_it_takes_requests_and_says_why_it_is_not() -> N
         readiness.serving = True
         answer = await ask(port, "/readyz")
         assert (answer.status, answer.text) == (200, "ok\n")
-        readiness.serving = False
-        readiness.ending.set()
+        readiness.upstreams = lambda: False
+        answer = await ask(port, "/readyz")
+        assert (answer.status, answer.text.partition(":")[0]) == (503, "failing")
+        readiness.serving, readiness.leaving = False, True
         answer = await ask(port, "/readyz")
         assert (answer.status, answer.text.partition(":")[0]) == (503, "ending")
 

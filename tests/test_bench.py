@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench import chart, goals, load, peers, processes, systems
+from bench import chart, choices, goals, load, peers, processes, systems
 from bench.__main__ import main
+from bench.choices import Choice
 from bench.load import LoadError
 from bench.report import Report
 from bench.rounds import MODEL_SIZES, SIZES, Row
@@ -53,18 +54,28 @@ ROWS = {
     },
     "node": {"echo@128": {"echo-envoy": row(70), "echo-grpcio": row(200)}},
 }
+CHOICES = {
+    "random": {choices.size(nodes): Choice(cpu_us_per_request=0.25) for nodes in choices.NODES},
+    "costly": {choices.size(nodes): Choice(cpu_us_per_request=nodes / 10) for nodes in choices.NODES},
+}
 
 
 @pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
 def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> None:
+    # Ours set up in several ways, on one transport: a start takes seconds.
+    names = [name for name in systems.NAMES if not name.startswith("ours-envoy-")]
     run = subprocess.run(
-        [sys.executable, "-m", "bench", "--quick", "--json"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bench", "--quick", "--json", "--systems", ",".join([*names, goals.CHOICES])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    tables = systems.installed()
+    tables = systems.installed(names)
     assert {table.name for table in tables} >= {"gateway", "node"}
-    assert set(result) == {"machine", *(table.name for table in tables), "goals", "absent"}
+    assert set(result) == {"machine", *(table.name for table in tables), goals.CHOICES, "goals", "absent"}
     for table in tables:
         assert set(result[table.name]) == {size.name if table.node else size.node_name for size in table.sizes}
         for rows in result[table.name].values():
@@ -74,7 +85,13 @@ def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> 
             assert [(name, each) for name, each in empty if not each.startswith("cpu")] == []
             assert len(empty) < len(rows)
             assert all(set(figures) == set(asdict(row(1))) for figures in rows.values())
-    assert set(result["absent"]) == set(systems.absent())
+    assert set(result[goals.CHOICES]) == set(choices.strategies())
+    sizes = {choices.size(nodes) for nodes in choices.NODES}
+    assert all(set(by_size) == sizes for by_size in result[goals.CHOICES].values())
+    assert any(
+        choice["cpu_us_per_request"] > 0 for by_size in result[goals.CHOICES].values() for choice in by_size.values()
+    )
+    assert set(result["absent"]) == set(systems.absent(names))
     assert {"date", "cpu", "cores", "python", "versions", "command"} <= set(result["machine"])
     assert {"dl-inference-core", "grpcio", "h2load"} <= set(result["machine"]["versions"])
     assert {goal["system"] for goal in result["goals"]} >= {"ours-grpcio"}
@@ -132,7 +149,9 @@ def test_a_run_in_which_not_all_was_answered_is_an_error(output: str, message: s
 
 
 def test_goals_are_ratios_of_what_was_measured() -> None:
-    found = {(outcome.goal.table, outcome.goal.figure, outcome.goal.than): outcome for outcome in goals.outcomes(ROWS)}
+    found = {
+        (outcome.goal.table, outcome.goal.figure, outcome.goal.than): outcome for outcome in goals.outcomes(ROWS, {})
+    }
     assert {key: (round(outcome.ratio, 3), outcome.met) for key, outcome in found.items()} == {
         ("gateway", "cpu_us_per_request", "plain-envoy"): (1.2, True),
         ("gateway", "cpu_us_per_request", "ours-grpcio"): (0.3, True),
@@ -144,13 +163,19 @@ def test_goals_are_ratios_of_what_was_measured() -> None:
     )
 
 
+def test_choosing_is_to_stay_flat() -> None:
+    found = {outcome.goal.load: (outcome.ratio, outcome.met) for outcome in goals.outcomes({}, CHOICES)}
+    assert found == {"random": (1.0, True), "costly": (16.0, False)}
+
+
 def test_the_page_has_every_figure_and_goal() -> None:
     machine = {"date": "D", "cpu": "C", "cores": 2, "python": "3", "versions": {"nginx": "1.22"}, "command": "c"}
     report = Report(
         machine=machine | {"rounds": 5, "loads": "600B: 16 connections"},
         rows=ROWS,
         titles={"gateway": "Gateway", "node": "Node"},
-        outcomes=goals.outcomes(ROWS),
+        choices=CHOICES,
+        outcomes=goals.outcomes(ROWS, CHOICES),
         absent={"haproxy": "apt-get install haproxy"},
     )
     page = report.page()
@@ -158,6 +183,7 @@ def test_the_page_has_every_figure_and_goal() -> None:
     assert "## Gateway: 600B" in page
     assert "| echo-envoy | 70 | 69 to 71 | 14286 | 10.0 | 20.0 | 1.00 | 50 |" in page
     assert all(str(outcome) in page for outcome in report.outcomes)
+    assert "| costly | 0.40 | 6.40 | 102.40 |" in page
     assert "apt-get install haproxy" in page
     json.dumps(report.values())
 

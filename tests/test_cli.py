@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 import pytest
 from click.testing import CliRunner, Result
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dl_inference_core
 from dl_inference_core.cli import main
@@ -57,12 +58,17 @@ def test_plugins_are_listed_for_people_and_for_scripts() -> None:
     result = run("plugins")
     assert result.exit_code == 0
     assert f"core  (dl-inference-core {dl_inference_core.__version__})\n" in result.output
-    assert "  balancer  round_robin\n" in result.output
+    assert "  balancer  round_robin\n              Cyclic over the usable nodes, " in result.output
+    assert "              options: choices = 2, bias = 1.0\n" in result.output
+    assert max(map(len, result.output.splitlines())) <= 120
     rows = json.loads(run("plugins", "--json").output)
     core = next(row for row in rows if row["name"] == "core")
     assert core["provides"]["transports"] == ["grpcio"]
     assert core["error"] == ""
-    assert set(core) == {"name", "distribution", "version", "provides", "error"}
+    assert set(core) == {"name", "distribution", "version", "provides", "described", "error"}
+    described = next(row for row in rows if row["name"] == "balancers")["described"]["balancers"]
+    assert described["dynamic_weighted_round_robin"]["options"] == {"scale": 100}
+    assert all(each["purpose"] for each in described.values())
 
 
 @pytest.fixture
@@ -361,16 +367,41 @@ async def test_ctrl_c_ends_it_too(lab: Lab) -> None:
         assert served.log == ""
 
 
+async def test_for_a_while_it_says_that_it_is_ending_and_takes_requests(lab: Lab) -> None:
+    node = await lab.node()
+    for workers_ in ("1", "2"):
+        arguments = ("--config", config(lab, node, more="drain_delay_s = 1.0\n"), "--workers", workers_)
+        async with serving(lab.folder, *arguments) as served:
+            await served.ready()
+            assert await health(served.address) == "SERVING"
+            served.process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            while await health(served.address) == "SERVING":
+                assert time.monotonic() - start < 1.0
+            assert await served.call() == "a"
+            assert await served.ended() == 0
+            assert time.monotonic() - start >= 0.9
+            assert served.log == ""
+
+
+async def health(address: str) -> str:
+    async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
 # Workers
 
 
 @contextlib.asynccontextmanager
-async def workers(lab: Lab, *nodes: Any, count: int = 2) -> AsyncIterator[tuple[Served, list[str]]]:
-    """Workers that serve, and the address of each."""
-    async with serving(lab.folder, "--config", config(lab, *nodes), "--workers", str(count)) as served:
+async def workers(lab: Lab, *nodes: Any, count: int = 2, more: str = "") -> AsyncIterator[tuple[Served, list[str]]]:
+    """Workers that serve, and the address of each, in the order of `Served.children`, of which the last is a spare."""
+    async with serving(lab.folder, "--config", config(lab, *nodes, more=more), "--workers", str(count)) as served:
         await served.ready()
-        own = [line.split()[-1] for line in served.lines if re.fullmatch(r"worker \d+: serving on \S+:\d+", line)]
+        said = sorted(line for line in served.lines if re.fullmatch(r"worker \d+: serving on \S+:\d+", line))
+        own = [line.split()[-1] for line in said]
         assert len(own) == count
+        await lab.until(lambda: len(served.children()) == count + 1)
         yield served, own
 
 
@@ -380,7 +411,6 @@ async def test_workers_share_the_port_and_have_addresses_of_their_own(lab: Lab) 
         assert len({*own, served.address}) == 3
         assert [line for line in served.lines if line.startswith("serving on")] == [f"serving on {served.address}"]
         pids = served.children()
-        assert len(pids) == 2
         calls = [asyncio.ensure_future(served.call()) for _ in range(10)]
         calls += [asyncio.ensure_future(call(address)) for address in own]
         await lab.until(lambda: node.count == 12)
@@ -423,15 +453,76 @@ def two_free_ports() -> int:
             return port
 
 
-async def test_a_worker_that_is_killed_is_started_again(lab: Lab) -> None:
-    async with workers(lab, await lab.node()) as (served, _):
-        victim, other = served.children()
+async def test_a_worker_that_is_killed_is_started_again_with_its_address(lab: Lab) -> None:
+    async with workers(lab, await lab.node()) as (served, own):
+        victim, other, spare = served.children()
         os.kill(victim, signal.SIGKILL)
-        await served.said(r"worker \d: serving on \S+")
-        assert other in served.children()
-        assert len(served.children()) == 2
+        said = await served.said(r"worker \d: serving on \S+")
+        assert said.split()[-1] in own
+        assert [await call(address) for address in own] == ["a", "a"]
+        await lab.until(lambda: len(served.children()) == 3)
+        assert served.children()[:2] == [other, spare]
         assert re.search(r"worker \d ended with exit status -9; it is started again in 0\.1 s", served.log)
         assert [await served.call() for _ in range(8)] == ["a"] * 8
+        assert await served.end() == 0
+
+
+async def test_a_worker_that_hangs_is_killed_and_started_again(lab: Lab) -> None:
+    async with workers(lab, await lab.node(), more="hang_s = 1.0\n") as (served, own):
+        victim, other, spare = served.children()
+        os.kill(victim, signal.SIGSTOP)
+        said = await served.said(r"worker \d: serving on \S+")
+        assert said.split()[-1] in own
+        hangs, ended = served.log.splitlines()[-2:]
+        assert re.search(rf"worker 0 \(process {victim}\) hangs: no sign of life .* for 1\.\d s; it is killed", hangs)
+        assert re.search(r"worker 0 ended with exit status -9; it is started again in 0\.1 s", ended)
+        assert not alive(victim)
+        assert served.children()[:2] == [other, spare]
+        assert [await call(address) for address in own] == ["a", "a"]
+        assert await served.end() == 0
+
+
+async def test_a_worker_is_replaced_even_if_the_spare_has_died_too(lab: Lab) -> None:
+    async with workers(lab, await lab.node()) as (served, own):
+        victim, other, spare = served.children()
+        for pid in (spare, victim):
+            os.kill(pid, signal.SIGKILL)
+        said = await served.said(r"worker \d: serving on \S+")
+        assert said.split()[-1] in own
+        assert served.children()[0] == other
+        assert [await call(address) for address in own] == ["a", "a"]
+        assert await served.end() == 0
+
+
+async def test_workers_are_not_taken_to_hang_after_all_stood_still(lab: Lab) -> None:
+    async with workers(lab, await lab.node(), more="hang_s = 1.0\n") as (served, _):
+        pids = [served.process.pid, *served.children()]
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for pid in pids:
+                os.kill(pid, number)
+            await asyncio.sleep(1.5)
+        assert served.log == ""
+        assert served.children() == pids[1:]
+        assert await served.end() == 0
+
+
+async def test_what_a_worker_learned_of_a_node_survives_it(lab: Lab) -> None:
+    a, b = await lab.nodes("ab", hangs=True)
+    a.hangs = False
+    health = "[gateway.health]\ninterval_ms = 0\n"  # what requests meet is all that is known
+    async with workers(lab, a, b, more=health) as (served, own):
+        b.health = b.status = lab.error(Code.UNAVAILABLE)
+        b.hangs = False
+        for _ in range(20):
+            assert await call(own[0]) == "a"
+        count = b.count
+        assert count
+        os.kill(served.children()[0], signal.SIGKILL)
+        assert await call(own[1]) == "a"
+        await served.said(r"worker \d: serving on \S+")
+        for address in own * 5:
+            assert await call(address) == "a"
+        assert b.count == count
         assert await served.end() == 0
 
 

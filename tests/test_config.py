@@ -13,9 +13,12 @@ from dl_inference_core.config import (
     ClientTls,
     Config,
     GatewayConfig,
+    HealthConfig,
+    JoinConfig,
     ModelsConfig,
     NamedModel,
     NodeConfig,
+    RegistryConfig,
     RouteConfig,
     ServerTls,
     validated,
@@ -60,7 +63,7 @@ def test_a_config_is_frozen() -> None:
     ("text", "said"),
     [
         ("prot = 1", 'unknown key "prot" (known: host, port, '),
-        ("[gateway]\nnodes = 1", 'unknown key "gateway.nodes" (known: nodefile, poll_interval_ms, tls)'),
+        ("[gateway]\nnodes = 1", 'unknown key "gateway.nodes" (known: nodefile, poll_interval_ms, '),
         ("[models]\ndir = 1", 'unknown key "models.dir" (known: directory, poll_interval_ms, named,'),
         ("[models]\npoll_interval_ms = -1", "models.poll_interval_ms: "),
         ("[models]\nnamed = 1", "models.named: "),
@@ -70,7 +73,7 @@ def test_a_config_is_frozen() -> None:
         ("[models.named.m]\npath = 'p'\nx = 1", 'unknown key "models.named.m.x" (known: path, settings, flat'),
         ("[models.named.path]\npath = 'p'\nx = 1", 'unknown key "models.named.path.x" (known: path, settings, flat'),
         ("[models.named.'tuple a']\npath = 'p'\nsettings = 3", "models.named.tuple a.settings: "),
-        (ROUTE + "timeout = 1", 'unknown key "routes.0.timeout" (known: name, task_id, nodes, timeout_ms, attempts'),
+        (ROUTE + "timeout = 1", 'unknown key "routes.0.timeout" (known: timeout_ms, attempts'),
         ("port = 70000", "port: Input should be less than or equal to 65535"),
         ("port = -1", "port: Input should be greater than or equal to 0"),
         ('port = "many"', "port: Input should be a valid integer"),
@@ -249,13 +252,26 @@ def test_the_reference_page_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(
-    "model", [Config, ModelsConfig, NamedModel, GatewayConfig, RouteConfig, ModelConfig, ServerTls, ClientTls]
+    "model",
+    [
+        Config,
+        ModelsConfig,
+        NamedModel,
+        GatewayConfig,
+        HealthConfig,
+        RegistryConfig,
+        JoinConfig,
+        RouteConfig,
+        ModelConfig,
+        ServerTls,
+        ClientTls,
+    ],
 )
 def test_every_field_is_described_in_the_page_and_in_the_example(model: type[BaseModel]) -> None:
     page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
     for name, field in model.model_fields.items():
-        assert f"| `{name}` |" in page or f"[{name}]" in page
-        assert field.description or name in ("models", "gateway", "routes", "tls"), name
+        assert f"| `{name}` |" in page or f"[{name}]" in page or f".{name}]" in page
+        assert field.description or name in ("models", "gateway", "health", "registry", "join", "routes", "tls"), name
 
 
 def test_the_example_is_complete_and_right() -> None:
@@ -269,6 +285,9 @@ def test_the_example_is_complete_and_right() -> None:
     for named in config.models.named.values():
         validated(ModelConfig, named.settings, "settings")
     assert set(table["gateway"]) == set(GatewayConfig.model_fields)
+    assert set(table["gateway"]["health"]) == set(HealthConfig.model_fields)
+    assert set(table["gateway"]["registry"]) == set(RegistryConfig.model_fields)
+    assert set(table["join"]) == set(JoinConfig.model_fields)
     assert set(table["tls"]) == set(ServerTls.model_fields)
     assert set(table["gateway"]["tls"]) == set(ClientTls.model_fields)
     assert set(table["routes"][0]) == set(RouteConfig.model_fields)

@@ -4,7 +4,58 @@ from __future__ import annotations
 
 import pytest
 
-from dl_inference_core.errors import Blame, Code, MessageTooLarge, NodeOverloaded, from_status
+from dl_inference_core.errors import (
+    AnswerMalformed,
+    AttemptTimedOut,
+    Blame,
+    Code,
+    InferenceError,
+    MessageTooLarge,
+    NodeFailed,
+    NodeOverloaded,
+    from_status,
+)
+
+FAILURES = (Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS)
+CLIENTS = frozenset(
+    {
+        Code.INVALID_ARGUMENT,
+        Code.NOT_FOUND,
+        Code.ALREADY_EXISTS,
+        Code.FAILED_PRECONDITION,
+        Code.OUT_OF_RANGE,
+        Code.ABORTED,
+        Code.UNIMPLEMENTED,
+        Code.PERMISSION_DENIED,
+        Code.UNAUTHENTICATED,
+    }
+)
+
+
+@pytest.mark.parametrize("code", Code)
+def test_each_status_of_a_node_says_whose_fault_it_is_and_is_never_ok(code: Code) -> None:
+    error = from_status(code, "said")
+    expected = {
+        Code.OK: (Code.INTERNAL, Blame.NODE, True),  # an error that says OK
+        Code.UNAVAILABLE: (code, Blame.NODE, True),
+        Code.RESOURCE_EXHAUSTED: (code, Blame.NODE_SOFTLY, True),
+        Code.CANCELLED: (code, Blame.NOBODY, True),  # by the node: a client's own comes as no status
+        Code.DEADLINE_EXCEEDED: (code, Blame.NOBODY, False),  # the client's, until the gateway knows better
+        **{failure: (failure, Blame.NODE, True) for failure in FAILURES},
+        **{client: (client, Blame.CLIENT, False) for client in CLIENTS},
+    }
+    assert (error.code, error.blame, error.another_node) == expected[code]
+    assert str(error) == "said"
+    assert error.code is not Code.OK
+
+
+def test_whether_a_failure_is_tried_again_may_be_configured_but_not_an_answer_that_is_none() -> None:
+    configurable = [code for code in Code if type(from_status(code, "")) is NodeFailed]
+    assert configurable == sorted(FAILURES)
+    none: InferenceError
+    for none in (AnswerMalformed(""), from_status(Code.OK, ""), AttemptTimedOut("")):
+        assert (none.blame, none.another_node) == (Blame.NODE, True)
+        assert type(none) is not NodeFailed
 
 
 @pytest.mark.parametrize(

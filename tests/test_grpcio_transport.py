@@ -1,14 +1,29 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 from dl_inference_core.errors import NodeUnreachable
 from dl_inference_core.grpcio_transport import GrpcioTransport, TlsConnection
 from dl_inference_core.testing import TransportConformance
-from dl_inference_core.testing.loopback import ECHO, HOLD, Hold, connected, echo, error_of, serving, warm
+from dl_inference_core.testing.loopback import (
+    ECHO,
+    HOLD,
+    WARM,
+    Hold,
+    connected,
+    echo,
+    error_of,
+    official,
+    serving,
+    warm,
+)
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Call, Limits
 
 
 class TestGrpcioTransport(TransportConformance):
@@ -64,3 +79,60 @@ async def test_a_connection_that_stands_is_kept_while_the_node_takes_no_other(tm
                 await warm(connection)
                 await asyncio.sleep(0.02)
         assert connection._next is None
+
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS, ACKNOWLEDGED = b"\0\0\0\x04\0\0\0\0\0", b"\0\0\0\x04\x01\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("headers_timeout_s", b""),
+        ("headers_timeout_s", PREFACE + SETTINGS),
+        ("keepalive_s", PREFACE + SETTINGS + ACKNOWLEDGED),
+        ("idle_timeout_s", PREFACE + SETTINGS + ACKNOWLEDGED),
+    ],
+)
+async def test_who_says_no_more_is_closed(option: str, said: bytes) -> None:
+    transport = GrpcioTransport(GrpcioTransport.Options(keepalive_timeout_s=1, **{option: 1}))
+    async with serving(transport) as address:
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(said)
+        if ACKNOWLEDGED in said:
+            await reader.readexactly(len(SETTINGS))
+        began = time.monotonic()
+        with suppress(ConnectionError):
+            async with asyncio.timeout(10):
+                while await reader.read(1000):
+                    pass
+        assert time.monotonic() - began > 0.5
+        writer.close()
+
+
+async def test_a_channel_argument_goes_before_an_option() -> None:
+    release = asyncio.Event()
+    entered = 0
+
+    async def hold(call: Call) -> bytes:
+        nonlocal entered
+        entered += 1
+        await release.wait()
+        return b""
+
+    options = GrpcioTransport.Options(channel_arguments={"grpc.max_concurrent_streams": 1})
+    async with (
+        serving(GrpcioTransport(options), {HOLD: hold}, limits=Limits(streams=5)) as address,
+        official(address) as channel,
+        official(address) as other,
+    ):
+        await channel.unary_unary(WARM)(b"", timeout=10)
+        calls = [channel.unary_unary(HOLD)(b"", timeout=20) for _ in range(3)]
+        while not entered:
+            await other.unary_unary(WARM)(b"", timeout=10)
+        for _ in range(5):
+            await other.unary_unary(WARM)(b"", timeout=10)
+        assert entered == 1
+        release.set()
+        await asyncio.gather(*calls)

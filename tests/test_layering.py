@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tensors", "config"),
     ("nodefile", "hookspecs", "metrics", "wire", "certificates", "sockets", "transport"),
     ("plugins", "routing", "grpcio_transport", "http_server"),
-    ("gateway", "node", "introspection"),
+    ("gateway", "node", "introspection", "joining"),
     ("listener", "client", "builtins", "admin"),
     ("rest",),
     ("app", "supervisor", "tfserving_command"),

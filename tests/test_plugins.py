@@ -267,6 +267,12 @@ def test_the_projects_own_plugins_are_all_well() -> None:
         (Kind.BALANCERS, "round_robin"),
         (Kind.BALANCERS, "weighted_round_robin"),
         (Kind.BALANCERS, "dynamic_weighted_round_robin"),
+        (Kind.BALANCERS, "orca_weighted_round_robin"),
+        (Kind.BALANCERS, "random"),
+        (Kind.BALANCERS, "least_request"),
+        (Kind.BALANCERS, "peak_ewma"),
+        (Kind.BALANCERS, "prequal"),
+        (Kind.BALANCERS, "rendezvous_hash"),
         (Kind.TRANSPORTS, "grpcio"),
     }
 

@@ -27,6 +27,7 @@ from dl_inference_core import admin
 from dl_inference_core.errors import Code, from_status
 from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Readiness
+from dl_inference_core.listener import InFlight
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
@@ -174,7 +175,7 @@ async def serving(
     if start:
         await repository.start()
     readiness, metrics = Readiness(serving=start), Metrics()
-    rest = Rest(Local(repository, elsewhere, readiness), metrics, body_bytes=LIMIT, timeout_s=timeout_s)
+    rest = Rest(Local(repository, elsewhere, readiness), metrics, InFlight(), body_bytes=LIMIT, timeout_s=timeout_s)
     server = await HttpServer.start(admin.app(metrics, readiness, *tfserving.routes(rest)), "127.0.0.1", 0)
     try:
         yield Served(port=server.port, metrics=metrics, readiness=readiness, repository=repository)

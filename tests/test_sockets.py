@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,3 +54,40 @@ async def test_a_gateway_is_called_by_its_socket_and_calls_a_node_by_its(lab: La
     code, said = await far.refusal()
     assert code.name == "UNAVAILABLE"
     assert re.search(rf"node unix:{folder / 'near'}", said)
+
+
+# Private folders
+
+
+def test_a_private_folder_goes_at_the_end_and_takes_along_what_was_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    left, young, listened, empty = (folder / f"dl-inference-{name}" for name in ("left", "young", "listened", "empty"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as living:
+        for path in (left, young, listened, empty):
+            path.mkdir()
+            (path / "file").touch()
+            if path is not empty:
+                with socket.socket(socket.AF_UNIX) as dead:
+                    dead.bind(str(path / "dead"))
+            if path is listened:
+                living.bind(str(path / "living"))
+            if path is not young:
+                os.utime(path, (0, 0))
+        with sockets.private_folder() as private:
+            assert private.stat().st_mode & 0o077 == 0
+            assert set(folder.iterdir()) == {private, young, listened, empty}
+    assert set(folder.iterdir()) == {young, listened, empty}
+
+
+def test_a_private_folder_has_a_short_name_where_temporary_files_have_long_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with sockets.private_folder() as private:
+        assert len(bytes(private)) <= 90
+        assert list(long.iterdir()) == []
+    assert not private.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -135,6 +136,39 @@ class Sorts(Right):
         return nodes[0]
 
 
+class Sinks(Right):
+    """To it a node that fails at once looks idle."""
+
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+        return min(nodes, key=lambda node: (node.in_flight, self.random.random()))
+
+
+class RollsItsOwnDice(Right):
+    def __init__(self, options: PluginOptions) -> None:
+        super().__init__(options)
+        self.dice = random.Random()
+
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+        return self.dice.choice(nodes)
+
+
+class BlamesNodesForClients(Right):
+    def __init__(self, options: PluginOptions) -> None:
+        super().__init__(options)
+        self.avoided = ""
+
+    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+        return next((node for node in nodes if node.address != self.avoided), nodes[0])
+
+    def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
+        if outcome is not Outcome.SUCCESS:
+            self.avoided = node.address
+
+
+class NeverForgives(BlamesNodesForClients):
+    """Nor does it take notice of a node's return."""
+
+
 class Nameless(Right):
     name = ""
 
@@ -154,6 +188,10 @@ class Lenient(Right):
         (Divides, "test_copes_with_weights_that_are_all_zero"),
         (Sorts, "test_chooses_one_of_those_given_and_leaves_the_sequence_alone"),
         (Right, "test_gives_each_of_equal_nodes_something"),
+        (Sinks, "test_a_node_that_fails_at_once_attracts_nothing"),
+        (RollsItsOwnDice, "test_is_the_same_under_the_same_clock_and_chance"),
+        (BlamesNodesForClients, "test_what_says_nothing_of_a_node_changes_nothing"),
+        (NeverForgives, "test_a_node_that_is_back_soon_gets_its_part_again"),
         (Nameless, "test_is_a_balancer_with_a_name_and_plain_methods"),
         (Lenient, "test_options_are_strict"),
     ],

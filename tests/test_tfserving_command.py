@@ -188,12 +188,12 @@ def test_channel_arguments_become_options_of_the_transport_or_are_told_to_be_ign
     )
     config, notes = planned("--model_base_path=/m", f"--grpc_channel_arguments={given}", transport="envoy")
     assert config.transport_options == {
-        "concurrent_streams": 100,
         "connection_age_s": 3,
         "idle_timeout_s": 60,
         "header_kb": 16,
         "keepalive_s": 5,
     }
+    assert config.streams == 100
     assert notes == [
         "the transport envoy has nothing like grpc.keepalive_timeout_ms, grpc.so_reuseport: ignored",
         ANYBODY,
@@ -239,6 +239,10 @@ WRONG = {
     "a channel argument without a value": (
         ["--model_base_path=/m", "--grpc_channel_arguments=grpc.x=1,grpc.y"],
         'has "grpc.y"; expected KEY=VALUE',
+    ),
+    "no streams": (
+        ["--model_base_path=/m", "--grpc_channel_arguments=grpc.max_concurrent_streams=0"],
+        "grpc.max_concurrent_streams=0; expected a number of 1 or more",
     ),
     "threads twice": (
         ["--model_base_path=/m", "--tensorflow_session_parallelism=1", "--tensorflow_intra_op_parallelism=1"],

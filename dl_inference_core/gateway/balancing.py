@@ -53,11 +53,11 @@ class Balancer(ABC):
 
     A strategy in full::
 
-        class FewestInFlight(Balancer):
-            name = "fewest_in_flight"
+        class AnyOne(Balancer):
+            name = "any_one"
 
             def choose(self, nodes: Sequence[Node], call: Call) -> Node:
-                return min(nodes, key=lambda node: node.in_flight)
+                return self.random.choice(nodes)
     """
 
     name: ClassVar[str]
@@ -70,7 +70,11 @@ class Balancer(ABC):
 
     @abstractmethod
     def choose(self, nodes: Sequence[Node], call: Call) -> Node:
-        """One of `nodes`, for the next attempt at `call`, the client's own."""
+        """One of `nodes`, for the next attempt at `call`, the client's own.
+
+        While nothing has changed, neither who is usable nor a weight, `nodes` is the same tuple, so what is worked out
+        of a tuple may be kept as long as that comes again. Another attempt at a call is given a list.
+        """
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
         """An attempt that `choose` sent to `node` ended, `seconds` after it began."""
@@ -102,8 +106,10 @@ class RoundRobin(Balancer):
 
     def __init__(self, options: PluginOptions) -> None:
         super().__init__(options)
-        self._turn = self.random.randrange(1 << 16)
+        self._turn = -1
 
     def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+        if self._turn < 0:
+            self._turn = self.random.randrange(1 << 16)
         self._turn += 1
         return nodes[self._turn % len(nodes)]

@@ -3,137 +3,184 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from dl_inference_core.config import RouteConfig
 from dl_inference_core.errors import (
+    AnswerMalformed,
     AttemptTimedOut,
     Blame,
     DeadlineExceeded,
     InferenceError,
     NodeFailed,
     NoNodeAvailable,
+    Overloaded,
 )
-from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
+from dl_inference_core.gateway.admission import Admission
+from dl_inference_core.gateway.balancing import Balancer, Outcome
+from dl_inference_core.gateway.picking import Picker
 from dl_inference_core.gateway.pool import Node, Pool
+from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Call, Message
+from dl_inference_core.wire import orca
 from dl_inference_core.wire.protocol import Protocol, well_formed
 
-_log = logging.getLogger(__name__)
-
 _OUTCOMES = {Blame.NODE: Outcome.FAILURE, Blame.NODE_SOFTLY: Outcome.OVERLOAD}
+_HEDGE_RESERVE = 10
+_FIRST, _HEDGE = "attempt", "hedge"
+
+Answer: TypeAlias = "tuple[Message, list[tuple[str, str | bytes]]]"
+"""A node's answer, and what came beside it."""
 
 
 class Forwarder:
     """The upstream of a route to other nodes. Event loop only."""
 
     def __init__(self, config: RouteConfig, pool: Pool, balancer: Balancer, metrics: Metrics) -> None:
+        self.config = config
         self.pool = pool
-        self._fallback = RoundRobin(RoundRobin.Options())
+        pool.returned = self._returned
         self._metrics = metrics
-        self._complained_of: Balancer | None = None
+        self._picker = Picker(balancer, metrics)
+        self._recent = Recent()
+        self._admission = Admission(self._eligible, self._recent, metrics)
+        self._set_budgets()
+        self._losing: set[asyncio.Task[Answer]] = set()
+        self.recorded = False
+        """Set by each attempt, for whoever wants to know of attempts since then to unset."""
         self.configure(config, balancer)
 
     def configure(self, config: RouteConfig, balancer: Balancer) -> list[Node]:
         """Take on a new config; returns the nodes that left, for `Pool.retire`. Requests in flight keep theirs."""
-        self.config = config
+        before, self.config = self.config, config
         self.name = config.name or str(config.task_id)
-        self.balancer = balancer
         self._timeout_s = config.timeout_ms / 1000
+        self._limited = config.node_in_flight > 0
+        if _budgets(before) != _budgets(config):
+            self._set_budgets()
         gone = self.pool.update(config.nodes)
-        try:
-            for node in gone:
-                balancer.forget(node)
-        except Exception:
-            self._balancer_raised()
+        self._picker.use(self.name, balancer)
+        self._picker.forget(gone)
+        self._admission.configure(self.name, config.node_in_flight, config.queue)
         return gone
+
+    def _set_budgets(self) -> None:
+        config = self.config
+        self._retries = Budget(config.retry_budget, config.retry_reserve, lambda: self.in_flight, full=True)
+        self._hedges = Budget(config.hedge_budget, _HEDGE_RESERVE, lambda: self.in_flight, full=False)
+
+    @property
+    def balancer(self) -> Balancer:
+        """The strategy that chooses."""
+        return self._picker.balancer
 
     @property
     def ready(self) -> bool:
         """Whether any node is known to be well."""
         return any(node.endpoint.health.usable for node in self.pool.nodes)
 
-    async def answer(self, call: Call, protocol: Protocol) -> bytes:
+    @property
+    def in_flight(self) -> int:
+        """Attempts under way."""
+        return sum(node.in_flight for node in self.pool.nodes)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a node to have room."""
+        return self._admission.queued
+
+    async def answer(self, call: Call, protocol: Protocol) -> Message:
         """Forward `call` to a node, and to another if the first fails by its own fault and time is left."""
-        config = self.config
-        start = time.monotonic()
-        end = start + self._timeout_s * config.attempts
+        end = time.monotonic() + self._timeout_s * self.config.attempts
         if call.deadline is not None and call.deadline < end:
             end = call.deadline
-        tried: tuple[Node, ...] = ()
-        nodes: Sequence[Node] = self.pool.usable()
+        tried: list[Node] = []
+        nodes = await self._admission.admit(tried, end) if self._limited else self.pool.usable()
         if not nodes:
             raise NoNodeAvailable(f"route {self.name} has no nodes")
         while True:
-            node = self._choose(nodes, call)
-            tried = (*tried, node)
-            outgoing = Call(
-                method=protocol.node_method,
-                request=call.request,
-                metadata=call.metadata,
-                deadline=min(start + self._timeout_s, end),
-            )
+            node = self._picker.choose(nodes, call)
+            tried.append(node)
             try:
-                answer = await self._attempt(node, outgoing, call.deadline, protocol)
+                if self.config.hedge:
+                    answer, trailers = await self._race(node, tried, call, protocol, end)
+                else:
+                    answer, trailers = await self._attempt(node, call, protocol, end)
             except InferenceError as error:
-                start = time.monotonic()
-                if (
-                    not error.another_node
-                    or len(tried) >= config.attempts
-                    or start >= end
-                    or (isinstance(error, NodeFailed) and not config.retry_failed)
-                    or not (nodes := self._others(tried))
-                ):
-                    call.trailers.extend(outgoing.trailers)
+                nodes = await self._others_after(error, tried, end)
+                if not nodes:
+                    call.trailers.extend(error.trailers)
                     raise
             else:
-                if outgoing.trailers:
-                    call.trailers.extend(outgoing.trailers)
+                if trailers:
+                    call.trailers.extend(trailers)
                 return answer
 
-    def _others(self, tried: tuple[Node, ...]) -> Sequence[Node]:
-        """The nodes that have not been tried: those known to be well, or else any."""
-        usable = [node for node in self.pool.usable() if node not in tried]
-        return usable or [node for node in self.pool.nodes if node not in tried]
+    def _eligible(self, tried: Sequence[Node]) -> Sequence[Node]:
+        """The nodes that have not been tried: those that may be chosen, or else any."""
+        usable = self.pool.usable()
+        if not tried:
+            return usable
+        return [node for node in usable if node not in tried] or [node for node in self.pool.nodes if node not in tried]
 
-    def _choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    async def _others_after(self, error: InferenceError, tried: Sequence[Node], end: float) -> Sequence[Node]:
+        """The nodes for one more attempt, after one that ended with `error`; none if there is to be none."""
+        if not error.another_node or not self._may_try_again(tried, end):
+            return ()
+        if isinstance(error, NodeFailed) and not (self.config.retry_failed or isinstance(error, AnswerMalformed)):
+            return ()
+        nodes = self._eligible(tried)
+        if not nodes:
+            return ()
+        if not self._retries.take():
+            self._metrics.retry_denied(self.name)
+            return ()
+        if not self._limited:
+            return nodes
         try:
-            node = self.balancer.choose(nodes, call)
-            if not isinstance(node, Node) or node.removed:
-                raise TypeError(f"it chose {node!r}, which is not among the nodes")
-        except Exception:
-            self._balancer_raised()
-            return self._fallback.choose(nodes, call)  # type: ignore[return-value] # one of `nodes`
-        return node
+            return await self._admission.admit(tried, end)
+        except Overloaded:
+            return ()
 
-    async def _attempt(self, node: Node, outgoing: Call, client_deadline: float | None, protocol: Protocol) -> bytes:
+    def _may_try_again(self, tried: Sequence[Node], end: float) -> bool:
+        """Whether attempts are left, and an answer could come in time: the quickest of the last ones would."""
+        return len(tried) < self.config.attempts and time.monotonic() + self._recent.least_s < end
+
+    async def _attempt(self, node: Node, call: Call, protocol: Protocol, end: float) -> Answer:
         start = time.monotonic()
+        outgoing = Call(
+            method=protocol.node_method,
+            request=call.request,
+            metadata=call.metadata,
+            deadline=min(start + self._timeout_s, end),
+        )
         outcome = Outcome.NEUTRAL
         node.in_flight += 1
+        if self._limited:
+            self._admission.began(node)
         try:
             answer = await node.endpoint.connection.call(outgoing)
             if not well_formed(answer):
-                raise NodeFailed(f"the answer is no {protocol.name} message")
+                raise AnswerMalformed(f"the answer is no {protocol.name} message")
         except InferenceError as error:
-            raised = self._judged(node, error, outgoing, client_deadline)
-            outcome = _OUTCOMES.get(raised.blame, Outcome.NEUTRAL)
+            cause = error.__cause__
+            # No other name: an exception that its own traceback leads to is garbage.
+            error = self._judged(node, error, outgoing, call.deadline)
+            error.trailers = outgoing.trailers
+            outcome = _OUTCOMES.get(error.blame, Outcome.NEUTRAL)
             if outcome is Outcome.FAILURE:
-                node.endpoint.health.failed(raised)
-            raise raised from error.__cause__
+                node.endpoint.health.failed(error)
+            raise error from cause
         else:
             outcome = Outcome.SUCCESS
             node.endpoint.health.succeeded()
-            return answer
+            return answer, outgoing.trailers
         finally:
             node.in_flight -= 1
-            if node.removed:
-                if not node.in_flight:
-                    node.idle.set()
-            else:
-                self._record(node, outcome, time.monotonic() - start)
+            self._ended(node, outcome, time.monotonic() - start, outgoing)
 
     def _judged(
         self, node: Node, error: InferenceError, outgoing: Call, client_deadline: float | None
@@ -149,22 +196,83 @@ class Forwarder:
             error.args = (f"route {self.name}: node {node.address}: {error}",)
         return error
 
-    def _record(self, node: Node, outcome: Outcome, seconds: float) -> None:
+    def _ended(self, node: Node, outcome: Outcome, seconds: float, outgoing: Call) -> None:
+        """Tell everybody of an attempt; each decides for itself what it makes of it."""
+        self.recorded = True
         self._metrics.attempt(self.name, node.address, outcome.value)
-        try:
-            self.balancer.record(node, outcome, seconds)
-        except Exception:
-            self._balancer_raised()
+        if outcome is Outcome.SUCCESS:
+            self._retries.earn()
+            self._recent.add(seconds)
+        if self._limited:
+            self._admission.ended(node)
+        load = orca.take(outgoing.trailers) if outgoing.trailers else None
+        if node.removed:
+            if not node.in_flight:
+                node.idle.set()
+            return
+        if load is not None and self._picker.takes_reports:
+            self._picker.report(node, load)
+        self._picker.record(node, outcome, seconds)
 
-    def _balancer_raised(self) -> None:
-        """Log what is being handled, the first time."""
-        if self._complained_of is not self.balancer:
-            self._complained_of = self.balancer
-            _log.exception(
-                'balancer "%s" failed on route %s; round robin chooses when it does', self.balancer.name, self.name
-            )
+    async def _race(self, node: Node, tried: list[Node], call: Call, protocol: Protocol, end: float) -> Answer:
+        """`_attempt`; but if it takes longer than most have lately, one on another node beside it: the first answer
+        counts, and the other attempt is cancelled. If one fails the other may still answer."""
+        self._hedges.earn()
+        late_s = self._recent.late_s
+        if late_s is None or len(tried) >= self.config.attempts:
+            return await self._attempt(node, call, protocol, end)
+        begun = time.monotonic()
+        # No name is kept of a task that failed: its exception leads back to this frame, and they would be garbage.
+        racing = {asyncio.create_task(self._attempt(node, call, protocol, end), name=_FIRST)}
+        try:
+            done, racing = await asyncio.wait(racing, timeout=late_s)
+            if not done and (second := self._second(tried, call, end)) is not None:
+                tried.append(second)
+                racing.add(asyncio.create_task(self._attempt(second, call, protocol, end), name=_HEDGE))
+            while True:
+                if not done:
+                    done, racing = await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
+                if answered := [task for task in done if task.exception() is None]:
+                    if any(task.get_name() == _FIRST for task in racing):
+                        self._recent.add(time.monotonic() - begun)  # at least; it is among the slowest in any case
+                    return answered[0].result()
+                if not racing or not all(_may_go_elsewhere(task.exception()) for task in done):
+                    return done.pop().result()
+                done = set()
+        finally:
+            for task in racing:
+                task.cancel()
+                self._losing.add(task)
+                task.add_done_callback(self._lost)
+
+    def _second(self, tried: Sequence[Node], call: Call, end: float) -> Node | None:
+        """The node for one more attempt beside the one under way, if there is to be one."""
+        if not self._may_try_again(tried, end):
+            return None
+        nodes = [node for node in self._admission.room(()) if node not in tried]
+        if not nodes or not self._hedges.take():
+            return None
+        self._metrics.hedge(self.name)
+        return self._picker.choose(nodes, call)
+
+    def _lost(self, task: asyncio.Task[Answer]) -> None:
+        self._losing.discard(task)
+        if not task.cancelled():
+            task.exception()  # else asyncio complains that nobody has looked
+
+    def _returned(self, node: Node) -> None:
+        self._picker.returned(node)
+        self._admission.wake()
 
     async def close(self) -> None:
         """Release every node, once its attempts have ended."""
         gone = self.pool.update(())
         await asyncio.gather(*(self.pool.retire(node) for node in gone))
+
+
+def _may_go_elsewhere(error: BaseException | None) -> bool:
+    return isinstance(error, InferenceError) and error.another_node
+
+
+def _budgets(config: RouteConfig) -> tuple[float, ...]:
+    return config.retry_budget, config.retry_reserve, config.hedge_budget

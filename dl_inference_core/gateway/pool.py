@@ -3,68 +3,142 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
 
-from dl_inference_core.config import NodeConfig
-from dl_inference_core.gateway.health import Health
+from dl_inference_core.config import HealthConfig, NodeConfig
+from dl_inference_core.gateway.health import EJECTED, Health
+from dl_inference_core.gateway.probing import Prober
+from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import Connection
+
+_log = logging.getLogger(__name__)
+
+
+_QUIET_S = 10.0
 
 
 class Endpoint:
-    """One address, however many routes use it: its connection, and what is known of its health."""
+    """One address, however many routes use it: its connection, what is known of its health, and its nodes."""
 
-    __slots__ = ("_users", "address", "connection", "health")
+    __slots__ = ("address", "connection", "health", "nodes", "said", "said_at", "target", "unsaid")
 
-    def __init__(self, address: str, connection: Connection, health: Health) -> None:
-        self.address = address
+    def __init__(self, node: NodeConfig, connection: Connection, health: Health) -> None:
+        self.address = node.address
+        self.target = node.target
         self.connection = connection
         self.health = health
-        self._users = 0
+        self.nodes: set[Node] = set()
+        self.said = False
+        self.said_at = -math.inf
+        self.unsaid = 0
 
 
 class Endpoints:
-    """Every endpoint in use, by address. Event loop only."""
+    """Every endpoint in use, by `NodeConfig.target`. Event loop only.
 
-    def __init__(self, connect: Callable[[str], Connection]) -> None:
+    Attributes:
+        changes: grows whenever another answer than before may be right to which nodes of a route may be chosen.
+        told: called, if it is there, when this process itself has found out that an endpoint is to be left out, or used
+            again. Must not raise.
+    """
+
+    def __init__(self, connect: Callable[[NodeConfig], Connection], config: HealthConfig, metrics: Metrics) -> None:
         self._connect = connect
-        self._by_address: dict[str, Endpoint] = {}
+        self._metrics = metrics
+        self._by_target: dict[str, Endpoint] = {}
+        self.config = config
         self.changes = 0
-        """Grows whenever an endpoint becomes usable or stops being so."""
+        self.told: Callable[[Endpoint], None] | None = None
 
-    def use(self, address: str) -> Endpoint:
-        """The endpoint at `address`, made on first use; pair with `release`."""
-        endpoint = self._by_address.get(address)
+    def use(self, config: NodeConfig, node: Node) -> Endpoint:
+        """The endpoint of `config`, made on first use, for `node`; pair with `release`."""
+        target = config.target
+        endpoint = self._by_target.get(target)
         if endpoint is None:
-            connection = self._connect(address)
-            endpoint = self._by_address[address] = Endpoint(address, connection, Health(connection, self._changed))
-        endpoint._users += 1
+            connection = self._connect(config)
+            prober = Prober(config.address, connection, self.config.probe, self.config.timeout_ms / 1000)
+            health = Health(prober, self.config, self._changed, lambda own: self._moved(target, own))
+            endpoint = self._by_target[target] = Endpoint(config, connection, health)
+            self._metrics.node_usable(target, True)
+            health.start()
+        endpoint.nodes.add(node)
         return endpoint
 
-    async def release(self, endpoint: Endpoint) -> None:
+    async def release(self, node: Node) -> None:
         """Give back a `use`; the last one closes the connection."""
-        endpoint._users -= 1
-        if endpoint._users == 0:
-            del self._by_address[endpoint.address]
+        endpoint = node.endpoint
+        endpoint.nodes.discard(node)
+        if not endpoint.nodes:
+            del self._by_target[endpoint.target]
+            self._metrics.node_gone(endpoint.target, endpoint.address)
             await endpoint.health.close()
             await endpoint.connection.close()
 
-    async def probe_all(self) -> None:
-        """Ask every endpoint once how it is; those that do not answer are left out until they do."""
-        await asyncio.gather(*(endpoint.health.check() for endpoint in self._by_address.values()))
+    async def probed(self) -> None:
+        """Wait until every endpoint has been asked how it is; those that do not answer are left out until they do."""
+        await asyncio.gather(*(endpoint.health.settled() for endpoint in self._by_target.values()))
+
+    def find(self, target: str) -> Endpoint | None:
+        """The endpoint in use of that `NodeConfig.target`."""
+        return self._by_target.get(target)
+
+    def __iter__(self) -> Iterator[Endpoint]:
+        return iter(self._by_target.values())
 
     def _changed(self) -> None:
         self.changes += 1
+
+    def _moved(self, target: str, own: bool) -> None:
+        endpoint = self._by_target[target]
+        health = endpoint.health
+        reason = health.reason
+        self._metrics.node_usable(target, reason is None)
+        if reason is not None:
+            self._metrics.ejection(target, reason.value)
+        else:
+            for node in tuple(endpoint.nodes):
+                if not node.removed:
+                    node.pool.returned(node)
+        if own:
+            _say(endpoint)
+            if self.told is not None:
+                self.told(endpoint)
+
+
+def _say(endpoint: Endpoint) -> None:
+    """Log that it is left out or back; of one that comes and goes, only now and then."""
+    reason = endpoint.health.reason
+    if reason is None:
+        if endpoint.said:
+            endpoint.said = False
+            _log.info("node %s is back", endpoint.target)
+        return
+    now = time.monotonic()
+    if now - endpoint.said_at < _QUIET_S:
+        endpoint.unsaid += 1
+        return
+    again = f" ({endpoint.unsaid} times more since this was last said)" if endpoint.unsaid else ""
+    _log.warning("node %s is left out: %s: %s%s", endpoint.target, reason.value, endpoint.health.detail, again)
+    endpoint.said, endpoint.said_at, endpoint.unsaid = True, now, 0
+
+
+def _ignore(*_: object) -> None: ...
 
 
 class Node:
     """One endpoint in one route; what a balancer sees of it."""
 
-    __slots__ = ("address", "endpoint", "idle", "in_flight", "removed", "weight")
+    __slots__ = ("address", "endpoint", "idle", "in_flight", "pool", "removed", "weight")
 
-    def __init__(self, endpoint: Endpoint, weight: int) -> None:
-        self.endpoint = endpoint
-        self.address = endpoint.address
-        self.weight = weight
+    def __init__(self, pool: Pool, endpoints: Endpoints, config: NodeConfig) -> None:
+        self.pool = pool
+        self.endpoint = endpoints.use(config, self)
+        self.address = config.address
+        self.weight = config.weight
         self.in_flight = 0
         self.removed = False
         self.idle = asyncio.Event()
@@ -72,33 +146,68 @@ class Node:
 
 
 class Pool:
-    """The nodes of one route. Event loop only."""
+    """The nodes of one route. Event loop only.
+
+    Attributes:
+        returned: called with a node that was left out and may be chosen again. Must not raise.
+    """
 
     def __init__(self, endpoints: Endpoints) -> None:
         self._endpoints = endpoints
         self._usable: tuple[Node, ...] = ()
+        self._limited: tuple[Node, ...] = ()
         self._seen = -1
         self.nodes: tuple[Node, ...] = ()
+        self.returned: Callable[[Node], None] = _ignore
 
     def usable(self) -> Sequence[Node]:
         """The nodes that may be chosen; all of them where none is known to be well: a request then fails by trying."""
         if self._seen != self._endpoints.changes:
-            self._seen = self._endpoints.changes
-            self._usable = tuple(node for node in self.nodes if node.endpoint.health.usable) or self.nodes
-        return self._usable
+            self._judge()
+        return self._usable if not self._limited else self._drawn()
+
+    def _judge(self) -> None:
+        """Who is left out, of all that are unwell: of those that we ejected by our own judgement as many as may be, the
+        first ones; and each that says so itself, or cannot be reached."""
+        self._seen = self._endpoints.changes
+        nodes = self.nodes
+        most = min(int(self._endpoints.config.max_ejected * len(nodes)), len(nodes) - 1)
+        ejected = [node for node in nodes if node.endpoint.health.reason in EJECTED]
+        ejected.sort(key=lambda node: node.endpoint.health.since)
+        kept = ejected[most:]
+        self._usable = tuple([node for node in nodes if node.endpoint.health.usable or node in kept]) or nodes
+        now = time.monotonic()
+        on_trial = [node for node in self._usable if node.endpoint.health.on_trial]
+        starting = [node for node in self._usable if node.endpoint.health.share(now) < 1]
+        self._limited = (*on_trial[: max(most - len(ejected), 0)], *starting)
+
+    def _drawn(self) -> Sequence[Node]:
+        """The nodes that may be chosen this time, where some may not have all their share."""
+        now = time.monotonic()
+        spared = set()
+        for node in self._limited:
+            health = node.endpoint.health
+            if health.on_trial:
+                if node.in_flight or now < health.trial_at:
+                    spared.add(node)
+            elif (share := health.share(now)) >= 1:
+                self._seen = -1  # it has started
+            elif random.random() >= share:  # noqa: S311 - no secret
+                spared.add(node)
+        return [node for node in self._usable if node not in spared] or self._usable
 
     def update(self, configs: Sequence[NodeConfig]) -> list[Node]:
         """Take on new nodes, keep those that stay, and return those that left, for `retire`."""
-        before = {node.address: node for node in self.nodes}
+        before = {node.endpoint.target: node for node in self.nodes}
         nodes = []
         for config in configs:
-            node = before.pop(config.address, None)
+            node = before.pop(config.target, None)
             if node is None:
-                node = Node(self._endpoints.use(config.address), config.weight)
+                node = Node(self, self._endpoints, config)
             node.weight = config.weight
             nodes.append(node)
         self.nodes = tuple(nodes)
-        self._usable = ()  # a route without requests must not hold on to nodes that left
+        self._usable = self._limited = ()  # a route without requests must not hold on to nodes that left
         self._seen = -1
         for node in before.values():
             node.removed = True
@@ -108,4 +217,4 @@ class Pool:
         """Let the attempts on a node that left end, then release its endpoint."""
         if node.in_flight:
             await node.idle.wait()
-        await self._endpoints.release(node.endpoint)
+        await self._endpoints.release(node)

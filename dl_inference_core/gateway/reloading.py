@@ -1,4 +1,4 @@
-"""The routes to other nodes, kept as the config file and the node file say while both may change."""
+"""The routes to other nodes, kept as the config file, the node file, names and nodes themselves say, as it changes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 
 from dl_inference_core import config as configs
 from dl_inference_core import nodefile
-from dl_inference_core.config import Config, RouteConfig
+from dl_inference_core.config import Config, NodeConfig, RouteConfig
 from dl_inference_core.errors import ConfigError, InferenceError
+from dl_inference_core.gateway import discovery
 from dl_inference_core.gateway.balancing import Balancer
+from dl_inference_core.gateway.discovery import Names, Resolve
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Endpoints, Node, Pool
+from dl_inference_core.gateway.registry import Registry
+from dl_inference_core.gateway.sharing import Exchange, Share
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import Connection
 
@@ -36,15 +40,22 @@ class Gateway:
         config: Config,
         config_file: Path | None,
         *,
-        connect: Callable[[str], Connection],
+        connect: Callable[[NodeConfig], Connection],
         balancer: Callable[[RouteConfig], Balancer],
         metrics: Metrics,
+        share: Share | None = None,
+        resolve: Resolve = discovery.resolve,
     ) -> None:
         """Args:
         config: with what the command line said, if anything, already in it.
         config_file: where it came from, to be watched; None if from nowhere.
-        connect: makes the connection to a node's address.
+        connect: makes the connection to a node.
         balancer: makes a route's strategy; raises PluginError or ConfigError.
+        share: to the other gateway processes, if there are any.
+        resolve: looks up names that stand for nodes.
+
+        Raises:
+            ConfigError: the registry's token cannot be read.
         """
         self._config = config
         self._poll_s = config.gateway.poll_interval_ms / 1000
@@ -60,14 +71,47 @@ class Gateway:
             self._nodefile = nodefile.Watched(config.gateway.nodefile, patience=patience)
         self._make_balancer = balancer
         self._metrics = metrics
-        self._endpoints = Endpoints(connect)
+        self._endpoints = Endpoints(connect, config.gateway.health, metrics)
         self.forwarders: Collection[Forwarder] = ()
         """Every route's, once."""
+        metrics.sample(
+            "dl_inference_attempts_in_flight",
+            "Attempts at nodes that are under way.",
+            "route",
+            lambda: {forwarder.name: forwarder.in_flight for forwarder in self.forwarders},
+        )
+        metrics.sample(
+            "dl_inference_queued",
+            "Requests that wait for a node of their route to have room.",
+            "route",
+            lambda: {forwarder.name: forwarder.queued for forwarder in self.forwarders},
+        )
         self._retiring: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._complained: dict[str, str] = {}
+        self._exchange = None if share is None else Exchange(share, self._endpoints, lambda: self.forwarders)
         self.models: dict[str, Forwarder] = {}
         self.tasks: dict[int, Forwarder] = {}
+        self._said: Mapping[str | int, RouteConfig] = {}
+        """The routes as the files say."""
+        self._whole: Mapping[str | int, RouteConfig] = {}
+        """The same, with the nodes that have registered themselves."""
+        self._named: Sequence[str | int] = ()
+        """Those with nodes that a name stands for."""
+        tls = config.gateway.tls
+        self._names = Names(
+            resolve,
+            config.gateway.resolve_interval_ms / 1000,
+            verified=tls is not None and tls.server_name is None,
+            usable=self._usable,
+            changed=self._refresh,
+            complain=self._complain,
+        )
+        self.registry: Registry | None = None
+        if config.gateway.registry is not None:
+            self.registry = Registry(config.gateway.registry, self._refresh, self._complain)
+            if share is not None:
+                self.registry.share(share)
 
     async def start(self) -> None:
         """Build the routes, ask every node how it is, and watch the files from now on.
@@ -83,8 +127,15 @@ class Gateway:
             if parsed.problems and not parsed.routes:
                 raise ConfigError(f"{self._nodefile.path}: {'; '.join(parsed.problems[:3])}")
             self._take_nodefile(parsed, self._nodefile.path)
-        self._apply(self._wanted(self._config.routes, self._from_nodefile))
-        await self._endpoints.probe_all()
+        wanted = self._wanted(self._config.routes, self._from_nodefile)
+        await self._names.start(wanted.values())
+        self._apply(wanted)
+        if self._exchange is not None:
+            self._exchange.start()
+        if self.registry is not None:
+            self._make_balancer(self.registry.example)
+            await self.registry.learn()
+        await self._endpoints.probed()
         if self._config_file is not None or self._nodefile is not None:
             self._watching = asyncio.create_task(self._watch(), name="watch the config files")
 
@@ -93,6 +144,11 @@ class Gateway:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
+        await self._names.close()
+        if self.registry is not None:
+            self.registry.close()
+        if self._exchange is not None:
+            self._exchange.close()
         await asyncio.gather(*(forwarder.close() for forwarder in self.forwarders), *self._retiring)
 
     def _wanted(
@@ -106,9 +162,15 @@ class Gateway:
         return wanted
 
     def _apply(self, wanted: Mapping[str | int, RouteConfig]) -> None:
-        """Raises:
-        ConfigError, PluginError: and nothing has changed.
+        """Args:
+            wanted: the routes as the files say.
+
+        Raises:
+            ConfigError, PluginError: and nothing has changed.
         """
+        said, whole = wanted, self._with_registered(wanted)
+        self._names.want(whole.values())
+        wanted = {key: self._names.expand(route) for key, route in whole.items()}
         kept = self._kept(wanted)
         balancers = {key: self._balancer(kept.get(key), route) for key, route in wanted.items()}
         gone: list[tuple[Pool, Node]] = []
@@ -127,6 +189,12 @@ class Gateway:
         self.forwarders = tuple(forwarders.values())
         self.models = {route.name: forwarders[key] for key, route in wanted.items() if route.name}
         self.tasks = {route.task_id: forwarders[key] for key, route in wanted.items() if route.task_id is not None}
+        self._names.want_only(whole.values())
+        self._said, self._whole = said, whole
+        self._named = [key for key, route in whole.items() if self._names.within(route)]
+
+    def _with_registered(self, routes: Mapping[str | int, RouteConfig]) -> Mapping[str | int, RouteConfig]:
+        return routes if self.registry is None else self.registry.onto(routes)
 
     def _kept(self, wanted: Mapping[str | int, RouteConfig]) -> dict[str | int, Forwarder]:
         """Which of the wanted routes is there already: one of the same name, or else of the same task id."""
@@ -158,6 +226,30 @@ class Gateway:
         task = asyncio.ensure_future(ending)
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
+
+    def _refresh(self) -> None:
+        """Take over what has changed of the nodes that routes have by name, and of those that register themselves."""
+        before, whole = self._whole, self._with_registered(self._said)
+        changed = [key for key, route in whole.items() if route is not before.get(key)]
+        if len(whole) != len(before) or any(
+            key not in before or whole[key].task_id != before[key].task_id for key in changed
+        ):
+            try:
+                self._apply(self._said)
+            except InferenceError:
+                _log.exception("nodes have come or gone, and that cannot be taken over; the routes stay as they are")
+            return
+        self._whole = whole
+        for key in {*changed, *self._named}:
+            route = self._names.expand(whole[key])
+            forwarder = self.models[key] if isinstance(key, str) else self.tasks[key]
+            if forwarder.config != route:
+                for node in forwarder.configure(route, forwarder.balancer):
+                    self._retire(forwarder.pool.retire(node))
+
+    def _usable(self, node: NodeConfig) -> bool:
+        endpoint = self._endpoints.find(node.target)
+        return endpoint is None or endpoint.health.usable
 
     async def _watch(self) -> None:
         while True:

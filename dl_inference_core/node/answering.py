@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import math
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ from dl_inference_core.errors import (
 )
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.node.handling import Handler, narrow
+from dl_inference_core.node.load import LoadMeter, Work
 from dl_inference_core.tensors import Request, Response
 from dl_inference_core.transport import Call
 from dl_inference_core.wire import openinference, tfserving_examples, tfserving_models
@@ -65,6 +67,7 @@ class Workers:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
+        self._spent: list[_Spent] = []
         self._at_end: Callable[[], None]
         self.grow(1)
 
@@ -94,10 +97,22 @@ class Workers:
         # Cancelling one who waits must not cancel what the last thread does.
         await asyncio.shield(ended)
 
+    def worked(self) -> float:
+        """The seconds that all threads together have spent on functions, those that run now included. Any thread."""
+        now = time.monotonic()
+        return sum(seconds + max(now - since, 0.0) for seconds, since in [spent.state for spent in self._spent])
+
     def _work(self) -> None:
+        spent = _Spent()
+        self._spent.append(spent)
+        seconds = 0.0
         while (job := self._jobs.get()) is not None:
+            since = time.monotonic()
+            spent.state = seconds, since
             _run(*job)
             del job  # or its request would live until the next one
+            seconds += time.monotonic() - since
+            spent.state = seconds, math.inf
         with self._lock:
             self._threads -= 1
             last = not self._threads
@@ -110,6 +125,16 @@ class Workers:
         except Exception:
             _log.exception("closing %s failed", self._name)
         _deliver(ended, None, None)
+
+
+class _Spent:
+    """A thread's time: the seconds on functions before, and since when it runs the one of now. Only the thread writes,
+    always both at once."""
+
+    __slots__ = ("state",)
+
+    def __init__(self) -> None:
+        self.state = (0.0, math.inf)
 
 
 def _run(function: Callable[[], Any], future: asyncio.Future[Any]) -> None:
@@ -166,9 +191,11 @@ class Loaded:
 class LoadedVersion:
     """One version of a model in memory, with threads of its own, on which all of it happens, `Model.close` too."""
 
-    def __init__(self, model_name: str, number: int) -> None:
+    def __init__(self, model_name: str, number: int, meter: LoadMeter) -> None:
         self.number = number
         self._model_name = model_name
+        self._meter = meter
+        self._work: Work
         self._workers = Workers(f"{model_name}/{number}")
         self._loaded: Loaded | None = None
 
@@ -180,7 +207,8 @@ class LoadedVersion:
         """
 
         def job() -> None:
-            self._loaded = load()
+            self._loaded = loaded = load()
+            self._work = self._meter.watch(self._workers.worked, loaded.threads)
 
         await self._workers.run(job)
         self._workers.grow(self.loaded.threads)
@@ -256,14 +284,16 @@ class LoadedVersion:
     def _release(self) -> None:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
+            self._meter.forget(self._work)
             loaded.model.close()
 
 
 class ServedModel:
     """One model and its versions, as one event loop sees them. Only the repository changes it, by `publish`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, meter: LoadMeter) -> None:
         self.name = name
+        self._meter = meter
         self.task_id: int | None = None
         self.versions: Mapping[int, VersionStatus] = MappingProxyType({})
         """Every version that is served, is to be, or was until a moment ago."""
@@ -308,8 +338,17 @@ class ServedModel:
             BadRequest: the request is malformed or does not fit the model; no version has that label.
             HandlerFailed: handler or model raised, or the protocol cannot hold the answer; its cause is attached.
         """
-        if not protocol.codec_at:
-            return await _OTHER_METHODS[protocol.name](self, call)
+        if not protocol.codec_at and protocol is not MULTI_INFERENCE:
+            return await _QUESTIONS[protocol.name](self, call)
+        try:
+            answer = await (self._infer(call, protocol) if protocol.codec_at else self._multi_inference(call))
+        except InferenceError as error:
+            self._meter.answered(call, error)
+            raise
+        self._meter.answered(call)
+        return answer
+
+    async def _infer(self, call: Call, protocol: Protocol) -> bytes:
         # Between `_pick` and the queue nothing waits: a version gets no request after `publish` without it.
         answer = await self._pick(None).answer(call, protocol)
         while isinstance(answer, Request):
@@ -410,8 +449,7 @@ class ServedModel:
         )
 
 
-_OTHER_METHODS: Mapping[str, Callable[[ServedModel, Call], Awaitable[bytes]]] = {
-    MULTI_INFERENCE.name: ServedModel._multi_inference,
+_QUESTIONS: Mapping[str, Callable[[ServedModel, Call], Awaitable[bytes]]] = {
     METADATA.name: ServedModel._metadata,
     SIGNATURES.name: ServedModel._signatures,
     VERSIONS.name: ServedModel._status,

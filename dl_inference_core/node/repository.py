@@ -29,6 +29,7 @@ from dl_inference_core.errors import ConfigError, InferenceError, ModelError
 from dl_inference_core.node.answering import LoadedVersion, ServedModel, State, VersionStatus
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.loading import CONFIG_FILE, MODELS_OWN, Loader, ModelConfig, in_words, read_config
 
 Fingerprint: TypeAlias = tuple[tuple[str, int, int], ...]
@@ -271,6 +272,7 @@ class Repository:
         defaults: Mapping[str, Any] = MappingProxyType({}),
         poll_interval_s: float = 1.0,
         loads_at_once: int = 2,
+        meter: LoadMeter | None = None,
     ) -> None:
         """Args:
         directory: the folder of models, if there is one.
@@ -280,6 +282,7 @@ class Repository:
         defaults: keys of `model.toml`, for models that say nothing else.
         poll_interval_s: seconds between two looks for changes; 0 never looks again.
         loads_at_once: how many versions may be loading at the same time.
+        meter: measures what the models do, and reports it with answers; by default nothing is reported.
 
         Raises:
             ConfigError: `defaults` are none.
@@ -291,6 +294,7 @@ class Repository:
         self._loader = Loader(backends=backends, handlers=handlers, defaults=defaults)
         self._poll_interval_s = poll_interval_s
         self._may_load = asyncio.Semaphore(loads_at_once)
+        self._meter = meter or LoadMeter()
         self._looking = asyncio.Lock()
         self._before: Mapping[str, _Sight] = {}
         self._known: dict[str, _Model] = {}
@@ -404,7 +408,7 @@ class Repository:
         seen_twice = sorted(before.keys() & now.keys())
         for name in seen_twice:
             if name not in self._known:
-                self._known[name] = _Model(served=ServedModel(name), named=now[name].named)
+                self._known[name] = _Model(served=ServedModel(name, self._meter), named=now[name].named)
             self._take_versions(self._known[name], before[name].versions, now[name].versions)
         unchanged = [
             name for name in seen_twice if before[name].own == now[name].own and before[name].named == now[name].named
@@ -495,7 +499,7 @@ class Repository:
         try:
             async with self._may_load:
                 version.tried, folder, began = version.content, version.folder, time.monotonic()
-                fresh = LoadedVersion(name, number)
+                fresh = LoadedVersion(name, number, self._meter)
                 spare: LoadedVersion | None = fresh
                 try:
                     if version.tried is not None and _TOO_LARGE[0] in version.tried:

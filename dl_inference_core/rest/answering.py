@@ -24,7 +24,7 @@ from dl_inference_core.errors import (
     ModelNotReady,
 )
 from dl_inference_core.introspection import Readiness
-from dl_inference_core.listener import Listener
+from dl_inference_core.listener import InFlight, Listener
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.routing import Routes, Table, Upstream
 from dl_inference_core.transport import Call, HttpApp
@@ -98,7 +98,7 @@ class Local(Routes):
                     f'Servable not found for request: Latest({key}); "{key}" is a route to other nodes, '
                     "which is taken by gRPC only: REST answers for the models of this process"
                 ) from None
-            if self._starting and not self._readiness.serving:
+            if self._starting and not (self._readiness.serving or self._readiness.leaving):
                 raise ModelNotReady(f'no model is named "{str(key)[:100]}", but the server is starting') from None
             raise
 
@@ -113,13 +113,16 @@ class Local(Routes):
 class Rest:
     """Turns HTTP requests into calls of models and back. Event loop only."""
 
-    def __init__(self, local: Local, metrics: Metrics, *, body_bytes: int, timeout_s: float | None) -> None:
+    def __init__(
+        self, local: Local, metrics: Metrics, in_flight: InFlight, *, body_bytes: int, timeout_s: float | None
+    ) -> None:
         """Args:
+        in_flight: of the whole process.
         body_bytes: of the largest request body, as it comes and after decompression.
         timeout_s: what a request may take, from its headers to its answer; None is no limit.
         """
         self._local = local
-        self._listener = Listener(local, metrics)
+        self._listener = Listener(local, metrics, in_flight)
         self._body_bytes = body_bytes
         self._timeout_s = timeout_s
 

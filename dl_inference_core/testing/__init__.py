@@ -5,8 +5,8 @@ attributes say what else it can be told.
 
 A balancing strategy::
 
-    class TestFewestInFlight(BalancerConformance):
-        balancer_class = FewestInFlight
+    class TestAnyOne(BalancerConformance):
+        balancer_class = AnyOne
         weighs = True
 
 A backend, with a model whose answers are known::

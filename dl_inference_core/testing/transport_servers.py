@@ -7,8 +7,11 @@ import socket
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 
 from dl_inference_core.errors import Blame, ConfigError, DeadlineExceeded, NodeGaveUp, NodeUnreachable
@@ -186,6 +189,73 @@ class ServerConformance(LoopbackConformance):
                 await server.drain(0)
                 await refusal(connection, self.prompt_s)
 
+    # Limits
+
+    @asynchronous
+    async def test_connections_over_the_limit_are_closed_and_one_that_goes_makes_room(
+        self, transport: Transport
+    ) -> None:
+        async with AsyncExitStack() as stack:
+            address = await stack.enter_async_context(serving(transport, {ECHO: echo}, limits=Limits(connections=3)))
+            leaving = await stack.enter_async_context(AsyncExitStack())
+            channels = [await leaving.enter_async_context(official(address))]
+            channels += [await stack.enter_async_context(official(address)) for _ in range(3)]
+            for channel in channels[:3]:
+                assert await channel.unary_unary(ECHO)(b"in", timeout=10) == b"in"
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await channels[3].unary_unary(ECHO)(b"over", timeout=10)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            for channel in channels[:3]:
+                assert await channel.unary_unary(ECHO)(b"still in", timeout=10) == b"still in"
+            await leaving.aclose()
+            assert await channels[3].unary_unary(ECHO)(b"now", timeout=10, wait_for_ready=True) == b"now"
+
+    @asynchronous
+    async def test_calls_over_the_limit_of_one_connection_wait_for_others_to_end(self, transport: Transport) -> None:
+        entered: list[bytes] = []
+        release = asyncio.Semaphore(0)
+
+        async def hold(call: Call) -> bytes:
+            entered.append(call.request)
+            await release.acquire()
+            return call.request
+
+        async with (
+            serving(transport, {HOLD: hold, ECHO: echo}, limits=Limits(streams=2)) as address,
+            official(address) as channel,
+            official(address) as other,
+        ):
+            assert await channel.unary_unary(ECHO)(b"", timeout=10) == b"", "the limit is known from now on"
+            calls = [channel.unary_unary(HOLD)(b"%d" % number, timeout=20) for number in range(5)]
+            for already in (2, 3, 4, 5):
+                async with asyncio.timeout(10):
+                    while len(entered) < already:
+                        await other.unary_unary(ECHO)(b"")
+                for _ in range(5):
+                    await other.unary_unary(ECHO)(b"", timeout=10)
+                assert len(entered) == already
+                release.release()
+            release.release()
+            assert [await call for call in calls] == [b"0", b"1", b"2", b"3", b"4"]
+
+    @asynchronous
+    async def test_a_path_that_is_no_text_ends_no_other_call_and_the_next_is_answered(
+        self, transport: Transport
+    ) -> None:
+        hold = Hold()
+        async with (
+            serving(transport, {HOLD: hold, ECHO: echo}) as address,
+            connected(transport, address) as connection,
+            connected(transport, address) as other,
+        ):
+            staying = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"stays")))
+            await hold.was_entered()
+            for path in (b"/conformance.Test/\xff", b"\xff"):
+                await send_call(address, path)
+                await reached(other, self.prompt_s)
+            hold.release.set()
+            assert await staying == b"stays"
+
     # Draining
 
     @asynchronous
@@ -281,6 +351,24 @@ class ServerConformance(LoopbackConformance):
             assert error.blame is Blame.NODE
             assert error.another_node
             assert time.monotonic() - started < 1 + self.prompt_s
+
+
+async def send_call(address: str, path: bytes) -> None:
+    """Sends the headers of a call, as no official client does, on a connection of its own; waits for what comes."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    fields = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"test", b"te": b"trailers"}
+    block = b"".join(
+        bytes([0, len(name)]) + name + bytes([len(value)]) + value
+        for name, value in {**fields, b"content-type": b"application/grpc"}.items()
+    )
+    settings, headers = bytes(3) + b"\x04" + bytes(5), bytes([0, 0, len(block), 1, 5, 0, 0, 0, 1]) + block
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + headers)
+    with suppress(TimeoutError, ConnectionError):
+        async with asyncio.timeout(0.3):
+            while await reader.read(1000):
+                pass
+    writer.close()
 
 
 def sockets_in(folder: Path) -> list[Path]:

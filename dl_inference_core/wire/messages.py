@@ -94,6 +94,11 @@ ServerMetadataRequest = _message("inference.ServerMetadataRequest")
 ServerMetadataResponse = _message("inference.ServerMetadataResponse")
 ModelMetadataRequest = _message("inference.ModelMetadataRequest")
 ModelMetadataResponse = _message("inference.ModelMetadataResponse")
+OrcaLoadReport = _message("xds.data.orca.v3.OrcaLoadReport")
+RegisterRequest = _message("dl_inference.registry.v1.RegisterRequest")
+RegisterResponse = _message("dl_inference.registry.v1.RegisterResponse")
+DeregisterRequest = _message("dl_inference.registry.v1.DeregisterRequest")
+DeregisterResponse = _message("dl_inference.registry.v1.DeregisterResponse")
 
 # Each request with nothing but its routing key declared, and a message with nothing declared at all.
 PredictKey = _message("dl_inference.PredictKey")

@@ -15,8 +15,8 @@ import grpc.aio
 import pytest
 
 from dl_inference_core.errors import Code
-from dl_inference_core.gateway.balancing import Balancer, Outcome
-from dl_inference_core.wire import messages
+from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
+from dl_inference_core.wire import messages, orca
 from dl_inference_core.wire.protocol import METHODS, MULTI_INFERENCE, PROTOCOLS
 
 Lab = Any  # tests/conftest.py
@@ -351,6 +351,7 @@ async def test_clients_that_leave_at_any_moment_leave_nothing_behind(lab: Lab) -
         await asyncio.sleep(turn % 20 * 0.0002)
         call.cancel()
     await lab.until(lambda: gateway.node(node).in_flight == 0)
+    assert node.count <= 300
     assert gateway.weight(node) == 100
     assert gateway.usable(node)
 
@@ -612,6 +613,88 @@ class Stubborn(Balancer):
         raise ValueError("forget")
 
 
+def balancer_failures(gateway: Any, balancer: str) -> float:
+    labels = {"balancer": balancer, "route": "m"}
+    value = gateway.app.metrics._registry.get_sample_value("dl_inference_balancer_failures_total", labels)
+    return float(value or 0)
+
+
+async def test_a_node_that_a_strategy_was_not_given_is_not_asked(lab: Lab) -> None:
+    """It was tried already, or is left out."""
+    nodes = await lab.nodes("abc", status=lab.error(Code.INTERNAL))
+    nodes[2].health = lab.error(Code.UNAVAILABLE)
+    nodes[2].status = None
+    gateway = await lab.front(*nodes)
+    assert not gateway.usable(nodes[2])
+    balancer = Stubborn(Stubborn.Options())
+    gateway.forwarder().configure(gateway.forwarder().config, balancer)
+    balancer.chosen = gateway.node(nodes[0])
+    assert (await gateway.refusal())[0] is Code.INTERNAL
+    assert [node.count for node in nodes] == [1, 1, 0]
+    balancer.chosen = gateway.node(nodes[2])
+    assert (await gateway.refusal())[0] is Code.INTERNAL
+    assert [node.count for node in nodes] == [2, 2, 0]
+
+
+class Sleepy(Balancer):
+    """Holds up the event loop with each choice."""
+
+    name = "sleepy"
+    asked = 0
+
+    def choose(self, nodes: Any, call: Any) -> Any:
+        self.asked += 1
+        time.sleep(0.06)
+        return nodes[0]
+
+
+async def test_a_strategy_that_blocks_again_and_again_is_not_asked_any_more(lab: Lab, caplog: Any) -> None:
+    nodes = await lab.nodes("ab")
+    gateway = await lab.front(*nodes)
+    balancer = Sleepy(Sleepy.Options())
+    gateway.forwarder().configure(gateway.forwarder().config, balancer)
+    caplog.clear()
+    assert [await gateway.call() for _ in range(5)] == ["a"] * 5
+    assert Counter([await gateway.call() for _ in range(10)]) == {"a": 5, "b": 5}
+    assert balancer.asked == 5
+    assert balancer_failures(gateway, "sleepy") == 5
+    (logged,) = (record.getMessage() for record in caplog.records if "balancer" in record.getMessage())
+    assert logged == (
+        'balancer "sleepy" took over 0.05 s to choose, 5 times within a minute, on route m; round robin chooses from '
+        "now on, until the config names another"
+    )
+
+
+class Reported(RoundRobin):
+    """Keeps what it is told."""
+
+    name = "reported"
+
+    def __init__(self, options: Any) -> None:
+        super().__init__(options)
+        self.told: list[Any] = []
+
+    def report(self, node: Any, load: Any) -> None:
+        self.told.append((node.address, load))
+
+    def record(self, node: Any, outcome: Outcome, seconds: float) -> None:
+        self.told.append((node.address, outcome))
+
+
+async def test_a_nodes_load_reaches_the_strategy_before_the_outcome_and_no_client(lab: Lab) -> None:
+    load = orca.Load(utilization=0.5, qps=20.0, eps=1.0)
+    node = await lab.node(trailers=[*orca.trailers(orca.encode(load)), ("x-cost", "5")])
+    gateway = await lab.front(node)
+    balancer = Reported(Reported.Options())
+    gateway.forwarder().configure(gateway.forwarder().config, balancer)
+    call = gateway.start_call()
+    await call
+    assert balancer.told == [(node.address, load), (node.address, Outcome.SUCCESS)]
+    trailers = {(key, value) for key, value in await call.trailing_metadata()}
+    assert ("x-cost", "5") in trailers
+    assert not any("load-metrics" in key for key, _ in trailers)
+
+
 @pytest.mark.parametrize("case", ["raises", "none", "a stranger", "a node that left"])
 async def test_round_robin_takes_over_from_a_strategy_that_fails(lab: Lab, case: str, caplog: Any) -> None:
     nodes = await lab.nodes("abc")
@@ -621,11 +704,12 @@ async def test_round_robin_takes_over_from_a_strategy_that_fails(lab: Lab, case:
     gone = gateway.node(nodes[2])
     gateway.file.write_text(lab.route(*nodes[:2]))
     await lab.until(lambda: len(forwarder.pool.nodes) == 2)
-    forwarder.balancer = balancer
+    forwarder.configure(forwarder.config, balancer)
     balancer.raises = ZeroDivisionError("x") if case == "raises" else None
     balancer.chosen = {"none": None, "a stranger": object(), "a node that left": gone}.get(case)
     caplog.clear()
     assert Counter([await gateway.call() for _ in range(10)]) == {"a": 5, "b": 5}
+    assert balancer_failures(gateway, "stubborn") >= 10  # choosing, and recording
     logged = [record for record in caplog.records if "balancer" in record.getMessage()]
     assert len(logged) == 1
     assert logged[0].exc_info is not None
@@ -636,8 +720,9 @@ async def test_a_strategy_whose_record_and_forget_raise_hurts_nobody(lab: Lab, c
     nodes = await lab.nodes("ab")
     gateway = await lab.front(*nodes, top="[gateway]\npoll_interval_ms = 10\n")
     forwarder = gateway.forwarder()
-    forwarder.balancer = Stubborn(Stubborn.Options())
-    forwarder.balancer.chosen = gateway.node(nodes[0])
+    balancer = Stubborn(Stubborn.Options())
+    forwarder.configure(forwarder.config, balancer)
+    balancer.chosen = gateway.node(nodes[0])
     caplog.clear()
     assert await gateway.call() == "a"
     gateway.file.write_text(lab.route(nodes[0]))

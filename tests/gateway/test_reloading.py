@@ -89,7 +89,7 @@ async def test_requests_in_flight_on_what_leaves_are_finished(lab: Lab) -> None:
     a.release.set()
     assert [await on_node, await on_route] == ["a", "a"]
     await lab.until(lambda: not gateway.app.gateway._retiring)
-    assert a.address not in gateway.app.gateway._endpoints._by_address
+    assert a.address not in gateway.app.gateway._endpoints._by_target
     rewrite(gateway, lab.route(a))
     await lab.until(lambda: [node.address for node in gateway.forwarder().pool.nodes] == [a.address])
     assert gateway.node(a).endpoint.connection is not connection

@@ -24,6 +24,7 @@ from dl_inference_core.errors import (
 from dl_inference_core.node.answering import LoadedVersion, ServedModel
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.testing import FakeBackend, FakeModel
@@ -417,7 +418,7 @@ def test_request_for_another_version_waits_for_that_one_only(tmp_path: Path, gat
 
 def test_version_that_never_loaded_closes(tmp_path: Path) -> None:
     async def main() -> None:
-        version = LoadedVersion("m", 1)
+        version = LoadedVersion("m", 1, LoadMeter())
 
         def fail() -> Any:
             raise ValueError("no")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 import types
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,6 +102,28 @@ class Process:
             totals[outcome] = totals.get(outcome, 0) + count
         return totals
 
+    def resident(self) -> int:
+        """Bytes of memory that it and all that it has started have at present."""
+        pages = 0
+        for pid in self._alive():
+            try:
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            except OSError:
+                continue
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    @contextmanager
+    def files(self, count: int) -> Iterator[None]:
+        """Meanwhile each of its processes may have that many files open, and no more. On Linux."""
+        before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in self._alive()}
+        try:
+            for pid, (_, most) in before.items():
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, (count, most))
+            yield
+        finally:
+            for pid, limits in before.items():
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
     def end(self) -> None:
         """SIGTERM to each process of its session, and SIGKILL to those that are left after 10 s."""
         if self.address:
@@ -164,17 +188,17 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         process.end()
 
 
-Serve = Callable[[str], Process]
+Serve = Callable[..., Process]
 
 
 @pytest.fixture(scope="session")
 def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Serve:
-    """Starts `dl-inference-core serve` with a config, and returns when it says that it serves."""
+    """(config, **options of Popen): starts `dl-inference-core serve`, and returns when it says that it serves."""
 
-    def serve(config: str) -> Process:
+    def serve(config: str, **options: Any) -> Process:
         file = tmp_path_factory.mktemp("config") / "server.toml"
         file.write_text(f'port = 0\nhttp_port = 0\ntransport = "{transport}"\n{config}')
-        process = start(Path(sys.executable).with_name("dl-inference-core"), "serve", "--config", file)
+        process = start(Path(sys.executable).with_name("dl-inference-core"), "serve", "--config", file, **options)
         process.connect(process.written("serving on ").split()[-1])
         process.metrics = process.written("http on ").split()[-1] + "/metrics"
         return process

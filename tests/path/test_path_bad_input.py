@@ -120,6 +120,22 @@ def test_task_keys(peer: Any, gateway: Any, key: Any, code: grpc.StatusCode) -> 
     is_well(peer)
 
 
+def test_p1_a_name_of_a_megabyte_is_not_found_and_no_node_is_asked(peer: Any, gateway: Any) -> None:
+    before = gateway.attempts()
+    for letter in ("x", "7", "\U0001f600", "../"):
+        name = (letter * 1_000_000)[:1_000_000]
+        for method, body in (
+            (TFSERVING, predict(name)),
+            (OPENINFERENCE, build(name, {"x": X})[1]),
+            (SELDON, build(name, "text")[1]),
+        ):
+            code, message = peer.refusal(method, body)
+            assert code is NOT_FOUND
+            assert len(message) < 300
+    assert gateway.attempts() == before
+    is_well(peer)
+
+
 @pytest.mark.parametrize("key", [404, "ghost"])
 def test_a_model_that_only_the_gateway_knows(gateway: Any, key: Any) -> None:
     before = gateway.attempts()
@@ -360,7 +376,7 @@ def wrong_node() -> Iterator[Any]:
         asked = 0
 
         def service(self, details: Any) -> Any:
-            if details.method.startswith("/grpc.health"):
+            if details.method.endswith(("/Check", "/ServerReady", "/GetModelStatus")):
                 return None
 
             def answer(body: bytes, _: Any) -> bytes:

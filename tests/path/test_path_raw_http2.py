@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import os
 import select
 import socket
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -367,6 +366,42 @@ def test_bad_input_is_told_so_and_others_live_on(
         assert {outcome for outcome in after if after[outcome] > attempts.get(outcome, 0)} <= {"success", "neutral"}
 
 
+TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + bytes(252)
+OTHER_PROTOCOLS = {
+    "HTTP/1.1": b"POST %s HTTP/1.1\r\nHost: h\r\nContent-Type: application/grpc\r\nContent-Length: 3\r\n\r\nabc"
+    % INFER.encode(),
+    "HTTP/1.1 that asks for HTTP/2": b"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+    b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n",
+    "HTTP/1.1 without an end": b"GET / HTTP/1.1\r\nX: " + b"x" * 200_000,
+    "TLS": TLS_HELLO,
+    "part of a preface": b"PRI * HTTP/2.0\r\n\r\nSM",
+    "a preface and text": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+    "zeros": bytes(100_000),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("said", OTHER_PROTOCOLS.values(), ids=OTHER_PROTOCOLS)
+def test_p3_another_protocol_ends_its_own_connection_only(
+    client: Client, peer: Any, gateway: Any, said: bytes, tmp_path: Path, wait_for: Callable[..., Any]
+) -> None:
+    log, attempts = peer.text(), gateway.attempts()
+    host, _, port = peer.address.rpartition(":")
+    with (
+        others_live_on(client, tmp_path / "gate", wait_for),
+        socket.create_connection((host, int(port)), timeout=PATIENCE_S) as other,
+        suppress(ConnectionError),
+    ):
+        other.sendall(said)
+        with suppress(OSError):  # it has been closed already
+            other.shutdown(socket.SHUT_WR)
+        while other.recv(65536):
+            pass
+    assert peer.text() == log
+    after = gateway.attempts()
+    assert {outcome for outcome in after if after[outcome] > attempts.get(outcome, 0)} <= {"success", "neutral"}
+
+
 def test_a_refused_encoding_comes_with_those_that_are_known(client: Client, transport: str) -> None:
     answer = client.call(framed(PACKED, 1), {"grpc-encoding": "br"})
     if transport != "grpcio":  # which says INTERNAL, and no more
@@ -408,29 +443,16 @@ def test_an_end_that_comes_by_itself_is_an_end(client: Client) -> None:
     assert str(client.answer(stream)) == "OK"
 
 
-def resident(process: Any) -> int:
-    """Bytes of memory that a process and all it has started have at present."""
-    pages = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == process.popen.pid:
-            pages += int(fields[21])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.parametrize("announced", [1 << 31, (1 << 32) - 1, 100], ids=["2 GiB", "4 GiB", "100 bytes"])
 def test_what_is_over_the_limit_is_not_taken_in(client: Client, peer: Any, announced: int) -> None:
     """Nor is what goes on after the message; that it is no message is told at once."""
     body = framed(bytes(100_000_000), 0, announced)
-    before = resident(peer)
+    before = peer.resident()
     for _ in range(3):
         stream = client.begin(headers())
         sent = client.send(stream, body, end=True)
         answer = client.answer(stream)
         assert str(answer) == (TOO_LARGE if announced > 100 else INVALID)
         assert sent < 40_000_000
-    assert resident(peer) - before < 64_000_000
+    assert peer.resident() - before < 64_000_000
     assert str(client.call(framed(CALL))) == "OK"

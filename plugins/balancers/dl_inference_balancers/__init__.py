@@ -12,6 +12,22 @@ if TYPE_CHECKING:
 
 @hookimpl
 def dl_inference_register_balancers() -> list[type[Balancer]]:
-    from dl_inference_balancers.strategies import DynamicWeightedRoundRobin, WeightedRoundRobin
+    from dl_inference_balancers.hashing import RendezvousHash
+    from dl_inference_balancers.load_aware import LeastRequest, PeakEwma, Prequal
+    from dl_inference_balancers.weighted import (
+        DynamicWeightedRoundRobin,
+        OrcaWeightedRoundRobin,
+        WeightedRandom,
+        WeightedRoundRobin,
+    )
 
-    return [WeightedRoundRobin, DynamicWeightedRoundRobin]
+    return [
+        WeightedRoundRobin,
+        DynamicWeightedRoundRobin,
+        OrcaWeightedRoundRobin,
+        WeightedRandom,
+        LeastRequest,
+        PeakEwma,
+        Prequal,
+        RendezvousHash,
+    ]

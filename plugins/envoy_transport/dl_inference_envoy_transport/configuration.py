@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import ipaddress
 import json
+import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from dl_inference_core import sockets
 from dl_inference_core.certificates import Credentials
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.transport import Limits
 
 Document = dict[str, Any]
 Address = tuple[str, int] | Path
@@ -36,14 +39,16 @@ _NO_LIMIT = 2**31 - 1
 class Options(PluginOptions):
     """Attributes:
     connect_timeout_ms: how long a connection to a node may take to come up.
-    concurrent_streams: calls that one connection of a client may have in flight; more wait at the client.
-    connections: clients' connections at one time; more are closed as they come.
+    unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement before the connection is
+        given up, so that the next one finds a path that works again; 0 leaves that to the system. On Linux only.
     stream_window_bytes: bytes that a peer may send of one message before they are taken in.
     connection_window_bytes: the same, for all the calls of one connection.
     header_kb: KiB that the headers of one call may have.
     idle_timeout_s: seconds after which a client's connection without calls is closed; 0 never.
     connection_age_s: seconds after which a client is told to connect anew, once its calls are answered; 0 never.
-    headers_timeout_s: seconds that a client has to send a call's headers.
+    headers_timeout_s: seconds that a client has to send a call's headers, and for the handshake of TLS.
+    message_timeout_s: seconds that a client has to send a call's message, or its first where it sends several; 0 never
+        ends.
     keepalive_s: seconds after which a silent connection is asked for a sign of life: a client's by HTTP/2, a node's by
         TCP.
     keepalive_timeout_s: seconds that the sign may take; then the connection is closed.
@@ -53,14 +58,14 @@ class Options(PluginOptions):
     """
 
     connect_timeout_ms: int = Field(default=1000, ge=1)
-    concurrent_streams: int = Field(default=1024, ge=1, lt=2**31)
-    connections: int = Field(default=10_000, ge=1)
+    unacknowledged_ms: int = Field(default=1000, ge=0, lt=2**31)
     stream_window_bytes: int = Field(default=4 * 1024 * 1024, ge=65_535, lt=2**31)
     connection_window_bytes: int = Field(default=16 * 1024 * 1024, ge=65_535, lt=2**31)
     header_kb: int = Field(default=60, ge=1, le=8192)
     idle_timeout_s: int = Field(default=3600, ge=0)
     connection_age_s: int = Field(default=0, ge=0)
     headers_timeout_s: int = Field(default=10, ge=1)
+    message_timeout_s: int = Field(default=60, ge=0)
     keepalive_s: int = Field(default=30, ge=1)
     keepalive_timeout_s: int = Field(default=5, ge=1)
     premature_resets: int = Field(default=5000, ge=1)
@@ -77,12 +82,11 @@ def bootstrap(folder: Path, module: str, app: str, options: Options) -> Document
     control = {
         "name": "control",
         "address": _pipe(folder / CONTROL),
-        "filter_chains": [{"filters": [_http("control", module, app, options, lifespan=True)]}],
-        "ignore_global_conn_limit": True,
+        "filter_chains": [{"filters": [_http("control", module, app, options, Limits().streams, lifespan=True)]}],
     }
     return {
         "node": {"id": "dl-inference", "cluster": "dl-inference"},
-        "admin": {"address": _pipe(folder / ADMIN), "ignore_global_conn_limit": True},
+        "admin": {"address": _pipe(folder / ADMIN)},
         "dynamic_resources": {
             "lds_config": {"path_config_source": {"path": str(folder / LISTENERS)}},
             "cds_config": {"path_config_source": {"path": str(folder / CLUSTERS)}},
@@ -90,18 +94,6 @@ def bootstrap(folder: Path, module: str, app: str, options: Options) -> Document
         "static_resources": {"listeners": [control]},
         # What large messages took goes back to the system; else the resident memory creeps up to the worst moment's.
         "memory_allocator_manager": {"bytes_to_release": _RELEASED_BYTES, "memory_release_interval": "1s"},
-        "overload_manager": {
-            "resource_monitors": [
-                {
-                    "name": "envoy.resource_monitors.global_downstream_max_connections",
-                    "typed_config": {
-                        "@type": f"{_TYPE}/envoy.extensions.resource_monitors.downstream_connections.v3"
-                        ".DownstreamConnectionsConfig",
-                        "max_active_downstream_connections": options.connections,
-                    },
-                }
-            ]
-        },
         "layered_runtime": {
             "layers": [
                 {
@@ -119,13 +111,15 @@ def listener(
     module: str,
     app: str,
     options: Options,
+    limits: Limits,
     *,
     share_port: bool,
     secrets: Secrets | None,
 ) -> Document:
     """One listener on all of `addresses`, whose hosts are IP addresses; `app` answers its calls. TLS with `secrets`."""
     first, *others = ({"address": _address(address)} for address in addresses)
-    chain: Document = {"filters": [_http(name, module, app, options, lifespan=False)]}
+    http = _http(name, module, app, options, limits.streams, lifespan=False)
+    chain: Document = {"filters": [_at_most(name, limits.connections), http]}
     if secrets is not None:
         chain["transport_socket"] = _tls("Downstream", _downstream_tls(secrets))
         # A client has as long for the handshake as for its headers.
@@ -212,11 +206,23 @@ def cluster(
                 "keepalive_probes": 1,
             }
         }
+        if options.unacknowledged_ms and sys.platform == "linux":
+            document["upstream_bind_config"] = {"socket_options": [_user_timeout(options.unacknowledged_ms)]}
     if kind == "STRICT_DNS":
         document |= {"dns_refresh_rate": "5s", "dns_lookup_family": "V4_PREFERRED"}
     if credentials is not None:
         document["transport_socket"] = _tls("Upstream", _upstream_tls(credentials, server_name or host_of(address)))
     return document
+
+
+def _user_timeout(milliseconds: int) -> Document:
+    return {
+        "description": "TCP_USER_TIMEOUT",
+        "level": socket.IPPROTO_TCP,
+        "name": socket.TCP_USER_TIMEOUT,
+        "int_value": milliseconds,
+        "state": "STATE_PREBIND",
+    }
 
 
 def written(path: Path, resources: Sequence[Document], version: int) -> None:
@@ -247,7 +253,19 @@ def host_of(address: Address) -> str:
     return address[0] if isinstance(address, tuple) else "localhost"
 
 
-def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool) -> Document:
+def _at_most(name: str, connections: int) -> Document:
+    """Closes what comes beyond so many connections, before anything is read from it."""
+    return {
+        "name": "envoy.filters.network.connection_limit",
+        "typed_config": {
+            "@type": f"{_TYPE}/envoy.extensions.filters.network.connection_limit.v3.ConnectionLimit",
+            "stat_prefix": name,
+            "max_connections": connections,
+        },
+    }
+
+
+def _http(name: str, module: str, app: str, options: Options, streams: int, *, lifespan: bool) -> Document:
     application = {"app": app, "interface": "asgi", "root_path": "", "lifespan": lifespan, "loop": "asyncio"}
     return {
         "name": "envoy.filters.network.http_connection_manager",
@@ -261,6 +279,7 @@ def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool)
             # A call may take as long as its deadline, and a stream for ever.
             "stream_idle_timeout": "0s",
             "request_headers_timeout": f"{options.headers_timeout_s}s",
+            "request_timeout": f"{options.message_timeout_s}s",
             "common_http_protocol_options": {
                 "idle_timeout": f"{options.idle_timeout_s}s",
                 **({"max_connection_duration": f"{options.connection_age_s}s"} if options.connection_age_s else {}),
@@ -272,13 +291,13 @@ def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool)
                     "interval": f"{options.keepalive_s}s",
                     "timeout": f"{options.keepalive_timeout_s}s",
                 },
-                "max_concurrent_streams": options.concurrent_streams,
+                "max_concurrent_streams": streams,
                 # A malformed call must not end the others on its connection.
                 "override_stream_error_on_invalid_http_message": True,
             },
             "route_config": {"virtual_hosts": [{"name": "all", "domains": ["*"]}]},
             "http_filters": [
-                _only_utf8_paths(),
+                _only_ascii_paths(),
                 {
                     "name": "pyvoy",
                     "typed_config": {
@@ -297,16 +316,19 @@ def _http(name: str, module: str, app: str, options: Options, *, lifespan: bool)
     }
 
 
-def _only_utf8_paths() -> Document:
-    """Refuses what pyvoy could not decode, and would leave without an answer: a path with an escaped byte above 127."""
-    path = {"name": ":path", "string_match": {"safe_regex": {"regex": ".*%[89A-Fa-f].*"}}}
+def _only_ascii_paths() -> Document:
+    """Refuses what pyvoy could not decode, and would leave without an answer: a path with a byte above 127, be it
+    escaped."""
+    ascii_ = {"name": ":path", "string_match": {"safe_regex": {"regex": r"[\x00-\x7f]*"}}}
+    escaped = {"name": ":path", "string_match": {"safe_regex": {"regex": ".*%[89A-Fa-f].*"}}}
+    permissions = [{"not_rule": {"header": ascii_}}, {"header": escaped}]
     return {
         "name": "envoy.filters.http.rbac",
         "typed_config": {
             "@type": f"{_TYPE}/envoy.extensions.filters.http.rbac.v3.RBAC",
             "rules": {
                 "action": "DENY",
-                "policies": {"not UTF-8": {"permissions": [{"header": path}], "principals": [{"any": True}]}},
+                "policies": {"not ASCII": {"permissions": permissions, "principals": [{"any": True}]}},
             },
         },
     }

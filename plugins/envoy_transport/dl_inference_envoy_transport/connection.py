@@ -13,10 +13,10 @@ from pyqwest import ReadError
 from dl_inference_core.certificates import Watched
 from dl_inference_core.config import ClientTls
 from dl_inference_core.errors import (
+    AnswerMalformed,
     BadRequest,
     Code,
     DeadlineExceeded,
-    NodeFailed,
     NodeUnreachable,
     Unimplemented,
     from_status,
@@ -290,13 +290,13 @@ class EnvoyConnection(Connection):
                 raise from_status(code, text)
         frame = bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
         if not frame:
-            raise NodeFailed("the status is OK, but there is no message")
+            raise AnswerMalformed("the status is OK, but there is no message")
         if not headers.get("content-type", "").startswith("application/grpc"):
-            raise NodeFailed("the answer is not application/grpc")
+            raise AnswerMalformed("the answer is not application/grpc")
         try:
             return framing.message(frame, headers.get("grpc-encoding", "identity"), self._limit)
         except (BadRequest, Unimplemented) as error:
-            raise NodeFailed(f"the answer is malformed: {error}") from None
+            raise AnswerMalformed(f"the answer is malformed: {error}") from None
 
     async def close(self) -> None:
         self._closed = True
@@ -313,4 +313,4 @@ def _metadata(headers: Any) -> Iterator[tuple[str, str | bytes]]:
             try:
                 yield from framing.decoded(name, value)
             except BadRequest as error:
-                raise NodeFailed(f"the answer is malformed: {error}") from None
+                raise AnswerMalformed(f"the answer is malformed: {error}") from None

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dl_inference_core.errors import ConfigError
-from dl_inference_core.transport import HttpApp
+from dl_inference_core.transport import HttpApp, Limits
 from dl_inference_envoy_transport import configuration
 from dl_inference_envoy_transport.configuration import Address, Document, Options, Secrets
 from dl_inference_envoy_transport.loop import OneLoop, Pace
@@ -185,6 +185,7 @@ class Host:
         app: HttpApp,
         addresses: list[Address],
         options: Options,
+        limits: Limits,
         *,
         share_port: bool,
         secrets: Secrets | None,
@@ -203,6 +204,7 @@ class Host:
             self.module,
             f"{hosted.__name__}:{name}",
             options,
+            limits,
             share_port=share_port,
             secrets=secrets,
         )

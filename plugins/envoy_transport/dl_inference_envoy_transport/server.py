@@ -146,6 +146,7 @@ class EnvoyServer(Server):
         self._rotating: asyncio.Future[None] | None = None
         self._unary = methods.unary
         self._streaming = methods.streaming
+        self._limits = limits
         self._limit = limits.message_bytes
         self._http = http
         self._calls: Ticker[Incoming] = Ticker()
@@ -174,7 +175,7 @@ class EnvoyServer(Server):
             self._secrets = Secrets(self._host.folder, self._name, watched.current())
         try:
             self.ports = await self._host.listen(
-                self._name, self, addresses, options, share_port=share_port, secrets=self._secrets
+                self._name, self, addresses, options, self._limits, share_port=share_port, secrets=self._secrets
             )
         except BaseException:
             self._remove_sockets()

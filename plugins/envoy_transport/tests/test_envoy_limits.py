@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import h2.config
@@ -30,7 +31,7 @@ HEADERS = [
 ]
 EMPTY = b"\0\0\0\0\0"
 OPTIONS = (
-    "concurrent_streams = 7, connections = 4, header_kb = 8, headers_timeout_s = 1, premature_resets = 20, "
+    "header_kb = 8, headers_timeout_s = 1, message_timeout_s = 1, premature_resets = 20, "
     "stream_window_bytes = 131072, connection_window_bytes = 262144"
 )
 
@@ -59,11 +60,11 @@ class Raw:
         except ConnectionResetError:
             return b""
 
-    def call(self, headers: list[tuple[str, str]]) -> dict[str, str]:
+    def call(self, headers: list[tuple[str, Any]], body: bytes = EMPTY, *, end: bool = True) -> dict[str, str]:
         """The headers and trailers of the answer to a call with `headers`."""
         stream = self.http.get_next_available_stream_id()
         self.http.send_headers(stream, headers)
-        self.http.send_data(stream, EMPTY, end_stream=True)
+        self.http.send_data(stream, body, end_stream=end)
         self.flush()
         answer: dict[str, str] = {}
         for event in self.events():
@@ -88,7 +89,7 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         port: int = probe.getsockname()[1]
     config = tmp_path_factory.mktemp("limits") / "server.toml"
     config.write_text(
-        f'port = {port}\ntransport = "envoy"\ntransport_options = {{{OPTIONS}}}\n'
+        f'port = {port}\nconnections = 4\nstreams = 7\ntransport = "envoy"\ntransport_options = {{{OPTIONS}}}\n'
         f'[[routes]]\nname = "m"\nnodes = ["127.0.0.1:{port}"]\n'
     )
     process = subprocess.Popen(
@@ -130,11 +131,11 @@ def test_a_call_with_too_many_headers_is_refused_and_the_next_is_answered(port: 
         assert raw.call(HEADERS)["grpc-status"] == "0"
 
 
-def test_a_path_that_is_not_utf8_is_refused_and_the_next_call_is_answered(port: int) -> None:
+def test_a_path_that_is_not_ascii_is_refused_and_the_next_call_is_answered(port: int) -> None:
     with Raw(port) as raw:
-        for path in ("/%ff", "/caf%E9"):
+        for path in ("/%ff", "/caf%E9", b"/\xff", b"/caf\xe9", "/café", "/%%%E9"):
             answer = raw.call([(name, path if name == ":path" else value) for name, value in HEADERS])
-            assert answer["grpc-status"] == "7"
+            assert answer.get("grpc-status") == "7", path
         assert raw.call(HEADERS)["grpc-status"] == "0"
 
 
@@ -159,6 +160,14 @@ def test_a_client_that_does_not_send_its_headers_is_closed(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
         slow.sendall(b"POST /x HTTP/1.1\r\nhost: t\r\n")
         assert b" 408 " in slow.recv(1000)
+
+
+@pytest.mark.parametrize("part", [b"", EMPTY[:3], b"\0\0\0\0\x09abc"])
+def test_a_client_that_does_not_send_its_message_is_told_so(port: int, part: bytes) -> None:
+    with Raw(port) as raw:
+        answer = raw.call(HEADERS, part, end=False)
+        assert answer["grpc-status"] == str(grpc.StatusCode.UNKNOWN.value[0])  # for HTTP 408
+        assert raw.call(HEADERS)["grpc-status"] == "0"
 
 
 def test_connections_over_the_limit_are_closed_and_those_below_it_answered(port: int) -> None:

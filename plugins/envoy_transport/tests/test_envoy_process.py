@@ -61,7 +61,8 @@ class Served:
         return self.log.read_text()
 
     def folders(self) -> list[Path]:
-        return list(self.temporary.glob("dl-inference-*"))
+        """The supervisor's, and Envoy's."""
+        return sorted(self.temporary.glob("dl-inference-*"), key=lambda folder: (folder / "admin.sock").exists())
 
     def running(self) -> None:
         """Waits until Envoy listens: the route has no living node, so that it does not say that it serves."""
@@ -92,7 +93,8 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 def test_its_files_are_private_and_go_with_it(served: Served) -> None:
     served.running()
-    (folder,) = served.folders()
+    other, folder = served.folders()
+    assert other.stat().st_mode & 0o077 == 0
     assert folder.stat().st_mode & 0o077 == 0
     for name in ("admin.sock", "control.sock"):
         assert (folder / name).is_socket()
@@ -109,6 +111,25 @@ def test_it_ends_by_itself_and_leaves_nothing_if_the_supervisor_is_killed(served
     served.process.wait(10)
     wait_for(lambda: not alive(envoy))
     assert served.folders() == []
+
+
+def test_what_it_left_when_all_were_killed_goes_at_the_next_start(served: Served) -> None:
+    served.running()
+    folders = served.folders()
+    for pid in (served.process.pid, served.envoy):
+        os.kill(pid, signal.SIGKILL)
+    served.process.wait(10)
+    assert served.folders() == folders
+    (served.temporary / "dl-inference-other").mkdir()
+    for folder in (*folders, served.temporary / "dl-inference-other"):
+        os.utime(folder, (0, 0))
+    again = Served(served.temporary.parent)
+    try:
+        again.running()
+        assert [folder.name for folder in again.folders() if folder.stat().st_mtime < 60] == ["dl-inference-other"]
+        assert len(again.folders()) == 3
+    finally:
+        again.end()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
@@ -155,7 +176,7 @@ def test_a_process_of_envoys_starts_others_with_the_environment_that_it_was_give
 
 
 def test_an_option_that_is_unknown_or_out_of_bounds_is_told_so(tmp_path: Path) -> None:
-    for option in ("streams = 3", "concurrent_streams = 0", "stream_window_bytes = 100"):
+    for option in ("streams = 3", "header_kb = 0", "stream_window_bytes = 100"):
         file = tmp_path / "server.toml"
         file.write_text(
             f'transport = "envoy"\ntransport_options = {{{option}}}\n[[routes]]\nname = "m"\nnodes = ["{dead()}"]\n'

@@ -1,0 +1,1 @@
+"""Faults under load: what clients see of a gateway when its nodes, its clients or its files misbehave; a scorecard."""

@@ -1,0 +1,114 @@
+"""How a node is asked how it is: by grpc.health.v1, by what model servers have in its place, or by connecting to it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from dataclasses import dataclass
+
+from dl_inference_core import sockets
+from dl_inference_core.errors import Blame, Code, InferenceError, NodeUnreachable
+from dl_inference_core.transport import Call, Connection
+from dl_inference_core.wire.protocol import VERSIONS
+
+
+class Verdict(enum.Enum):
+    """What one probe says of a node."""
+
+    WELL = "well"
+    NOT_SERVING = "not serving"  # it says so itself
+    UNREACHABLE = "unreachable"  # it refused or dropped the connection, or said UNAVAILABLE
+    FAILED = "failed"  # no answer in time, or an error that is the node's fault
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """Attributes:
+    method: asked with an empty request.
+    ready: the one answer by which the node is well; None is any.
+    """
+
+    method: str
+    ready: bytes | None
+
+
+_TRUE = b"\x08\x01"  # HealthCheckResponse{status: SERVING}; ServerReadyResponse{ready: true}
+_CHECK = _Question("/grpc.health.v1.Health/Check", _TRUE)
+_READY = _Question("/inference.GRPCInferenceService/ServerReady", _TRUE)
+# Without a model's name a server refuses to answer; a refusal is an answer.
+_STATUS = _Question(VERSIONS.node_method, None)
+_QUESTIONS = {
+    "auto": (_CHECK, _READY, _STATUS),
+    "grpc": (_CHECK,),
+    "openinference": (_READY,),
+    "tfserving": (_STATUS,),
+    "tcp": (),
+}
+# Statuses that only a server gives which is there and at work.
+_ALIVE = (Blame.CLIENT, Blame.NODE_SOFTLY)
+
+
+class Prober:
+    """Asks one node. Event loop only.
+
+    Of several questions the one that the node knows is remembered. A node that knows none, as Seldon's, is well: it
+    answers gRPC.
+    """
+
+    __slots__ = ("_address", "_connection", "_known", "_questions", "_timeout_s")
+
+    def __init__(self, address: str, connection: Connection, kind: str, timeout_s: float) -> None:
+        """Args:
+        kind: as `HealthConfig.probe`.
+        timeout_s: for all the questions of one probe together.
+        """
+        self._address = address
+        self._connection = connection
+        self._questions = self._known = _QUESTIONS[kind]
+        self._timeout_s = timeout_s
+
+    def forget(self) -> None:
+        """Forget which question the node knows: it may come back as another server."""
+        self._known = self._questions
+
+    async def ask(self) -> Verdict:
+        """Probe once."""
+        if not self._questions:
+            return await self._connect()
+        deadline = time.monotonic() + self._timeout_s
+        for question in self._known:
+            try:
+                answer = await self._connection.call(
+                    Call(method=question.method, request=b"", deadline=deadline, background=True)
+                )
+            except InferenceError as error:
+                if error.code is Code.UNIMPLEMENTED:
+                    continue
+                if isinstance(error, NodeUnreachable):
+                    return Verdict.UNREACHABLE
+                if error.blame not in _ALIVE:
+                    return Verdict.FAILED
+                well = True
+            else:
+                well = question.ready in (None, answer)
+            self._known = (question,)
+            return Verdict.WELL if well else Verdict.NOT_SERVING
+        self._known = self._known[:1]
+        return Verdict.WELL
+
+    async def _connect(self) -> Verdict:
+        path = sockets.path_of(self._address)
+        host, _, port = self._address.rpartition(":")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                if path is not None:
+                    _, writer = await asyncio.open_unix_connection(path)
+                else:
+                    _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+        except TimeoutError:
+            return Verdict.FAILED
+        except OSError:
+            return Verdict.UNREACHABLE
+        writer.close()
+        return Verdict.WELL

@@ -1,0 +1,381 @@
+"""Who waits, who is refused, and who comes next, when every node of a route has all it may have."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import Any
+
+import grpc.aio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl_inference_core.errors import Code, Overloaded
+from dl_inference_core.gateway.admission import Admission
+from dl_inference_core.gateway.retries import Recent
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.wire import messages
+
+Lab = Any  # tests/conftest.py
+
+ROUND_ROBIN = 'balancer = "round_robin"'
+
+
+def rejections(gateway: Any, reason: str, route: str = "m") -> float:
+    labels = {"route": route, "reason": reason}
+    return float(gateway.app.metrics._registry.get_sample_value("dl_inference_rejections_total", labels) or 0)
+
+
+def sampled(gateway: Any, name: str) -> float:
+    return float(gateway.app.metrics._registry.get_sample_value(f"dl_inference_{name}", {"route": "m"}))
+
+
+async def queued(lab: Lab, gateway: Any, count: int, **how: Any) -> list[asyncio.Future[bytes]]:
+    """So many calls that wait, begun one after another; each has its number for an id."""
+    calls = []
+    for number in range(count):
+        body = messages.ModelInferRequest(model_name="m", id=str(number)).SerializeToString()
+        calls.append(asyncio.ensure_future(wait_for(gateway.start_call(body=body, **how))))
+        await lab.until(lambda number=number: gateway.forwarder().queued == number + 1)
+    return calls
+
+
+async def wait_for(call: Any) -> bytes:
+    return bytes(await call)
+
+
+async def occupied(lab: Lab, gateway: Any, *nodes: Any, each: int = 1) -> list[asyncio.Future[bytes]]:
+    """Calls that hang, as many as `nodes` take."""
+    calls = [asyncio.ensure_future(wait_for(gateway.start_call())) for _ in range(each * len(nodes))]
+    await lab.until(lambda: [node.count for node in nodes] == [each] * len(nodes))
+    return calls
+
+
+# With real nodes
+
+
+async def test_a_node_has_no_more_than_its_limit_and_the_rest_waits(lab: Lab) -> None:
+    nodes = await lab.nodes("ab", hangs=True)
+    gateway = await lab.front(*nodes, more="node_in_flight = 2\ntimeout_ms = 9000")
+    calls = [asyncio.ensure_future(wait_for(gateway.start_call())) for _ in range(10)]
+    await lab.until(lambda: gateway.forwarder().queued == 6)
+    await lab.until(lambda: [node.count for node in nodes] == [2, 2])
+    assert (sampled(gateway, "queued"), sampled(gateway, "attempts_in_flight")) == (6, 4)
+    for node in nodes:
+        node.release.set()
+    assert len(await asyncio.gather(*calls)) == 10
+    assert sum(node.count for node in nodes) == 10
+    await lab.until(lambda: (sampled(gateway, "queued"), sampled(gateway, "attempts_in_flight")) == (0, 0))
+
+
+async def test_a_full_node_is_passed_over(lab: Lab) -> None:
+    full, free = await lab.node("full", hangs=True), await lab.node("free")
+    gateway = await lab.front(full, free, more=f"node_in_flight = 1\ntimeout_ms = 9000\n{ROUND_ROBIN}")
+    calls: list[Any] = []
+    while not full.count:
+        calls.append(asyncio.ensure_future(wait_for(gateway.start_call())))
+        await lab.until(lambda: full.count or calls[-1].done())
+    free.calls.clear()
+    assert [await gateway.call() for _ in range(10)] == ["free"] * 10
+    assert (full.count, free.count) == (1, 10)
+    full.release.set()
+    await asyncio.gather(*calls)
+
+
+async def test_first_come_first_served(lab: Lab) -> None:
+    node = await lab.node(hangs=True)
+    gateway = await lab.front(node, more="node_in_flight = 1\ntimeout_ms = 9000")
+    first = await occupied(lab, gateway, node)
+    waiting = await queued(lab, gateway, 8)
+    node.release.set()
+    await asyncio.gather(*first, *waiting)
+    ids = [messages.ModelInferRequest.FromString(bytes(call.request)).id for call in node.calls]
+    assert ids == ["", *map(str, range(8))]
+
+
+async def test_with_a_full_queue_the_next_is_refused_at_once(lab: Lab) -> None:
+    node = await lab.node(hangs=True)
+    gateway = await lab.front(node, more="node_in_flight = 1\nqueue = 3\ntimeout_ms = 9000")
+    first = await occupied(lab, gateway, node)
+    waiting = await queued(lab, gateway, 3)
+    seconds = []
+    for _ in range(20):
+        start = time.monotonic()
+        code, message = await gateway.refusal()
+        seconds.append(time.monotonic() - start)
+        assert code is Code.RESOURCE_EXHAUSTED
+        assert message == "route m: every node has its 1 requests, and 3 requests wait already"
+    assert sorted(seconds)[10] < 0.02
+    assert rejections(gateway, "queue_full") == 20
+    node.release.set()
+    await asyncio.gather(*first, *waiting)
+    assert node.count == 4
+
+
+async def test_who_could_not_be_answered_in_time_is_refused_at_once_and_no_node_asked(lab: Lab) -> None:
+    node = await lab.node(hangs=True)
+    gateway = await lab.front(node, more="node_in_flight = 1\ntimeout_ms = 9000")
+    first = await occupied(lab, gateway, node)
+    gateway.forwarder()._recent.typical_s = 2.0
+    waiting = await queued(lab, gateway, 3)  # after 0, 2 and 4 seconds, and then 2 more
+    for timeout in (1.5, 7.0):
+        code, message = await gateway.refusal(timeout=timeout)
+        assert code is Code.RESOURCE_EXHAUSTED
+        assert message.endswith("with 3 requests before it this one would not be answered in time")
+    assert rejections(gateway, "no_time") == 2
+    node.release.set()
+    await asyncio.gather(*first, *waiting)
+    assert node.count == 4
+
+
+async def test_a_wait_ends_while_there_is_still_time_to_say_so(lab: Lab) -> None:
+    node = await lab.node(hangs=True)
+    gateway = await lab.front(node, more="node_in_flight = 1\ntimeout_ms = 9000")
+    first = await occupied(lab, gateway, node)
+    gateway.forwarder()._recent.typical_s = 3.9
+    code, message = await gateway.refusal(timeout=4)
+    assert code is Code.RESOURCE_EXHAUSTED
+    assert message == "route m: every node has its 1 requests, and none had room in time"
+    assert gateway.forwarder().queued == 0
+    node.release.set()
+    await asyncio.gather(*first)
+    assert node.count == 1
+
+
+async def test_waiting_clients_that_leave_leave_nothing_behind(lab: Lab) -> None:
+    node = await lab.node(hangs=True)
+    gateway = await lab.front(node, more="node_in_flight = 1\ntimeout_ms = 9000")
+    first = await occupied(lab, gateway, node)
+    leaving = [gateway.start_call() for _ in range(50)]
+    sending = [asyncio.ensure_future(call.wait_for_connection()) for call in leaving]
+    await lab.until(lambda: gateway.forwarder().queued == 50)
+    staying = asyncio.ensure_future(wait_for(gateway.start_call()))
+    await lab.until(lambda: gateway.forwarder().queued == 51)
+    for call in leaving:
+        call.cancel()
+    await asyncio.gather(*sending, return_exceptions=True)
+    await lab.until(lambda: gateway.forwarder().queued == 1)
+    assert node.count == 1
+    node.release.set()
+    await asyncio.gather(*first, staying)
+    assert node.count == 2
+    await lab.until(lambda: (gateway.forwarder().queued, gateway.node(node).in_flight) == (0, 0))
+
+
+async def test_a_node_that_is_back_takes_those_that_wait(lab: Lab) -> None:
+    full, out = await lab.node("full", hangs=True), await lab.node("out", health=lab.error(Code.UNAVAILABLE))
+    gateway = await lab.front(full, out, more="node_in_flight = 1\ntimeout_ms = 9000")
+    assert not gateway.usable(out)
+    first = await occupied(lab, gateway, full)
+    waiting = await queued(lab, gateway, 3)
+    out.health = b"\x08\x01"
+    await asyncio.gather(*waiting)
+    assert (full.count, out.count) == (1, 3)
+    full.release.set()
+    await asyncio.gather(*first)
+
+
+@pytest.mark.parametrize("change", ["another node", "a higher limit", "no limit"])
+async def test_a_reload_that_makes_room_lets_those_that_wait_in(lab: Lab, change: str) -> None:
+    node, other = await lab.node(hangs=True), await lab.node("other", hangs=True)
+    gateway = await lab.front(
+        node, more="node_in_flight = 1\ntimeout_ms = 9000", top="[gateway]\npoll_interval_ms = 10\n"
+    )
+    first = await occupied(lab, gateway, node)
+    waiting = await queued(lab, gateway, 3)
+    limit = {"another node": 1, "a higher limit": 2, "no limit": 0}[change]
+    nodes = (node, other) if change == "another node" else (node,)
+    gateway.file.write_text(lab.route(*nodes, more=f"node_in_flight = {limit}\ntimeout_ms = 9000"))
+    await lab.until(lambda: gateway.forwarder().queued == (0 if limit == 0 else 2))
+    await lab.until(lambda: node.count + other.count == (4 if limit == 0 else 2))
+    for each in (node, other):
+        each.release.set()
+    await asyncio.gather(*first, *waiting)
+
+
+async def test_a_retry_waits_for_a_node_that_was_not_tried(lab: Lab) -> None:
+    busy, bad = await lab.node("busy", hangs=True), await lab.node("bad", status=lab.error(Code.INTERNAL))
+    gateway = await lab.front(busy, bad, more=f"node_in_flight = 1\ntimeout_ms = 9000\n{ROUND_ROBIN}")
+    calls = [asyncio.ensure_future(gateway.call()) for _ in range(2)]  # one waits at the one, one has met the other
+    await lab.until(lambda: (busy.count, gateway.forwarder().queued) == (1, 1))
+    assert bad.count == 1
+    busy.release.set()
+    assert await asyncio.gather(*calls) == ["busy", "busy"]
+    assert (busy.count, bad.count) == (2, 1)
+
+
+async def test_who_waits_for_one_node_holds_up_nobody_who_can_do_with_another(lab: Lab) -> None:
+    busy, other = await lab.node("busy", hangs=True), await lab.node("other", status=lab.error(Code.INTERNAL))
+    gateway = await lab.front(busy, other, more=f"node_in_flight = 1\ntimeout_ms = 9000\n{ROUND_ROBIN}")
+    calls = [asyncio.ensure_future(gateway.call()) for _ in range(2)]
+    await lab.until(lambda: (busy.count, gateway.forwarder().queued) == (1, 1))
+    other.status = None
+    assert [await gateway.call() for _ in range(5)] == ["other"] * 5
+    busy.release.set()
+    await asyncio.gather(*calls)
+
+
+async def test_a_retry_for_which_there_is_no_room_is_the_first_error(lab: Lab) -> None:
+    busy, bad = await lab.node("busy", hangs=True), await lab.node("bad", status=lab.error(Code.INTERNAL, "bad luck"))
+    gateway = await lab.front(busy, bad, more=f"node_in_flight = 1\nqueue = 0\ntimeout_ms = 9000\n{ROUND_ROBIN}")
+    calls = [asyncio.ensure_future(wait_for(gateway.start_call())) for _ in range(2)]
+    await lab.until(lambda: busy.count == 1 and any(call.done() for call in calls))
+    (failed,) = (call for call in calls if call.done())
+    error = failed.exception()
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert (error.details() or "").endswith("bad luck")
+    busy.release.set()
+    await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_hedge_takes_no_place_that_is_taken(lab: Lab) -> None:
+    nodes = await lab.nodes("ab", hangs=True)
+    gateway = await lab.front(*nodes, more="node_in_flight = 1\ntimeout_ms = 9000\nhedge = true\nhedge_budget = 1")
+    gateway.forwarder()._recent.late_s = 0.01
+    calls = await occupied(lab, gateway, *nodes)
+    await asyncio.sleep(0.05)  # for what must not happen
+    assert [gateway.node(node).in_flight for node in nodes] == [1, 1]
+    for node in nodes:
+        node.release.set()
+    await asyncio.gather(*calls)
+    assert sum(node.count for node in nodes) == 2
+
+
+# The whole process
+
+
+async def test_over_its_limit_a_process_refuses_at_once_but_still_says_how_it_is(lab: Lab) -> None:
+    node, other = await lab.node(hangs=True), await lab.node("other")
+    config = "in_flight = 2\n" + lab.route(node, more="timeout_ms = 9000") + lab.route(other, name="n", task=70)
+    gateway = await lab.gateway(config)
+    calls = [asyncio.ensure_future(wait_for(gateway.start_call())) for _ in range(2)]
+    await lab.until(lambda: node.count == 2)
+    for model in "mn":
+        assert await gateway.refusal(model) == (Code.RESOURCE_EXHAUSTED, "this server answers 2 requests already")
+    assert rejections(gateway, "in_flight", route="") == 2
+    assert await gateway.start_call(body=b"", method="/grpc.health.v1.Health/Check") == b"\x08\x01"
+    ready = messages.ModelReadyRequest(name="n").SerializeToString()
+    assert await gateway.start_call(body=ready, method="/inference.GRPCInferenceService/ModelReady") == b"\x08\x01"
+    node.release.set()
+    await asyncio.gather(*calls)
+    assert await gateway.call("n") == "other"
+    for _ in range(5):  # who leaves gives back its place
+        call = gateway.start_call()
+        await call
+    left = [gateway.start_call() for _ in range(2)]
+    node.release.clear()
+    sending = [asyncio.ensure_future(call.wait_for_connection()) for call in left]
+    for call in left:
+        call.cancel()
+    await asyncio.gather(*sending, return_exceptions=True)
+    await lab.until(lambda: gateway.app._in_flight.now == 0)
+    assert await gateway.call("n") == "other"
+
+
+# By the numbers alone
+
+
+class Node:
+    def __init__(self) -> None:
+        self.in_flight = 0
+
+
+class Crowd:
+    """Requests that come, end and leave in any order, against a slow reference: a list."""
+
+    def __init__(self, nodes: int, per_node: int, queue: int) -> None:
+        self.nodes: tuple[Any, ...] = tuple(Node() for _ in range(nodes))
+        self.per_node, self.queue = per_node, queue
+        self.admission = Admission(self._eligible, Recent(), Metrics())
+        self.admission.configure("m", per_node, queue)
+        self.waiting: list[int] = []
+        self.running: dict[int, asyncio.Event] = {}
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.admitted: list[int] = []
+
+    def _eligible(self, tried: Any) -> Any:
+        return self.nodes if not tried else [node for node in self.nodes if node not in tried]
+
+    async def _request(self, number: int) -> None:
+        nodes = await self.admission.admit((), math.inf)
+        node = nodes[number % len(nodes)]
+        self.admitted.append(number)
+        node.in_flight += 1
+        self.admission.began(node)
+        done = self.running[number] = asyncio.Event()
+        try:
+            await done.wait()
+        finally:
+            del self.running[number]
+            node.in_flight -= 1
+            self.admission.ended(node)
+
+    async def come(self, number: int) -> None:
+        full = len(self.running) == self.per_node * len(self.nodes)
+        refused = full and len(self.waiting) == self.queue
+        self.tasks[number] = asyncio.ensure_future(self._request(number))
+        await self.settle()
+        if refused:
+            assert isinstance(self.tasks.pop(number).exception(), Overloaded)
+        elif number not in self.running:
+            assert full
+            self.waiting.append(number)
+
+    async def end(self, number: int, *, leave: bool) -> None:
+        if leave or number not in self.running:
+            self.tasks[number].cancel()
+        else:
+            self.running[number].set()
+
+    async def settle(self) -> None:
+        for _ in range(3 * (len(self.tasks) + 2)):
+            await asyncio.sleep(0)
+
+    def check(self) -> None:
+        """After everything has come to rest."""
+        for number in tuple(self.tasks):
+            if self.tasks[number].done():
+                del self.tasks[number]
+        now = [number for number in self.waiting if number in self.tasks and number not in self.running]
+        entered = [number for number in self.waiting if number in self.tasks and number in self.running]
+        assert all(number < min(now, default=math.inf) for number in entered)
+        assert [number for number in self.admitted if number in entered] == entered
+        self.waiting = now
+        assert self.admission.queued == len(now)
+        assert all(0 <= node.in_flight <= self.per_node for node in self.nodes)
+        assert not now or len(self.running) == self.per_node * len(self.nodes)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    nodes=st.integers(1, 3),
+    per_node=st.integers(1, 3),
+    queue=st.integers(0, 6),
+    steps=st.lists(st.tuples(st.sampled_from(["come", "end", "leave", "several"]), st.integers(0, 1000)), max_size=40),
+)
+def test_no_order_of_events_breaks_a_limit_loses_a_turn_or_leaks_a_place(
+    nodes: int, per_node: int, queue: int, steps: list[tuple[str, int]]
+) -> None:
+    async def run() -> None:
+        crowd = Crowd(nodes, per_node, queue)
+        for number, (step, which) in enumerate(steps):
+            there = sorted(crowd.tasks)
+            if step == "come" or not there:
+                await crowd.come(number)
+            elif step == "several":
+                for each in there[: which % (len(there) + 1)]:
+                    await crowd.end(each, leave=each % 2 == 0)
+            else:
+                await crowd.end(there[which % len(there)], leave=step == "leave")
+            await crowd.settle()
+            crowd.check()
+        for number in tuple(crowd.tasks):
+            await crowd.end(number, leave=True)
+        await crowd.settle()
+        crowd.check()
+        assert (crowd.admission.queued, [node.in_flight for node in crowd.nodes]) == (0, [0] * nodes)
+
+    with asyncio.Runner() as runner:
+        runner.run(run())

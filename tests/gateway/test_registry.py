@@ -1,0 +1,558 @@
+"""Nodes that register themselves, and gateways that take their word for as long as they keep giving it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+from click.testing import CliRunner
+from google.protobuf.message import Message
+
+from dl_inference_core import config as configs
+from dl_inference_core.app import App
+from dl_inference_core.cli import main
+from dl_inference_core.config import Config, JoinConfig, RegistryConfig, validated
+from dl_inference_core.errors import Code, ConfigError
+from dl_inference_core.gateway.registry import SERVICE, Registry
+from dl_inference_core.gateway.sharing import Share
+from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.testing import FakeBackend
+from dl_inference_core.testing.loopback import free_port
+from dl_inference_core.transport import Call
+from dl_inference_core.wire import messages
+
+Lab = Any  # tests/conftest.py
+
+TOKEN = "a-token"
+CHECK = "/grpc.health.v1.Health/Check"
+SERVING, NOT_SERVING = b"\x08\x01", b"\x08\x02"
+
+
+def registry(lab: Lab, more: str = "") -> str:
+    """The config of a gateway with a registry."""
+    (lab.folder / "token").write_text(f"{TOKEN}\n")
+    return f'[gateway]\npoll_interval_ms = 10\n[gateway.registry]\ntoken_file = "token"\n{more}\n'
+
+
+def registration(*nodes: Any, models: Mapping[str, int | None] | None = None, **values: Any) -> Any:
+    (address,) = [node if isinstance(node, str) else node.address for node in nodes]
+    of_models = [{"name": name, "task_id": task} for name, task in ({"m": None} if models is None else models).items()]
+    return messages.RegisterRequest(address=address, models=of_models, **values)
+
+
+async def tell(gateway: Any, request: Message | bytes, token: str = TOKEN, method: str = "") -> int:
+    """Register or deregister; the milliseconds of the lease."""
+    name = method or type(request).__name__.removesuffix("Request")
+    body = request if isinstance(request, bytes) else request.SerializeToString()
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    answer = await gateway.start_call(method=f"{SERVICE}/{name}", body=body, metadata=metadata)
+    return int(messages.RegisterResponse.FromString(answer).lease_ms)
+
+
+async def refusal(*told: Any, **how: Any) -> tuple[Code, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await tell(*told, **how)
+    return Code(caught.value.code().value[0]), caught.value.details() or ""
+
+
+async def served(gateway: Any, count: int = 12, model: str = "m") -> set[str]:
+    return {await gateway.call(model) for _ in range(count)}
+
+
+def warnings(caplog: pytest.LogCaptureFixture, logger: str = "gateway.reloading") -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == f"dl_inference_core.{logger}"]
+
+
+async def test_a_node_that_registers_gets_requests_until_its_lease_ends(lab: Lab) -> None:
+    a, b = await lab.nodes("ab")
+    gateway = await lab.gateway(registry(lab, "lease_ms = 60000\nroute = { timeout_ms = 5000, attempts = 3 }"))
+    assert (await gateway.refusal("m"))[0] is Code.NOT_FOUND
+    assert await tell(gateway, registration(a, models={"m": 69}, weight=3)) == 60_000
+    assert await served(gateway) == await served(gateway, model="x-69") == {"a"}
+    assert (gateway.forwarder().config.timeout_ms, gateway.forwarder().config.attempts) == (5000, 3)
+    node = gateway.node(a)
+    assert node.weight == 3
+    connection = node.endpoint.connection
+
+    assert await tell(gateway, registration(b, models={"m": 69}, lease_ms=200)) == 200
+    assert await served(gateway) == {"a", "b"}
+    await lab.until(lambda: len(gateway.forwarder().pool.nodes) == 1)
+    assert await served(gateway) == {"a"}
+    assert gateway.node(a) is node
+    assert node.endpoint.connection is connection
+    assert await tell(gateway, registration(a, models={"m": 69}, weight=5)) == 60_000
+    assert gateway.node(a) is node
+    assert node.weight == 5
+
+
+async def test_a_lease_that_is_renewed_lasts(lab: Lab) -> None:
+    a = await lab.node()
+    gateway = await lab.gateway(registry(lab, "lease_ms = 700"))
+    await tell(gateway, registration(a))
+    forwarder, node = gateway.forwarder(), gateway.node(a)
+    start = time.monotonic()
+    while time.monotonic() < start + 0.9:
+        assert await tell(gateway, registration(a)) == 700
+        assert gateway.forwarder() is forwarder
+        assert gateway.node(a) is node
+    await lab.until(lambda: "m" not in gateway.app.gateway.models)
+    assert (await gateway.refusal("m"))[0] is Code.NOT_FOUND
+
+
+async def test_registered_nodes_stand_beside_those_of_the_config_whatever_that_becomes(lab: Lab) -> None:
+    a, b, c = await lab.nodes("abc")
+    gateway = await lab.gateway(registry(lab) + lab.route(a))
+    node = gateway.node(a)
+    await tell(gateway, registration(b))
+    await tell(gateway, registration(a, instance="0", weight=9))  # its weight is the operator's
+    assert await served(gateway) == {"a", "b"}
+    assert gateway.node(a) is node
+    assert node.weight == 1
+    registered = gateway.node(b)
+    gateway.file.write_text(gateway.file.read_text().replace(lab.route(a), lab.route(c)))
+    await lab.until(lambda: c.address in {node.address for node in gateway.forwarder().pool.nodes})
+    assert gateway.node(b) is registered
+    assert await served(gateway) == {"a", "b", "c"}
+    await tell(gateway, messages.DeregisterRequest(address=b.address))
+    assert await served(gateway) == {"a", "c"}
+
+
+async def test_a_model_is_found_by_the_routes_of_its_name_and_of_its_task_id(lab: Lab, caplog: Any) -> None:
+    a, b, c = await lab.nodes("abc")
+    gateway = await lab.gateway(registry(lab) + lab.route(a, name="", task=7) + lab.route(a, name="named", task=8))
+    await tell(gateway, registration(b, models={"x": 7, "y": 8, "named": None, "z": 9}))
+    assert await served(gateway, model="7") == {"a", "b"}
+    assert await served(gateway, model="x") == {"b"}
+    assert await served(gateway, model="8") == await served(gateway, model="named") == {"a", "b"}
+    assert await served(gateway, model="y") == {"b"}  # but 8 is another's
+    assert await served(gateway, model="9") == {"b"}
+    await tell(gateway, registration(c, models={"zz": 9}))
+    assert await served(gateway, model="9") == {"b"}
+    assert await served(gateway, model="zz") == {"c"}
+    said = "registered task ids that other routes have already, ignored: "
+    assert warnings(caplog) == [f"{said}8 of y", f"{said}8 of y, 9 of zz"]
+    await tell(gateway, registration(b, models={"z": 10}))
+    assert await served(gateway, model="10") == {"b"}
+    assert await served(gateway, model="9") == {"c"}
+    assert await served(gateway, model="7") == {"a"}
+    assert (await gateway.refusal("x"))[0] is Code.NOT_FOUND
+
+
+async def test_requests_in_flight_on_a_node_that_goes_are_finished(lab: Lab) -> None:
+    a, b = await lab.nodes("ab")
+    a.hangs = True
+    gateway = await lab.gateway(registry(lab))
+    await tell(gateway, registration(a))
+    call = asyncio.ensure_future(gateway.call())
+    await lab.until(lambda: a.count == 1)
+    await tell(gateway, registration(b))
+    await tell(gateway, messages.DeregisterRequest(address=a.address))
+    assert await served(gateway) == {"b"}
+    a.release.set()
+    assert await call == "a"
+
+
+async def test_processes_of_one_node_have_a_lease_each(lab: Lab) -> None:
+    a = await lab.node()
+    gateway = await lab.gateway(registry(lab))
+    await tell(gateway, registration(a, instance="0", models={"m": None, "n": None}))
+    node = gateway.node(a)
+    await tell(gateway, registration(a, instance="1", models={"m": None, "o": None}))
+    # Whichever of them a request reaches, it has "m".
+    assert set(gateway.app.gateway.models) == {"m"}
+    await tell(gateway, messages.DeregisterRequest(address=a.address, instance="0"))
+    assert set(gateway.app.gateway.models) == {"m", "o"}
+    assert gateway.node(a) is node
+    await tell(gateway, messages.DeregisterRequest(address=a.address, instance="0"))  # once more changes nothing
+    assert await served(gateway) == {"a"}
+    await tell(gateway, messages.DeregisterRequest(address=a.address, instance="1"))
+    assert set(gateway.app.gateway.models) == set()
+
+
+async def test_who_has_no_token_changes_nothing(lab: Lab) -> None:
+    a = await lab.node()
+    gateway = await lab.gateway(registry(lab))
+    await tell(gateway, registration(a))
+    leave = messages.DeregisterRequest(address=a.address)
+    for token in ("", "another", f"{TOKEN}x", TOKEN[:-1], f"{TOKEN} "):
+        for request in (registration(a, models={}), leave):
+            code, said = await refusal(gateway, request, token=token)
+            assert code is Code.UNAUTHENTICATED
+            assert TOKEN not in said
+    assert await served(gateway) == {"a"}
+
+
+async def test_without_a_registry_there_is_no_such_method(lab: Lab) -> None:
+    gateway = await lab.front(await lab.node())
+    assert (await refusal(gateway, registration("10.0.0.1:1")))[0] is Code.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        (b"\xff", "malformed"),
+        (registration("nowhere"), "is no address"),
+        (registration("unix:/run/docker.sock"), "is no address"),
+        (registration("dns:///nodes:1"), "is no address"),
+        (registration("10.0.0.1:1@7"), "is no address"),
+        (registration("10.0.0.1:70000"), "port 70000"),
+        (registration("10.0.0.1:1\n"), "is no address"),
+        (registration("10.0.0.1:1", weight=10_001), "weight: 10001"),
+        (registration("10.0.0.1:1", instance="a b"), "instance: "),
+        (registration("10.0.0.1:1", instance="a" * 65), "instance: "),
+        (registration("10.0.0.1:1", models={"": None}), "models: "),
+        (registration("10.0.0.1:1", models={"a\nb": None}), "models: "),
+        (registration("10.0.0.1:1", models={"a/b": None}), "models: "),
+        (registration("10.0.0.1:1", models={"a" * 256: None}), "models: "),
+        (registration("10.0.0.1:1", models={"a": -1}), "task id -1"),
+        (registration("10.0.0.1:1").SerializeToString() * 2, "each once"),
+        (registration("10.0.0.1:1", models={f"{i:0>200}": None for i in range(100)}), "20000 at most"),
+    ],
+)
+async def test_what_is_no_registration_is_refused(lab: Lab, request_: Any, said: str) -> None:
+    gateway = await lab.gateway(registry(lab))
+    code, message = await refusal(gateway, request_, method="Register")
+    assert code is Code.INVALID_ARGUMENT
+    assert said in message
+    assert set(gateway.app.gateway.models) == set()
+
+
+async def test_there_are_limits_to_how_many_register(lab: Lab) -> None:
+    gateway = await lab.gateway(registry(lab, "max_nodes = 2\nmax_models = 3"))
+    await tell(gateway, registration("10.0.0.1:1", models={"a": 1, "b": 2}))
+    code, said = await refusal(gateway, registration("10.0.0.2:1", models={"a": 1, "b": 2}))
+    assert (code, said) == (
+        Code.RESOURCE_EXHAUSTED,
+        "gateway.registry.max_models is 3; with this registration there would be 4",
+    )
+    await tell(gateway, registration("10.0.0.2:1", models={"a": 1}))
+    code, said = await refusal(gateway, registration("10.0.0.2:1", models={}, instance="1"))
+    assert (code, said.partition(";")[0]) == (Code.RESOURCE_EXHAUSTED, "gateway.registry.max_nodes is 2")
+    await tell(gateway, registration("10.0.0.1:1", models={"a": 1, "c": 2}))  # a renewal takes no room
+    await tell(gateway, messages.DeregisterRequest(address="10.0.0.1:1"))
+    await tell(gateway, registration("10.0.0.3:1", models={"a": 1, "b": 2}))
+
+
+async def test_a_gateway_without_a_route_listens_and_is_ready_when_a_node_has_come(lab: Lab) -> None:
+    a = await lab.node()
+    gateway = await lab.gateway(registry(lab))
+    assert await gateway.start_call(method=CHECK, body=b"") == NOT_SERVING
+    await tell(gateway, registration(a))
+    await lab.until(lambda: gateway.app._readiness.serving)
+    assert await gateway.start_call(method=CHECK, body=b"") == SERVING
+
+
+@pytest.mark.parametrize(
+    ("token", "more", "said"),
+    [
+        (None, "", "No such file"),
+        ("", "", "is no token"),
+        ("two words", "", "is no token"),
+        (TOKEN, "route = { name = 'm' }", 'unknown key "gateway.registry.route.name"'),
+        (TOKEN, "route = { balancer = 'none' }", r"route \[gateway.registry.route\]: balancer names"),
+    ],
+)
+async def test_a_registry_that_cannot_be_ends_the_start(lab: Lab, token: str | None, more: str, said: str) -> None:
+    config = registry(lab, more)
+    (lab.folder / "token").unlink()
+    if token is not None:
+        (lab.folder / "token").write_text(token)
+    with pytest.raises(Exception, match=said):
+        await lab.gateway(config)
+
+
+# Several processes of the gateway
+
+
+class Worker:
+    """One process's registry, which hears what the others do.
+
+    Attributes:
+        changed: set when it knows something else.
+    """
+
+    def __init__(self, folder: Path, index: int) -> None:
+        (folder / "token").write_text(TOKEN)
+        (folder / "share").mkdir(exist_ok=True)
+        self.changed = asyncio.Event()
+        config = RegistryConfig(token_file=folder / "token")
+        self.registry = Registry(config, self.changed.set, lambda *_: None)
+        self._share = Share(folder / "share", index)
+        self.registry.share(self._share)
+
+    async def start(self) -> Worker:
+        self._share.start()
+        await self.registry.learn()
+        return self
+
+    async def hears(self, request: Any) -> None:
+        name = type(request).__name__.removesuffix("Request")
+        metadata = (("authorization", f"Bearer {TOKEN}"),)
+        call = Call(method=name, request=request.SerializeToString(), metadata=metadata)
+        await self.registry.methods()[f"{SERVICE}/{name}"](call)
+
+    @property
+    def known(self) -> dict[str, list[str]]:
+        return {route.name: [node.address for node in route.nodes] for route in self.registry.onto({}).values()}
+
+    async def knows(self, nodes: dict[str, list[str]]) -> None:
+        async with asyncio.timeout(5):
+            while self.known != nodes:
+                self.changed.clear()
+                await self.changed.wait()
+
+    def close(self) -> None:
+        self.registry.close()
+        self._share.close()
+
+
+async def test_what_one_process_hears_the_others_know_and_one_that_comes_later_too(tmp_path: Path) -> None:
+    one, two = [await Worker(tmp_path, index).start() for index in range(2)]
+    many = {f"m{i:0>150}": i for i in range(100)}
+    await one.hears(registration("10.0.0.1:1", models=many))
+    await two.hears(registration("10.0.0.2:1", models={"n": 7}, weight=2, lease_ms=1500))
+    both = {**{name: ["10.0.0.1:1"] for name in many}, "n": ["10.0.0.2:1"]}
+    await one.knows(both)
+    await two.knows(both)
+    assert one.registry.onto({})["n"].nodes[0].weight == 2
+
+    two.close()
+    successor = await Worker(tmp_path, 1).start()
+    assert successor.known == both
+    left = {name: ["10.0.0.1:1"] for name in many}
+    await successor.knows(left)  # the lease of the other has ended
+    await one.knows(left)
+    await successor.hears(messages.DeregisterRequest(address="10.0.0.1:1"))
+    await one.knows({})
+    for worker in (one, successor):
+        worker.close()
+
+
+async def test_a_process_takes_no_nonsense_from_another(tmp_path: Path) -> None:
+    worker = Worker(tmp_path, 0)
+    request = base64.b64encode(registration("nowhere").SerializeToString()).decode()
+    for payload in ({"request": request, "lease_ms": 1}, {"request": "?", "lease_ms": 1}, {"lease_ms": 1}):
+        with pytest.raises((ValueError, KeyError)):
+            worker.registry._heard(payload)
+    worker.registry._heard({"request": base64.b64encode(registration("h:1").SerializeToString()), "lease_ms": 0})
+    assert worker.known == {}
+    worker.close()
+
+
+async def test_a_process_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
+    worker = await Worker(tmp_path, 0).start()
+    with pytest.raises(StopIteration):  # without having awaited anything
+        worker.registry.learn().send(None)
+    worker.close()
+
+
+# Nodes
+
+
+class Fakes(Plugins):
+    """The installed plugins, with `FakeBackend` in the place of the installed backends."""
+
+    def classes(self, kind: Kind) -> Mapping[str, type[Any]]:
+        return {"fake": FakeBackend} if kind is Kind.BACKENDS else super().classes(kind)
+
+
+class NodeProcess:
+    """A node in this process, with models that give back what they are given."""
+
+    def __init__(self, lab: Lab, *gateways: Any, name: str = "node", token: str = TOKEN, **join: Any) -> None:
+        self.models = lab.folder / name
+        FakeBackend.write(self.models / "m" / "1")
+        (lab.folder / f"{name}.token").write_text(token)
+        addresses = [gateway if isinstance(gateway, str) else gateway.address for gateway in gateways]
+        values = {
+            "transport": lab.transport_name,
+            "models": {"directory": self.models, "poll_interval_ms": 20},
+            "join": {"gateways": addresses, "token_file": lab.folder / f"{name}.token", **join},
+        }
+        self.app = App(validated(Config, values, "node"), Fakes())
+        self.address = ""
+        lab._closing.append(self.app.close)
+
+    async def start(self) -> NodeProcess:
+        (port,) = await self.app.serve("127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        return self
+
+
+def addresses(gateway: Any, route: str = "m") -> set[str]:
+    forwarder = gateway.app.gateway.models.get(route)
+    return set() if forwarder is None else {node.address for node in forwarder.pool.nodes}
+
+
+def asking(model: str = "m") -> bytes:
+    x = {"name": "x", "datatype": "FP32", "shape": [1], "contents": {"fp32_contents": [1.5]}}
+    body: bytes = messages.ModelInferRequest(model_name=model, id="q", inputs=[x]).SerializeToString()
+    return body
+
+
+async def test_a_node_joins_every_gateway_and_leaves_them_before_it_ends(lab: Lab) -> None:
+    gateways = [await lab.gateway(registry(lab)) for _ in range(2)]
+    node = await NodeProcess(lab, *gateways, weight=4).start()
+    for gateway in gateways:
+        await lab.until(lambda gateway=gateway: addresses(gateway) == {node.address})
+        assert gateway.forwarder().pool.nodes[0].weight == 4
+        assert await gateway.call(body=asking()) == "q"
+    listening = []
+
+    def left(drain: Any) -> Any:
+        async def drained(grace_s: float) -> None:
+            listening.append([addresses(gateway) for gateway in gateways])
+            await drain(grace_s)
+
+        return drained
+
+    node.app._server.drain = left(node.app._server.drain)  # type: ignore[union-attr,method-assign]
+    await node.app.close()
+    assert listening == [[set(), set()]]
+
+
+async def test_nodes_that_come_and_go_under_load_cost_no_request(lab: Lab) -> None:
+    gateway = await lab.gateway(registry(lab))
+    stays = await NodeProcess(lab, gateway, name="stays").start()
+    await lab.until(lambda: addresses(gateway) == {stays.address})
+    answers: Counter[str] = Counter()
+    stopping = False
+
+    async def send() -> None:
+        while not stopping:
+            answers[await gateway.call(body=asking())] += 1
+
+    senders = [asyncio.ensure_future(send()) for _ in range(8)]
+    for name in ("one", "two", "three"):
+        node = await NodeProcess(lab, gateway, name=name).start()
+        await lab.until(lambda node=node: addresses(gateway) == {stays.address, node.address})
+        before = answers.total()
+        await lab.until(lambda before=before: answers.total() > before + 20)
+        await node.app.close()
+        assert addresses(gateway) == {stays.address}
+    stopping = True
+    await asyncio.gather(*senders)
+    assert set(answers) == {"q"}
+    await lab.until(lambda: not gateway.app.gateway._retiring)
+    counted = [line for line in gateway.app.metrics.render("")[0].decode().splitlines() if "{node=" in line]
+    assert stays.address in "".join(counted)
+    assert node.address not in "".join(counted)
+
+
+async def test_a_node_says_which_models_it_has_by_now(lab: Lab) -> None:
+    gateway = await lab.gateway(registry(lab))
+    node = await NodeProcess(lab, gateway).start()
+    await lab.until(lambda: addresses(gateway) == {node.address})
+    FakeBackend.write(node.models / "n" / "1")
+    (node.models / "n" / "model.toml").write_text("task_id = 70\n")
+    await lab.until(lambda: addresses(gateway, "n") == {node.address})
+    assert await gateway.call(body=asking("70")) == await gateway.call(body=asking("n")) == "q"
+    (node.models / "m" / "1" / "fake.json").unlink()
+    (node.models / "m" / "1").rmdir()
+    (node.models / "m").rmdir()
+    await lab.until(lambda: addresses(gateway, "m") == set())
+    assert await gateway.call(body=asking("n")) == "q"
+
+
+async def test_a_gateway_that_has_forgotten_everything_knows_its_nodes_again(lab: Lab, caplog: Any) -> None:
+    port = free_port()
+
+    async def serve() -> App:
+        config = lab.folder / "gateway.toml"
+        config.write_text(f'transport = "{lab.transport_name}"\n{registry(lab, "lease_ms = 600")}')
+        app = App(configs.load(config), lab.plugins, config_file=config)
+        lab._closing.append(app.close)
+        await app.serve(f"127.0.0.1:{port}")
+        return app
+
+    first = await serve()
+    node = await NodeProcess(lab, f"127.0.0.1:{port}").start()
+    await lab.until(lambda: first.gateway is not None and "m" in first.gateway.models)
+    await first.close()
+    joining = "joining"
+    await lab.until(lambda: warnings(caplog, joining))
+    again = await serve()
+    await lab.until(lambda: again.gateway is not None and "m" in again.gateway.models)
+    assert again.gateway is not None
+    assert [each.address for each in again.gateway.models["m"].pool.nodes] == [node.address]
+    await lab.until(lambda: len(warnings(caplog, joining)) == 2)
+    failed, joined = warnings(caplog, joining)
+    assert failed.startswith(f"gateway 127.0.0.1:{port}: this node cannot register, and will try again: UNAVAILABLE: ")
+    assert joined == f"gateway 127.0.0.1:{port}: this node is registered now"
+
+
+async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(lab: Lab, caplog: Any) -> None:
+    gateway = await lab.gateway(registry(lab))
+    node = await NodeProcess(lab, gateway, token="another").start()
+    assert node.app._joining is not None
+    connection = node.app._joining._gateways[0]._connection
+    tried: list[Call] = []
+    call = connection.call
+
+    async def counted(request: Call) -> Any:
+        tried.append(request)
+        return await call(request)
+
+    connection.call = counted  # type: ignore[method-assign]
+    await lab.until(lambda: len(tried) == 3)
+    (warning,) = warnings(caplog, "joining")
+    assert "UNAUTHENTICATED" in warning
+    assert addresses(gateway) == set()
+    connection = node.app.transport.connect(node.address, node.app._limits)
+    infer = "/inference.GRPCInferenceService/ModelInfer"
+    answer = await connection.call(Call(method=infer, request=asking()))
+    assert messages.ModelInferResponse.FromString(bytes(answer)).id == "q"
+    await connection.close()
+
+
+async def test_a_node_says_another_address_if_told_to(lab: Lab) -> None:
+    gateway = await lab.gateway(registry(lab))
+    await NodeProcess(lab, gateway, advertise="10.0.0.9:8500").start()
+    await lab.until(lambda: addresses(gateway) == {"10.0.0.9:8500"})
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"host": "0.0.0.0", "models": True}, "with host 0.0.0.0 gateways must be told where"),
+        ({"host": "[::]", "models": True}, r"with host \[::\] gateways must be told where"),
+        ({"routes": [{"name": "m", "nodes": ["127.0.0.1:1"]}]}, "there are no models to register"),
+    ],
+)
+def test_what_cannot_join_ends_the_start(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    values = {**config, "join": {"gateways": ["h:1"], "token_file": tmp_path / "token"}}
+    if values.pop("models", False):
+        values["models"] = {"directory": tmp_path}
+    with pytest.raises(ConfigError, match=said):
+        App(validated(Config, values, "node"), Fakes())
+
+
+@pytest.mark.parametrize("address", ["h", "dns:///h:1", "unix:/s", "h:1@2", "h:0", ""])
+def test_gateways_and_nodes_are_plain_addresses(tmp_path: Path, address: str) -> None:
+    for values in ({"gateways": [address]}, {"gateways": ["h:1"], "advertise": address}):
+        with pytest.raises(ConfigError):
+            validated(JoinConfig, {**values, "token_file": tmp_path}, "join")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--join", "h:1"], "--join: token_file: Field required"),
+        (["--join-token-file", "t"], "--join: gateways: Field required"),
+        (["--join", "h:1,h", "--join-token-file", "t"], '--join: "h" is no address: expected host:port'),
+        (["--join", "h:1", "--join-token-file", "/no/such/file"], "/no/such/file: No such file or directory"),
+    ],
+)
+def test_a_command_line_that_cannot_join_is_an_error(tmp_path: Path, options: list[str], said: str) -> None:
+    (tmp_path / "server.toml").write_text('transport = "grpcio"\n')
+    result = CliRunner().invoke(main, ["serve", "--config", str(tmp_path / "server.toml"), *options, str(tmp_path)])
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {said}\n"
