@@ -83,7 +83,7 @@ class Balancer(ABC):
         """`node` sent `load` along with an answer. Called before `record`."""
 
     def returned(self, node: Node) -> None:
-        """`node` was left out as unwell, and may be chosen again: what made it unwell is over."""
+        """`node` was left out, or given but a request now and then, as unwell; what made it so is over."""
 
     def learned(self, node: Node) -> float | None:
         """What is known of `node`, as one number that another process's `learn` understands; None if nothing is.

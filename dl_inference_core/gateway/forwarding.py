@@ -59,6 +59,7 @@ class Forwarder:
         self.name = config.name or str(config.task_id)
         self._timeout_s = config.timeout_ms / 1000
         self._limited = config.node_in_flight > 0
+        self._second_chance = config.attempts > 1 and config.retry_failed
         if _budgets(before) != _budgets(config):
             self._set_budgets()
         gone = self.pool.update(config.nodes)
@@ -98,7 +99,9 @@ class Forwarder:
         if call.deadline is not None and call.deadline < end:
             end = call.deadline
         tried: list[Node] = []
-        nodes = await self._admission.admit(tried, end) if self._limited else self.pool.usable()
+        nodes = (self._second_chance and self.pool.due()) or (
+            await self._admission.admit(tried, end) if self._limited else self.pool.usable()
+        )
         if not nodes:
             raise NoNodeAvailable(f"route {self.name} has no nodes")
         while True:

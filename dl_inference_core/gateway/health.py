@@ -71,6 +71,7 @@ class Health:
         "_pause_s",
         "_prober",
         "_probing",
+        "_returned",
         "_timed_out",
         "_timer",
         "_troubled",
@@ -84,15 +85,23 @@ class Health:
     )
 
     def __init__(
-        self, prober: Prober, config: HealthConfig, changed: Callable[[], None], moved: Callable[[bool], None]
+        self,
+        prober: Prober,
+        config: HealthConfig,
+        *,
+        changed: Callable[[], None],
+        returned: Callable[[], None],
+        moved: Callable[[bool], None],
     ) -> None:
         """Args:
         changed: called when another answer than before may be right to whether the endpoint may be chosen.
+        returned: called after that when it may be chosen again, or has passed its trial.
         moved: called after that when `usable` is another; with whether this process itself found out.
         """
         self._prober = prober
         self._config = config
         self._changed = changed
+        self._returned = returned
         self._moved = moved
         self._failures = 0
         self._timed_out = False
@@ -146,6 +155,7 @@ class Health:
         if self.on_trial:
             self.on_trial = False
             self._changed()
+            self._returned()
 
     @property
     def _suspect(self) -> bool:
@@ -313,6 +323,7 @@ class Health:
         self._timed_out = False
         self._back_at = time.monotonic()
         self._changed()
+        self._returned()
         self._moved(True)
 
 

@@ -17,8 +17,8 @@ from dl_inference_core.transport import Connection
 
 _log = logging.getLogger(__name__)
 
-
 _QUIET_S = 10.0
+_TURNS_BETWEEN_TRIALS = 10
 
 
 class Endpoint:
@@ -61,7 +61,13 @@ class Endpoints:
         if endpoint is None:
             connection = self._connect(config)
             prober = Prober(config.address, connection, self.config.probe, self.config.timeout_ms / 1000)
-            health = Health(prober, self.config, self._changed, lambda own: self._moved(target, own))
+            health = Health(
+                prober,
+                self.config,
+                changed=self._changed,
+                returned=lambda: self._returned(target),
+                moved=lambda own: self._moved(target, own),
+            )
             endpoint = self._by_target[target] = Endpoint(config, connection, health)
             self._metrics.node_usable(target, True)
             health.start()
@@ -92,6 +98,11 @@ class Endpoints:
     def _changed(self) -> None:
         self.changes += 1
 
+    def _returned(self, target: str) -> None:
+        for node in tuple(self._by_target[target].nodes):
+            if not node.removed:
+                node.pool.returned(node)
+
     def _moved(self, target: str, own: bool) -> None:
         endpoint = self._by_target[target]
         health = endpoint.health
@@ -99,10 +110,6 @@ class Endpoints:
         self._metrics.node_usable(target, reason is None)
         if reason is not None:
             self._metrics.ejection(target, reason.value)
-        else:
-            for node in tuple(endpoint.nodes):
-                if not node.removed:
-                    node.pool.returned(node)
         if own:
             _say(endpoint)
             if self.told is not None:
@@ -149,7 +156,7 @@ class Pool:
     """The nodes of one route. Event loop only.
 
     Attributes:
-        returned: called with a node that was left out and may be chosen again. Must not raise.
+        returned: called with a node that was left out or on trial, and may have its whole share again. Must not raise.
     """
 
     def __init__(self, endpoints: Endpoints) -> None:
@@ -157,6 +164,7 @@ class Pool:
         self._usable: tuple[Node, ...] = ()
         self._limited: tuple[Node, ...] = ()
         self._seen = -1
+        self._until_trial = 0
         self.nodes: tuple[Node, ...] = ()
         self.returned: Callable[[Node], None] = _ignore
 
@@ -165,6 +173,25 @@ class Pool:
         if self._seen != self._endpoints.changes:
             self._judge()
         return self._usable if not self._limited else self._drawn()
+
+    def due(self) -> Sequence[Node]:
+        """The one node on trial whose turn it is to show how it does; mostly none. For each request that could be tried
+        again on another node, once: a strategy that has learned to avoid the node would hardly ever give it the chance.
+
+        At most every second, and a tenth of a fair share of the requests.
+        """
+        if not self._limited:
+            return ()
+        self._until_trial -= 1
+        if self._until_trial > 0:
+            return ()
+        now = time.monotonic()
+        for node in self._limited:
+            health = node.endpoint.health
+            if health.on_trial and not node.in_flight and now >= health.trial_at:
+                self._until_trial = _TURNS_BETWEEN_TRIALS * len(self.nodes)
+                return (node,)
+        return ()
 
     def _judge(self) -> None:
         """Who is left out, of all that are unwell: of those that we ejected by our own judgement as many as may be, the

@@ -73,18 +73,22 @@ class Watched:
     Attributes:
         moves: for each move whether the endpoint was usable then, and whether this process found out itself.
         changes: how often what may be chosen has changed.
+        returns: how often it might have its whole share again.
     """
 
     def __init__(self, **config: Any) -> None:
         self.connection = Probed()
         self.moves: list[tuple[bool, bool]] = []
-        self.changes = 0
+        self.changes = self.returns = 0
         settings = HealthConfig(**{"interval_ms": 0, **config})
         prober = Prober("10.0.0.1:8500", self.connection, settings.probe, settings.timeout_ms / 1000)
-        self.health = Health(prober, settings, self._changed, self._moved)
+        self.health = Health(prober, settings, changed=self._changed, returned=self._returned, moved=self._moved)
 
     def _changed(self) -> None:
         self.changes += 1
+
+    def _returned(self) -> None:
+        self.returns += 1
 
     def _moved(self, own: bool) -> None:
         self.moves.append((self.health.usable, own))
@@ -116,7 +120,7 @@ async def test_who_cannot_be_reached_is_left_out_at_once_and_back_after_a_probe(
     connection.answer = SERVING
     await until(lambda: health.usable)
     assert health.reason is None
-    assert node.moves == [OUT, BACK]
+    assert (node.moves, node.returns) == ([OUT, BACK], 1)
     count = node.probes
     await asyncio.sleep(0.1)
     assert node.probes == count
@@ -178,9 +182,10 @@ async def test_errors_and_a_probe_that_passes_put_on_trial_until_a_request_succe
         pauses.append(health.trial_at - time.monotonic())
     assert pauses == pytest.approx([0.02, 0.04, 0.04, 0.04], abs=0.005)
     assert (node.changes, node.moves) == (1, [])
+    assert node.returns == 0
     health.succeeded()
     assert not health.on_trial
-    assert node.changes == 2
+    assert (node.changes, node.returns) == (2, 1)
     for _ in range(4):
         health.failed(NodeFailed("bad"))
     assert not health.on_trial

@@ -184,6 +184,27 @@ async def test_who_is_on_trial_has_one_request_at_a_time_at_growing_pauses() -> 
     await lane.close()
 
 
+async def test_a_trial_falls_due_each_tenth_turn_but_not_before_its_time_nor_while_one_is_under_way() -> None:
+    lane = Lane(4)
+    await lane.endpoints.probed()
+    assert lane.pool.due() == ()
+    await to_trial(lane, 1)
+    node = lane.pool.nodes[1]
+    lane.usable()
+    assert lane.pool.due() == ()
+    node.endpoint.health.trial_at = time.monotonic()
+    assert lane.pool.due() == (node,)
+    assert [lane.pool.due() for _ in range(39)] == [()] * 39
+    node.in_flight = 1
+    assert lane.pool.due() == ()
+    node.in_flight = 0
+    assert lane.pool.due() == (node,)
+    node.endpoint.health.succeeded()
+    lane.usable()
+    assert [lane.pool.due() for _ in range(50)] == [()] * 50
+    await lane.close()
+
+
 async def test_only_so_many_are_spared_for_a_trial_as_may_be_ejected() -> None:
     lane = Lane(4)
     await lane.endpoints.probed()
