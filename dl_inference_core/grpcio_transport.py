@@ -273,7 +273,8 @@ class GrpcioServer(Server):
         """grpc.aio ends a server at the first call whose path is no UTF-8; the calls that it has it lets finish."""
         while True:
             try:
-                await self._server.wait_for_termination(_LOOK_S)
+                if not await self._server.wait_for_termination(_LOOK_S):
+                    return
             except Exception as error:
                 _log.error("a call has ended grpcio's server, by a fault of grpcio's (%s); it listens again", error)
                 self._retiring[self._server] = asyncio.create_task(self._retire(self._server))

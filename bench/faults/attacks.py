@@ -64,7 +64,7 @@ class Tally:
 
 
 def session(method: str = CHECK, message: bytes = b"") -> bytes:
-    """All that a client sends for one call on a new connection; to be damaged. The first 24 bytes are HTTP/2's preface."""
+    """All that a client sends for one call on a new connection, to be damaged. HTTP/2's preface is 24 bytes of it."""
     headers = _frame(_HEADERS, _END_HEADERS, 1, _encoded(_headers(method)))
     return _opening() + headers + _frame(_DATA, _END_STREAM, 1, _framed(message))
 

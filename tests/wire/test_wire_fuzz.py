@@ -139,7 +139,7 @@ def damaged(random: Random) -> bytes:
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_what_a_gateway_reads_of_20000_damaged_requests_is_a_key_or_the_clients_fault(name: str) -> None:
-    """P3, 100,000 in all; those that Hypothesis makes are fewer, for what it costs. Of any four, one is decoded whole."""
+    """P3, 100,000 in all; those that Hypothesis makes are fewer, for what it costs. One of four is decoded whole."""
     protocol, random = PROTOCOLS[name], Random(name)
     for number in range(20_000):
         body = damaged(random)
