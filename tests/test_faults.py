@@ -223,7 +223,7 @@ def test_the_page_and_the_values_have_every_finding(tmp_path: Path) -> None:
     assert "ours: 1 of 100 failed" in one
 
 
-def test_the_originals_weights_are_never_set() -> None:
+async def test_the_originals_weights_are_never_set() -> None:
     published = original.Proxy(["a", "b", "c"], 0, 1.0)
     for _ in range(9):
         chosen = published.choose()

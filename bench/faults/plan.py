@@ -35,8 +35,6 @@ def full(transports: Sequence[str], measured: Sequence[Finding]) -> Iterator[Exp
         system = System(transport=transports[0], strategy=strategy)
         rows = _SEVERAL if strategy in _EVERYWHERE else ("F5", "F5-lies")
         yield _several(rows, system, "67 %", BRIEF)
-        if strategy in _EVERYWHERE and strategy != DEFAULT_STRATEGY:
-            yield _several(_SEVERAL[:4], system, "40 %", BRIEF)
         if strategy in _EVERYWHERE:
             yield _experiment("F4-eleven", ("F4-eleven",), system, "300/s", 40, experiments.eleven, FULL)
     hedging = System(transport=transports[0], strategy=DEFAULT_STRATEGY, route={"hedge": True}, note="hedged")

@@ -379,6 +379,6 @@ async def test_what_fails_leaves_no_garbage(lab: Lab, hedge: bool) -> None:
             with pytest.raises(AnswerMalformed):
                 await forwarder.answer(Call(method=protocol.node_method, request=b""), protocol)
         assert counted(gateway, "hedges") == 4 * hedge
-        await lab.until(lambda: sum(isinstance(thing, AnswerMalformed) for thing in gc.get_objects()) == 0)
+        await lab.until(lambda: sum(type(thing) is AnswerMalformed for thing in gc.get_objects()) == 0)
     finally:
         gc.enable()
