@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +119,12 @@ class App:
             raise ConfigError("join: there are no models to register with a gateway")
         if join.advertise is None and host.strip("[]") in _EVERYWHERE:
             raise ConfigError(f"join: with host {host} gateways must be told where to reach this node: give advertise")
+        if join.advertise is None and _is_loopback(host):
+            far = next((gateway for gateway in join.gateways if not _is_loopback(gateway.rpartition(":")[0])), None)
+            if far is not None:
+                raise ConfigError(
+                    f"join: gateway {far} cannot reach this node at host {host}: give a host that it can, or advertise"
+                )
         return Joining(
             join,
             lambda address: self.transport.connect(address, self._limits, join.tls),
@@ -154,6 +162,8 @@ class App:
             await self.repository.start()
             self._named.start(self.repository)
         if self.gateway is not None:
+            if self._config.gateway.tls is not None:
+                self.transport.prepare(self._config.gateway.tls)
             await self.gateway.start()
 
     def describe(self) -> list[dict[str, Any]]:
@@ -227,6 +237,8 @@ class App:
             tls=self._config.tls,
             http=self._http(rest),
         )
+        if self.gateway is not None and self.gateway.registry is not None:
+            self.gateway.registry.own = self._own_addresses(self._server.ports)
         self._readiness.upstreams = lambda: routes.ready or self._awaits_config
         ready = self._until_ready()
         if self._awaits_nodes:
@@ -238,6 +250,13 @@ class App:
             assert join is not None
             self._joining.start(join.advertise or f"{self._config.host}:{self._server.ports[-1]}")
         return self._server.ports
+
+    def _own_addresses(self, ports: Sequence[int]) -> frozenset[str]:
+        """Where this process itself is reached, as far as it knows."""
+        host = self._config.host
+        everywhere = host.strip("[]") in _EVERYWHERE
+        hosts = ("127.0.0.1", "[::1]", "localhost") if everywhere else (host,)
+        return frozenset(f"{host}:{port}" for host in hosts for port in ports)
 
     def _with_room(self, limits: Limits) -> Limits:
         """With no more connections than this process can have."""
@@ -309,6 +328,12 @@ class App:
             await self.repository.close()
         if self._http_server is not None:
             await self._http_server.close()
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host == "localhost"
 
 
 def _inputs(signature: Signature) -> str:

@@ -142,7 +142,10 @@ class NodeOverloaded(InferenceError):
 
 
 class NodeFailed(InferenceError):
-    """The node answered INTERNAL, UNKNOWN or DATA_LOSS. `code` is the node's own."""
+    """The node answered INTERNAL, UNKNOWN or DATA_LOSS; or DEADLINE_EXCEEDED, long before the attempt's deadline.
+
+    `code` is the node's own.
+    """
 
     blame = Blame.NODE
     another_node = True
@@ -170,7 +173,7 @@ class NodeGaveUp(InferenceError):
     """The node answered CANCELLED, as a server does that shuts down. A cancel of our own never comes as a status."""
 
     code = Code.CANCELLED
-    blame = Blame.NOBODY
+    blame = Blame.NODE_SOFTLY
     another_node = True
 
 
@@ -225,7 +228,7 @@ def from_status(code: Code, message: str) -> InferenceError:
     """The error that a node's status other than OK stands for.
 
     DEADLINE_EXCEEDED is taken as the client's: whoever set the attempt's deadline knows better, and says
-    `AttemptTimedOut` instead.
+    `AttemptTimedOut` or `NodeFailed` instead.
     """
     match code:
         case Code.UNAVAILABLE:

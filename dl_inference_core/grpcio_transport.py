@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -35,15 +39,17 @@ from dl_inference_core.transport import (
     StreamHandler,
     Transport,
     UnaryHandler,
+    shortened,
 )
 
 _log = logging.getLogger(__name__)
 _cygrpc_log = logging.getLogger("grpc._cython.cygrpc")
 
 _STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
-_LONGEST_ASCII, _LONGEST = 2000, 500
 _RARELY_MS = 3_600_000
 _LOOK_S = 0.05
+_RETIRED_S = 60.0
+_TELL_S = 60.0
 _LONGEST_S = 2**31 // 1000 - 1
 _OF_HTTP = frozenset({"user-agent", "te", "content-type", "content-length"})
 _OF_ENVOY = frozenset({"x-forwarded-for", "x-envoy-internal", "x-envoy-expected-rq-timeout-ms"})
@@ -63,8 +69,9 @@ class GrpcioTransport(Transport):
         """Attributes:
         connect_timeout_ms: how long a connection to a node may take to come up.
         reconnect_ms: the first pause before a failed connection is tried again; the later ones are twice as long.
-        unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement before the connection
-            is given up, so that the next one finds a path that works again; 0 leaves that to the system. On Linux only.
+        unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement, or the node take
+            nothing in, before the connection is given up, so that the next one finds a path that works again; 0 leaves
+            that to the system. On Linux only.
         header_kb: KiB that the headers of one call may have; with more, some calls are refused, and all with a quarter
             more and over 16.
         idle_timeout_s: seconds after which a client's connection without calls is closed; 0 never.
@@ -78,7 +85,7 @@ class GrpcioTransport(Transport):
 
         connect_timeout_ms: int = 1000
         reconnect_ms: int = 100
-        unacknowledged_ms: int = Field(default=1000, ge=0, lt=2**31)
+        unacknowledged_ms: int = Field(default=2000, ge=0, lt=2**31)
         header_kb: int = Field(default=16, ge=1, le=8192)
         idle_timeout_s: int = Field(default=3600, ge=0, le=_LONGEST_S)
         connection_age_s: int = Field(default=0, ge=0, le=_LONGEST_S)
@@ -109,19 +116,28 @@ class GrpcioTransport(Transport):
     ) -> Server:
         watched = None if tls is None else Watched(tls)
         _cygrpc_log.addFilter(_not_of_a_client_that_left)
+        # gRPC counts the connections of each address by itself.
+        limits = replace(limits, connections=max(1, limits.connections // max(1, len(addresses))))
         ours = [*size_options(limits), *_server_options(limits, self.options), ("grpc.so_reuseport", int(share_port))]
         # Of two arguments of one name gRPC takes the first.
         options = list({**dict(ours), **self.options.channel_arguments}.items())
         handlers = _Handlers(methods)
-        for address in addresses:
-            if (path := sockets.path_of(address)) is not None:
-                sockets.claim(path)  # grpc would take it from a server that lives
+        paths = [path for address in addresses if (path := sockets.path_of(address)) is not None]
+        for path in paths:
+            sockets.claim(path)  # grpc would take it from a server that lives
         server, bound = await _listening(handlers, addresses, options, watched)
 
         async def again() -> grpc.aio.Server:
+            for path in paths:
+                # Or the server that ends would remove the socket of this one.
+                await _unlinked(path)
+                sockets.claim(path)
             return (await _listening(handlers, bound, options, watched))[0]
 
         return GrpcioServer(server, bound, watched, again)
+
+    def prepare(self, tls: ClientTls) -> None:
+        self._watch(tls)
 
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
         options: list[tuple[str, Any]] = [
@@ -144,14 +160,18 @@ class GrpcioTransport(Transport):
             ]
         if tls is None:
             return GrpcioConnection(grpc.aio.insecure_channel(address, options=options))
-        if tls not in self._watched:
-            self._watched[tls] = Watched(tls)
         options += name_options(tls, address)
 
         def connect(credentials: Credentials) -> GrpcioConnection:
             return GrpcioConnection(grpc.aio.secure_channel(address, channel_credentials(credentials), options=options))
 
-        return TlsConnection(self._watched[tls], connect)
+        return TlsConnection(self._watch(tls), connect)
+
+    def _watch(self, tls: ClientTls) -> Watched:
+        files = tls.model_copy(update={"server_name": None})
+        if files not in self._watched:
+            self._watched[files] = Watched(files)
+        return self._watched[files]
 
 
 async def _listening(
@@ -184,6 +204,14 @@ async def _listening(
         bound.append(address if is_path else f"{host}:{got}")
     await server.start()
     return server, bound
+
+
+async def _unlinked(path: Path) -> None:
+    """Waits until nothing lies at `path`, for 2 s at most."""
+    for _ in range(200):
+        if not os.path.lexists(path):  # noqa: ASYNC240 - as quick as a bind
+            return
+        await asyncio.sleep(0.01)
 
 
 def size_options(limits: Limits) -> list[tuple[str, int]]:
@@ -259,7 +287,7 @@ class GrpcioServer(Server):
         again: Callable[[], Awaitable[grpc.aio.Server]],
     ) -> None:
         """Args:
-        again: starts another one on the same addresses; raises ConfigError.
+        again: starts another one on the same addresses.
         """
         self._server = server
         self._again = again
@@ -270,7 +298,7 @@ class GrpcioServer(Server):
             self._tasks.append(asyncio.create_task(_watch(watched), name="watch the certificates"))
 
     async def _keep(self) -> None:
-        """grpc.aio ends a server at the first call whose path is no UTF-8; the calls that it has it lets finish."""
+        """grpc.aio ends a server at the first call whose path is no UTF-8; the calls that it has have a minute left."""
         while True:
             try:
                 if not await self._server.wait_for_termination(_LOOK_S):
@@ -281,14 +309,19 @@ class GrpcioServer(Server):
                 await self._replace()
 
     async def _retire(self, server: grpc.aio.Server) -> None:
-        await server.stop(_LONGEST_S)
+        await server.stop(_RETIRED_S)
         del self._retiring[server]
 
     async def _replace(self) -> None:
+        told = -math.inf
         while True:
             try:
                 self._server = await self._again()
-            except ConfigError:  # the other has not closed yet
+            except Exception as error:  # or nobody would listen any more
+                if time.monotonic() - told > _TELL_S:
+                    told = time.monotonic()
+                    foreseen = isinstance(error, ConfigError)
+                    _log.error("grpcio's server cannot listen again yet: %s", error, exc_info=not foreseen)
                 await asyncio.sleep(_LOOK_S)
             else:
                 return
@@ -371,11 +404,7 @@ def _callers_own(metadata: Any) -> Metadata:
 
 
 async def _abort(context: Any, error: InferenceError, call: Call) -> None:
-    message = str(error)
-    # Over 8 KiB of headers may be refused, and the status with them. Percent-encoding makes 3 bytes of an ASCII
-    # character at most, and up to 12 of another.
-    message = message[: _LONGEST_ASCII if message.isascii() else _LONGEST]
-    await context.abort(_STATUS[error.code], message, tuple(call.trailers))
+    await context.abort(_STATUS[error.code], shortened(str(error)), tuple(call.trailers))
 
 
 class GrpcioConnection(Connection):

@@ -11,13 +11,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dl_inference_core.config import JoinConfig, read_token
-from dl_inference_core.errors import InferenceError, NodeFailed
+from dl_inference_core.errors import BadRequest, InferenceError, NodeFailed
 from dl_inference_core.transport import Call, Connection
 from dl_inference_core.wire import messages
 
 _log = logging.getLogger(__name__)
 
-_SERVICE = "/dl_inference.registry.v1.Registry"
 _CALL_S = 1.0
 _LOOK_S = 0.1
 _FIRST_PAUSE_S = 0.1
@@ -62,27 +61,36 @@ class Joining:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(gateway.leave() for gateway in self._gateways))
+        self._tasks.clear()
+        left = await asyncio.gather(*(gateway.leave() for gateway in self._gateways), return_exceptions=True)
+        for error in left:
+            if isinstance(error, Exception):
+                _log.error("to leave a gateway failed", exc_info=error)
         self._gateways.clear()
 
     async def _keep(self, gateway: _Gateway, address: str) -> None:
         pause_s = _FIRST_PAUSE_S
         while True:
-            models = self._models()
-            request = messages.RegisterRequest(
-                address=address,
-                instance=self._instance,
-                weight=self._config.weight,
-                models=[{"name": name, "task_id": task} for name, task in models.items()],
-                lease_ms=self._config.lease_ms,
-            )
-            lease_s = await gateway.register(request)
-            if lease_s is None:
-                await asyncio.sleep(pause_s * _jitter())
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                continue
-            pause_s = _FIRST_PAUSE_S
-            await self._until_changed(models, lease_s / 3 * _jitter())
+            try:
+                models = self._models()
+                lease_s = await gateway.register(self._request(address, models))
+                if lease_s is not None:
+                    pause_s = _FIRST_PAUSE_S
+                    await self._until_changed(models, lease_s / 3 * _jitter())
+                    continue
+            except Exception as error:
+                gateway.complain(logging.ERROR, "to register this node failed, and will be tried again", error)
+            await asyncio.sleep(pause_s * _jitter())
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _request(self, address: str, models: Mapping[str, int | None]) -> Any:
+        return messages.RegisterRequest(
+            address=address,
+            instance=self._instance,
+            weight=self._config.weight,
+            models=[{"name": name, "task_id": task} for name, task in models.items()],
+            lease_ms=self._config.lease_ms,
+        )
 
     async def _until_changed(self, models: Mapping[str, int | None], within_s: float) -> None:
         """Wait until the models are others than `models`, or `within_s` seconds have passed."""
@@ -101,26 +109,33 @@ class _Gateway:
         self._connection = connection
         self._metadata = metadata
         self._registered: Any = None
-        self._complained = False
+        self._complained = logging.NOTSET
 
     async def register(self, request: Any) -> float | None:
-        """The seconds of the lease, None if there is none; of several failures in a row the first is logged."""
+        """The seconds of the lease, None if there is none."""
         try:
             self._registered = request
             answer = await self._call("Register", request)
             lease_ms = messages.parse(messages.RegisterResponse, answer).lease_ms
             if lease_ms <= 0:
                 raise NodeFailed("the answer gives no lease")
+        except BadRequest as error:
+            self.complain(logging.ERROR, f"this node gets no requests from it, which refuses to register it: {error}")
+            return None
         except InferenceError as error:
-            if not self._complained:
-                self._complained = True
-                why = f"{error.code.name}: {error}"
-                _log.warning("gateway %s: this node cannot register, and will try again: %s", self._address, why)
+            why = f"{error.code.name}: {error}"
+            self.complain(logging.WARNING, f"this node cannot register, and will try again: {why}")
             return None
         if self._complained:
-            self._complained = False
+            self._complained = logging.NOTSET
             _log.warning("gateway %s: this node is registered now", self._address)
         return float(lease_ms / 1000)
+
+    def complain(self, level: int, message: str, error: Exception | None = None) -> None:
+        """Log why this process is not registered; of several times in a row the first, and the first that is worse."""
+        if level > self._complained:
+            self._complained = level
+            _log.log(level, "gateway %s: %s", self._address, message, exc_info=error)
 
     async def leave(self) -> None:
         """Say that this process goes, if the gateway may think it there, and close the connection."""
@@ -136,7 +151,7 @@ class _Gateway:
 
     async def _call(self, method: str, request: Any) -> Any:
         call = Call(
-            method=f"{_SERVICE}/{method}",
+            method=f"{messages.REGISTRY}/{method}",
             request=request.SerializeToString(),
             metadata=self._metadata,
             deadline=time.monotonic() + _CALL_S,

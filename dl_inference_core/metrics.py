@@ -103,6 +103,8 @@ class Metrics:
         self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
         self._of_attempts: dict[tuple[str, str, str], Counter] = {}
         self._of_ejections: dict[tuple[str, str], Counter] = {}
+        self._of_routes: dict[str, set[tuple[Counter, tuple[str, ...]]]] = {}
+        """By route what has been counted of it that is rare, each with its labels."""
 
     def request(self, protocol: str, upstream: str, code: str, seconds: float) -> None:
         """A request was answered; `upstream` is "" where the routing key named none."""
@@ -143,25 +145,42 @@ class Metrics:
             del self._of_attempts[attempted]
             self._attempts.remove(*attempted)
 
+    def route_gone(self, route: str) -> None:
+        """There is no route of that name any more. What was counted of it goes with it: models may come and go for
+        ever."""
+        for answered in [key for key in self._of_requests if key[1] == route]:
+            del self._of_requests[answered]
+            self._requests.remove(*answered)
+            self._seconds.remove(*answered[:2])
+        for attempted in [key for key in self._of_attempts if key[0] == route]:
+            del self._of_attempts[attempted]
+            self._attempts.remove(*attempted)
+        for counter, labels in self._of_routes.pop(route, ()):
+            counter.remove(*labels)
+
     def ejection(self, node: str, reason: str) -> None:
         """A node was left out."""
         self._of_ejections.setdefault((node, reason), self._ejections.labels(node, reason)).inc()
 
     def retry_denied(self, route: str) -> None:
         """An attempt failed and could have been tried again, but the budget was spent."""
-        self._retries_denied.labels(route).inc()
+        self._count(route, self._retries_denied, route)
 
     def hedge(self, route: str) -> None:
         """An attempt was begun beside one that took long."""
-        self._hedges.labels(route).inc()
+        self._count(route, self._hedges, route)
 
     def rejection(self, route: str, reason: str) -> None:
         """A request was refused for want of room; `route` is "" where it had not been looked up."""
-        self._rejections.labels(route, reason).inc()
+        self._count(route, self._rejections, route, reason)
 
     def balancer_failure(self, balancer: str, route: str) -> None:
         """A strategy did what it must not."""
-        self._balancer_failures.labels(balancer, route).inc()
+        self._count(route, self._balancer_failures, balancer, route)
+
+    def _count(self, route: str, counter: Counter, *labels: str) -> None:
+        self._of_routes.setdefault(route, set()).add((counter, labels))
+        counter.labels(*labels).inc()
 
     def sample(self, name: str, meaning: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
         """Have a gauge whose values are taken when the metrics are asked for, on whatever thread does.

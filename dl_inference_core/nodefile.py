@@ -8,6 +8,7 @@ still changes.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import stat
 from collections.abc import Mapping
@@ -149,7 +150,12 @@ class Watched:
         """Raises:
         OSError: it cannot be read; or `again`, which a pipe or a device cannot.
         """
-        if again and not stat.S_ISREG(self.path.stat().st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file, and cannot be read again")
-        with self.path.open("rb") as file:
+        with open(self.path, "rb", opener=_without_waiting if again else None) as file:
+            if again and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file, and cannot be read again")
             return file.read(_LARGEST + 1)
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe, too, whether or not anybody writes to it."""
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,10 @@ _LONGEST_LINE = 65_536
 _SOCKET = "supervisor"
 _LONGEST_BEAT_S = 1.0
 _BEATS_TO_HANG = 4
-_LAST_WORDS_S = 1.0
+_LAST_WORDS_S = 0.2
+# What a process may take beyond `hang_s` until its first beat: a backend may import a framework before.
+_LONGEST_START_S = 60.0
+_LONGEST_TAKEOVER_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,28 @@ class Heartbeat:
         self._socket.close()
 
 
+class _Protocol(asyncio.subprocess.SubprocessStreamProtocol):
+    """Says when a process has ended, whoever else holds its pipes: `Process.wait` waits for those too."""
+
+    def __init__(self) -> None:
+        super().__init__(_LONGEST_LINE, asyncio.get_running_loop())
+        self.exited = asyncio.Event()
+
+    def process_exited(self) -> None:
+        super().process_exited()
+        self.exited.set()
+
+
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A process, and what the transport has made for it: there until `stack` closes."""
+    """A process, and what the transport has made for it: there until `stack` closes, and our ends of its pipes.
+
+    Attributes:
+        exited: set once it has ended.
+    """
 
     process: asyncio.subprocess.Process
+    exited: asyncio.Event
     stack: ExitStack
 
     def tell(self, place: Place) -> None:
@@ -143,8 +163,8 @@ class Supervisor:
             keeping = [asyncio.create_task(self._keep(place)) for place in places]
             everyone = asyncio.gather(*(event.wait() for event in self._ready))
             ending = asyncio.create_task(self._ending.wait())
-            beside = [asyncio.create_task(self._watch()), asyncio.create_task(self._keep_spare())]
-            awaited: set[asyncio.Future[Any]] = {everyone, ending, *keeping}
+            beside = [asyncio.create_task(work) for work in self._beside()]
+            awaited: set[asyncio.Future[Any]] = {everyone, ending, *keeping, *beside}
             try:
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
                 if everyone.done() and self._config.workers > 1:
@@ -158,9 +178,18 @@ class Supervisor:
                 self._ending.set()
                 await asyncio.gather(everyone, ending, *beside, return_exceptions=True)
                 await self._end(keeping)
-            for task in keeping:
-                task.result()
+            for task in (*keeping, *beside):
+                if not task.cancelled():
+                    task.result()
         sys.exit(self._status)
+
+    def _beside(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """What goes on for ever while workers are kept."""
+        if self._config.hang_s:
+            yield self._watch()
+        # Where models are served, to load those takes longest.
+        if self._config.workers > 1 and not self._config.models.any:
+            yield self._keep_spare()
 
     def _places(self, stack: ExitStack) -> list[Place]:
         """Every worker's; the folder and the ports are there until `stack` closes."""
@@ -213,10 +242,8 @@ class Supervisor:
         return close
 
     async def _watch(self) -> None:
-        """Kill workers that hang. One that has yet to be heard of may be busy starting."""
+        """Kill workers that hang; one that has yet to be heard of may be busy starting, for a minute more."""
         hang_s = self._config.hang_s
-        if not hang_s:
-            return
         pause_s = min(hang_s / _BEATS_TO_HANG, _LONGEST_BEAT_S)
         while True:
             before = time.monotonic()
@@ -225,15 +252,16 @@ class Supervisor:
             living = {process.pid: index for index, process in self._processes.items()}
             self._beats = {pid: heard for pid, heard in self._beats.items() if pid in living}
             if now - before > 2 * pause_s:  # this process stood still, and they may have with it
-                self._beats = dict.fromkeys(self._beats, now)
+                self._beats = {pid: max(heard, now) for pid, heard in self._beats.items()}
             for pid, heard in self._beats.items():
                 if now - heard > hang_s:
                     _log.error(
                         "worker %d (process %d) hangs: no sign of life from its event loop for %.1f s; it is killed",
                         *(living[pid], pid, now - heard),
                     )
-                    self._processes[living[pid]].kill()
                     self._beats[pid] = math.inf
+                    with contextlib.suppress(ProcessLookupError):
+                        self._processes[living[pid]].kill()
 
     async def _keep(self, place: Place) -> None:
         """Keep a worker running."""
@@ -242,37 +270,48 @@ class Supervisor:
         pause_s = _FIRST_PAUSE_S
         while not self._ending.is_set():
             started = time.monotonic()
-            status = await self._work(place)
+            status: int | None = None
+            try:
+                status = await self._work(place)
+                what = f"ended with exit status {status}"
+            except OSError as error:  # no memory or descriptors for now
+                what = f"could not be started: {error.strerror or error}"
             if self._ending.is_set():
                 return
             if not ready.is_set():
+                if status is None:
+                    raise ConfigError(f"worker {index} {what}")
                 if self._config.workers == 1:
                     self._status = status
                     return
                 raise ConfigError(f"worker {index} could not start (exit status {status})")
             if time.monotonic() - started > _STEADY_S:
                 pause_s = _FIRST_PAUSE_S
-            _log.error("worker %d ended with exit status %s; it is started again in %.1f s", index, status, pause_s)
+            _log.error("worker %d %s; it is started again in %.1f s", index, what, pause_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ending.wait(), pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _work(self, place: Place) -> int:
         """Run a worker once; returns its exit status."""
-        started = self._take_spare() or await self._start()
+        spare = self._take_spare()
+        started = spare or await self._start()
         process = started.process
         with started.stack:
             self._processes[place.index] = process
+            self._beats[process.pid] = time.monotonic() + (_LONGEST_TAKEOVER_S if spare else _LONGEST_START_S)
             started.tell(place)
             if self._ending.is_set():  # it came too late to be ended with the others
                 _tell_to_end(process)
             echoing = asyncio.create_task(self._echo(process, place.index))
-            status = await process.wait()
+            await started.exited.wait()
             del self._processes[place.index]
+            self._beats.pop(process.pid, None)
             # Whoever else holds its standard output, a process that it has started, is not waited for.
             await asyncio.wait((echoing,), timeout=_LAST_WORDS_S)
             echoing.cancel()
-            return status
+            assert process.returncode is not None
+            return process.returncode
 
     async def _echo(self, process: asyncio.subprocess.Process, index: int) -> None:
         """Say what a worker says."""
@@ -291,26 +330,30 @@ class Supervisor:
         command, *rest = self._arguments
         with ExitStack() as stack:
             program = stack.enter_context(self._transport.program([command, "--worker", *rest]))
-            process = await asyncio.create_subprocess_exec(
+            loop = asyncio.get_running_loop()
+            transport, protocol = await loop.subprocess_exec(
+                _Protocol,
                 *program.command,
                 env={**os.environ, **program.environment},
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
+                stderr=None,
                 # What a terminal sends to its foreground group is for the supervisor to pass on.
                 process_group=0,
             )
-            return _Started(process, stack.pop_all())
+            stack.callback(transport.close)
+            return _Started(asyncio.subprocess.Process(transport, protocol, loop), protocol.exited, stack.pop_all())
 
     async def _keep_spare(self) -> None:
-        """Have a spare whenever all serve; not where models are served: to load those takes longest."""
-        if self._config.workers == 1 or self._config.models.any:
-            return
+        """Have a spare whenever all serve."""
         while True:
             await self._spare_wanted.wait()
             self._spare_wanted.clear()
-            if self._spare is None:
-                with contextlib.suppress(OSError):  # no memory or descriptors for now
+            while self._spare is None:
+                try:
                     self._spare = await self._start()
+                except OSError:  # no memory or descriptors for now
+                    await asyncio.sleep(_LONGEST_PAUSE_S)
 
     def _take_spare(self) -> _Started | None:
         spare, self._spare = self._spare, None
@@ -323,7 +366,7 @@ class Supervisor:
         if (spare := self._take_spare()) is not None:
             with spare.stack, contextlib.suppress(ProcessLookupError):
                 spare.process.kill()
-                await spare.process.wait()
+                await spare.exited.wait()
         for process in self._processes.values():
             _tell_to_end(process)
         longest_s = self._config.drain_delay_s + self._config.drain_s + _KILL_AFTER_DRAIN_S

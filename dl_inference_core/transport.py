@@ -211,6 +211,13 @@ class Transport(ABC):
             ConfigError: an address cannot be listened on; a certificate or key cannot be used (it names the file).
         """
 
+    def prepare(self, tls: ClientTls) -> None:
+        """Read what `connect` will need with `tls`, whatever the server's name, which cannot fail for it from then on.
+
+        Raises:
+            ConfigError: a certificate or key cannot be used; it names the file.
+        """
+
     @abstractmethod
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
         """A connection to the node at `address`, "host:port" or "unix:/path"; plaintext without `tls`. Returns at once.

@@ -168,17 +168,18 @@ gRPC's C core shows the first to nobody.
 HEALTH = """\
 | a node | is left out | and back |
 | --- | --- | --- |
-| refuses or drops connections, or says UNAVAILABLE | at once | once a probe passes: after 0.1 s, then every 0.25 s |
+| refuses or drops connections | at once | once a probe passes: after 0.1 s, then every 0.25 s |
+| says UNAVAILABLE, but answers probes | for as long as one probe takes | at once, as one that fails requests |
 | says NOT_SERVING, as one that is about to end | with the next probe | likewise |
 | hangs | within `interval_ms` and `fall` times `timeout_ms`, or by `failures` timeouts and a probe | likewise |
 | is slow, but answers probes | never: that is for the strategy | |
 | fails requests, but answers probes | never, but has only one at a time, at pauses of up to 1 s | when one succeeds |
 
-A node that answers requests is probed in every fifth interval only. One that answers probes and then fails its first
-request again is left out longer each time, up to 1 s. Who is left out is a warning in the log, for each node at most
-every 10 seconds, and counts in `dl_inference_ejections_total`; `dl_inference_node_usable` says how it is now. A
-connection whose data nobody acknowledges for a second (the transports' option `unacknowledged_ms`) is given up, so that
-a path which has healed is found at once.
+A node that answers requests is probed in every fifth interval only. One that is left out again before it has answered a
+request is so longer each time, up to 1 s. Who is left out for longer than that one probe is a warning in the log, for
+each node at most every 10 seconds, and counts in `dl_inference_ejections_total`; `dl_inference_node_usable` says how it
+is now. A connection whose data nobody acknowledges or takes in for two seconds (the transports' option
+`unacknowledged_ms`) is given up, so that a path which has healed is found at once.
 """
 
 TLS = """\

@@ -370,17 +370,17 @@ async def test_ctrl_c_ends_it_too(lab: Lab) -> None:
 async def test_for_a_while_it_says_that_it_is_ending_and_takes_requests(lab: Lab) -> None:
     node = await lab.node()
     for workers_ in ("1", "2"):
-        arguments = ("--config", config(lab, node, more="drain_delay_s = 1.0\n"), "--workers", workers_)
+        arguments = ("--config", config(lab, node, more="drain_delay_s = 2.0\n"), "--workers", workers_)
         async with serving(lab.folder, *arguments) as served:
             await served.ready()
             assert await health(served.address) == "SERVING"
             served.process.send_signal(signal.SIGTERM)
             start = time.monotonic()
             while await health(served.address) == "SERVING":
-                assert time.monotonic() - start < 1.0
+                assert time.monotonic() - start < 2.0
             assert await served.call() == "a"
             assert await served.ended() == 0
-            assert time.monotonic() - start >= 0.9
+            assert time.monotonic() - start >= 1.9
             assert served.log == ""
 
 
@@ -468,14 +468,15 @@ async def test_a_worker_that_is_killed_is_started_again_with_its_address(lab: La
 
 
 async def test_a_worker_that_hangs_is_killed_and_started_again(lab: Lab) -> None:
-    async with workers(lab, await lab.node(), more="hang_s = 1.0\n") as (served, own):
+    async with workers(lab, await lab.node(), more="hang_s = 2.0\n") as (served, own):
         victim, other, spare = served.children()
         os.kill(victim, signal.SIGSTOP)
         said = await served.said(r"worker \d: serving on \S+")
         assert said.split()[-1] in own
-        hangs, ended = served.log.splitlines()[-2:]
-        assert re.search(rf"worker 0 \(process {victim}\) hangs: no sign of life .* for 1\.\d s; it is killed", hangs)
-        assert re.search(r"worker 0 ended with exit status -9; it is started again in 0\.1 s", ended)
+        hangs = rf"worker 0 \(process {victim}\) hangs: no sign of life .* for \d+\.\d s; it is killed\n"
+        assert re.search(
+            rf"{hangs}.*worker 0 ended with exit status -9; it is started again in 0\.1 s", served.log, re.DOTALL
+        )
         assert not alive(victim)
         assert served.children()[:2] == [other, spare]
         assert [await call(address) for address in own] == ["a", "a"]

@@ -39,7 +39,7 @@ def test_each_status_of_a_node_says_whose_fault_it_is_and_is_never_ok(code: Code
         Code.OK: (Code.INTERNAL, Blame.NODE, True),  # an error that says OK
         Code.UNAVAILABLE: (code, Blame.NODE, True),
         Code.RESOURCE_EXHAUSTED: (code, Blame.NODE_SOFTLY, True),
-        Code.CANCELLED: (code, Blame.NOBODY, True),  # by the node: a client's own comes as no status
+        Code.CANCELLED: (code, Blame.NODE_SOFTLY, True),  # by the node: a client's own comes as no status
         Code.DEADLINE_EXCEEDED: (code, Blame.NOBODY, False),  # the client's, until the gateway knows better
         **{failure: (failure, Blame.NODE, True) for failure in FAILURES},
         **{client: (client, Blame.CLIENT, False) for client in CLIENTS},

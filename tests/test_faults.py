@@ -4,18 +4,38 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from bench.faults import chart, course, experiments, figures, gateways, goals, namespaces, original, plan
+from bench.faults import __main__ as faults
+from bench.faults import (
+    chart,
+    course,
+    experiments,
+    figures,
+    gateways,
+    goals,
+    hostile,
+    namespaces,
+    original,
+    plan,
+    sockets,
+)
 from bench.faults.__main__ import _measure, main
+from bench.faults.client import Load
 from bench.faults.course import Pace
 from bench.faults.experiments import Experiment, Findings
 from bench.faults.figures import Attempts, Records
@@ -35,6 +55,17 @@ MACHINE = {
     "python": "3",
     "versions": {"grpcio": "1"},
     "command": "c",
+}
+
+SERIES = {
+    "run": "several",
+    "system": "ours",
+    "load": "67 %",
+    "bin_s": 0.1,
+    "faults": [{"row": "F1", "began": 0.2, "healed": 0.6}],
+    "requests": [5] * 20,
+    "failed": [0] * 19 + [1],
+    "attempts": [[2] * 20, [3] * 20],
 }
 
 
@@ -92,6 +123,8 @@ def test_latency_counts_from_when_a_request_was_due() -> None:
     assert len(found.failed) == 1
     assert len(found.ended_within(1.0, 2.0)) == 1
     assert len(found.due_within(1.0, 2.0)) == 1
+    assert list(found.by_connections([0], 2).due) == [0.0, 2.0]
+    assert len(found.by_connections([], 2)) == 0
     assert math.isnan(found.due_within(5, 6).percentile_ms(99))
 
 
@@ -130,7 +163,29 @@ def test_what_was_not_measured_is_never_met() -> None:
     lost = judged("F1", Finding(row="", system="s", transport="grpcio", figures=values, why="it broke"))
     assert not lost.met
     assert not lost.hard_met
-    assert lost.values()["measured"] is False
+    assert lost.values()["measured"] is None
+
+
+@pytest.mark.parametrize(
+    ("row", "figure", "value"),
+    [
+        ("P1", "unanswered", 1),
+        ("P2", "oversized", 0),
+        ("P4", "connections", 499),
+        ("P5", "sent_reset", 999),
+        ("P5", "sent_ping", 999),
+        ("L1", "cancelled", 0),
+        ("L1", "failed", 1),
+        ("L4", "victims_connections", 0),
+        ("R1", "connections_held", 39),
+        ("F5b", "ejections", 1),
+    ],
+)
+def test_an_attack_that_came_to_nothing_is_not_withstood(row: str, figure: str, value: float) -> None:
+    of_row = (*BY_ID[row].hard, *BY_ID[row].goals)
+    reached = {goal.figure: goal.least if math.isfinite(goal.least) else goal.most for goal in of_row}
+    assert judged(row, finding(**reached)).met
+    assert not judged(row, finding(**reached | {figure: value})).hard_met
 
 
 @pytest.mark.parametrize("broken", [RuntimeError("no such thing"), KeyboardInterrupt()])
@@ -154,6 +209,7 @@ def test_a_run_that_breaks_off_is_reported_and_the_others_are_kept(broken: BaseE
         assert [each.why for each in found] == ["", "interrupted", "interrupted"]
     else:
         assert [bool(each.why) for each in found] == [False, True, False]
+        assert [bool(each.measured) for each in found] == [True, False, True]
         assert "no such thing" in found[1].why
     assert found[0].met
     assert not found[1].met
@@ -161,7 +217,7 @@ def test_a_run_that_breaks_off_is_reported_and_the_others_are_kept(broken: BaseE
 
 def test_every_row_has_goals_or_a_test_that_there_is() -> None:
     for row in ROWS:
-        assert row.goal or row.tests, row.id
+        assert row.goal or row.tests or row.page, row.id
         for test in row.tests:
             file, _, name = test.partition("::")
             assert (ROOT / file).is_file(), test
@@ -205,22 +261,126 @@ def test_the_page_and_the_values_have_every_finding(tmp_path: Path) -> None:
     values = json.loads(json.dumps(report.values(), allow_nan=False))
     assert [each["met"] for each in values["faults"]] == [False, False]
     assert {"id", "strategy", "load", "requests", "failed", "figures", "goal", "met"} <= values["faults"][0].keys()
-    series = {
-        "run": "several",
-        "system": "ours",
-        "load": "67 %",
-        "bin_s": 0.1,
-        "faults": [{"row": "F1", "began": 0.2, "healed": 0.6}],
-        "requests": [5] * 20,
-        "failed": [0] * 19 + [1],
-        "attempts": [[2] * 20, [3] * 20],
-    }
     files = [tmp_path / "one.svg", tmp_path / "two.svg"]
     for file in files:
-        chart.svg([series], file)
+        chart.svg([SERIES], file)
     one, two = (file.read_text(encoding="utf-8") for file in files)
     assert one == two
     assert "ours: 1 of 100 failed" in one
+
+
+OLD = {
+    "machine": MACHINE | {"date": "2026-01-02T01:30:00+00:00", "command": "all of it"},
+    "faults": [
+        {
+            "id": row,
+            "system": system,
+            "transport": transport,
+            "strategy": "",
+            "load": "67 %",
+            "requests": 1,
+            "failed": 0,
+            "figures": {"requests": 20_000, "failed": 0, "recovered_s": None},
+            "goal": "",
+            "missed": [],
+            "met": True,
+            "hard_met": True,
+            "measured": True,
+            "why": "",
+        }
+        for row, system, transport in (("F7", "ours", "grpcio"), ("L2", "ours", "grpcio"), ("F7", "envoy", ""))
+    ],
+    "tests": [],
+}
+"""As it was written when findings did not say when they were measured."""
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A file of figures of 03:04 on the second of January, with its series."""
+    file = tmp_path / "faults.json"
+    file.write_text(json.dumps(OLD), encoding="utf-8")
+    series = [SERIES | {"system": system} for system in ("ours", "envoy")]
+    (tmp_path / "faults-series.json").write_text(json.dumps(series), encoding="utf-8")
+    at = datetime(2026, 1, 2, 3, 4, tzinfo=UTC).timestamp()
+    os.utime(file, (at, at))
+    return file
+
+
+def test_what_is_measured_again_takes_the_place_of_what_was(old: Path) -> None:
+    then = Report.read(old)
+    assert {each.measured for each in then.findings} == {"2026-01-02T03:04+00:00"}
+    assert all(math.isinf(each.figures["recovered_s"]) and not each.met for each in then.findings)
+    again = [
+        judged("L2", replace(finding(passed_on_beyond_ms=0, worked_after=0), system="ours", load="67 %")),
+        judged("F7", Finding(row="", system="ours", transport="grpcio", load="67 %", why="interrupted")),
+        judged("F2", Finding(row="", system="ours", transport="grpcio", load="67 %", why="interrupted")),
+    ]
+    again[0] = replace(again[0], measured="2026-01-03T05:06+00:00")
+    series = [SERIES | {"new": True}]
+    machine = MACHINE | {"date": "2026-01-03T05:00:00+00:00", "command": "a part"}
+    both = Report(machine=machine, findings=again, series=series).over(then)
+    rows = [(each.row, each.system, each.measured[:10]) for each in both.findings]
+    assert rows == [
+        ("F7", "ours", "2026-01-02"),
+        ("L2", "ours", "2026-01-03"),
+        ("F7", "envoy", "2026-01-02"),
+        ("F2", "ours", ""),
+    ]
+    assert [(each["system"], "new" in each) for each in both.series] == [("envoy", False), ("ours", True)]
+    page = both.page()
+    assert "`all of it`, begun on 2026-01-02T01:30:00+00:00" in page
+    assert "NOT met: recovered_s ≤ 1.5 (is never) (2026-01-02T03:04+00:00) |" in page
+    assert "worked_after 0 | met |" in page
+    both.write(old)
+    once_more = Report.read(old)
+    assert once_more.findings == both.findings
+    assert once_more.over(then).first == then.machine
+
+
+def test_a_part_leaves_the_whole_as_it_was_unless_it_is_for_the_page(
+    old: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The exit status is of our gateway alone."""
+    ours, theirs = System(transport="grpcio", strategy="round_robin"), System(name="envoy")
+    found = [
+        judged("L2", replace(finding(passed_on_beyond_ms=0, worked_after=0), system="ours", load="67 %")),
+        judged("L2", replace(finding("", passed_on_beyond_ms=99, worked_after=0), system="envoy", load="67 %")),
+    ]
+    runs = [
+        Experiment(name="L2", rows=("L2",), system=system, load="", seconds=1, run=lambda of=of: Findings(of=[of]))
+        for system, of in zip((ours, theirs), found, strict=True)
+    ]
+    monkeypatch.setattr(plan, "full", lambda *_: runs)
+    monkeypatch.setattr(faults, "_OUT", old)
+    monkeypatch.setattr(faults, "_PART", tmp_path / "part.json")
+    monkeypatch.setattr(faults, "_DOCS", tmp_path)
+    before = old.read_bytes()
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        part = CliRunner().invoke(main, ["--only", "L2"])
+        assert part.exit_code == 0, part.output
+        assert old.read_bytes() == before
+        assert len(Report.read(tmp_path / "part.json").findings) == 2
+        assert not (tmp_path / "reliability.md").exists()
+        for_page = CliRunner().invoke(main, ["--only", "L2", "--docs"])
+        assert for_page.exit_code == 0, for_page.output
+        assert [each.row for each in Report.read(old).findings] == ["F7", "L2", "F7", "L2"]
+        assert "(2026-01-02T03:04+00:00)" in (tmp_path / "reliability.md").read_text(encoding="utf-8")
+        old.write_text("{}", encoding="utf-8")
+        refused = CliRunner().invoke(main, ["--only", "L2", "--docs"])
+        assert refused.exit_code == 2
+        assert "cannot be added to" in refused.output
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+    assert CliRunner().invoke(main, ["--short", "--docs"]).exit_code == 2
+
+
+def test_the_soak_is_cited_with_its_own_date() -> None:
+    page = Report(machine=MACHINE, findings=[], series=[]).page()
+    written = re.search(r" on (2\S+):", (ROOT / "docs" / "soak.md").read_text(encoding="utf-8"))
+    assert written
+    assert f"[docs/soak.md](soak.md), of {written[1]}." in page
 
 
 async def test_the_originals_weights_are_never_set() -> None:
@@ -288,6 +448,36 @@ def test_a_node_behind_a_black_hole_says_nothing_until_it_heals() -> None:
             assert stage.ask("m", timeout_s=5.0) == 0
         finally:
             node.kill()
+
+
+def test_health_that_never_says_otherwise_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    node = Node(tmp_path, 0)
+    node.start()
+    try:
+        with grpc.insecure_channel(node.address) as channel:
+            assert not hostile._until_said(channel, time.monotonic() + 0.2)
+            node.tell(health="not serving")
+            assert hostile._until_said(channel, time.monotonic() + 10)
+    finally:
+        node.kill()
+
+
+def test_a_clients_connections_are_known_by_their_ports(stack: ExitStack) -> None:
+    stage = stack.enter_context(set_up(System(name="original"), nodes=1))
+    (node,) = stage.nodes
+    assert node.server is not None
+    stage.gateway.server.address = node.address
+    port = int(node.address.rpartition(":")[2])
+    with stage.load(Load(rate=200.0, seed=1, connections=3)) as sending:
+        time.sleep(0.3)
+        assert len(set(sending.ports)) == 3
+        assert sockets.accepted(node.server.processes()[0], port) >= set(sending.ports)
+        pid, link = sockets.listener(node.server.processes(), port)
+    assert pid == node.server.processes()[0]
+    assert sockets.listening(port) == {link}
+    came = node.attempts().arrived().port
+    for number, own in enumerate(sending.ports):
+        assert (came == own).sum() == len(sending.records().by_connections([number], 3))
 
 
 def test_a_node_does_as_it_is_told(stack: ExitStack) -> None:

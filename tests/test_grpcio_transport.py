@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dl_inference_core.errors import NodeUnreachable
+from dl_inference_core import grpcio_transport
+from dl_inference_core.errors import NodeGaveUp, NodeUnreachable
 from dl_inference_core.grpcio_transport import GrpcioTransport, TlsConnection
 from dl_inference_core.testing import TransportConformance
 from dl_inference_core.testing.loopback import (
@@ -19,11 +21,13 @@ from dl_inference_core.testing.loopback import (
     echo,
     error_of,
     official,
+    reached,
     serving,
     warm,
 )
+from dl_inference_core.testing.transport_servers import send_call
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Call, Limits
+from dl_inference_core.transport import Call, Limits, Methods
 
 
 class TestGrpcioTransport(TransportConformance):
@@ -136,3 +140,44 @@ async def test_a_channel_argument_goes_before_an_option() -> None:
         assert entered == 1
         release.set()
         await asyncio.gather(*calls)
+
+
+async def test_calls_of_a_server_that_has_ended_do_not_go_on_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpcio_transport, "_RETIRED_S", 0.1)
+    hold = Hold()
+    async with serving(make(), {HOLD: hold}) as address, connected(make(), address) as connection:
+        call = asyncio.ensure_future(error_of(connection.call(Call(method=HOLD, request=b""))))
+        await hold.was_entered()
+        await send_call(address, b"\xff")
+        await hold.was_cancelled(5)
+        assert isinstance(await call, NodeGaveUp | NodeUnreachable)
+
+
+async def test_a_server_listens_again_once_it_can_and_the_socket_of_the_one_that_has_ended_has_gone(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def said() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        return [message for message in messages if "cannot listen again yet" in message]
+
+    with tempfile.TemporaryDirectory(prefix="dl-", dir="/tmp") as place:
+        folder, moved = Path(place) / "folder", Path(place) / "moved"
+        folder.mkdir()
+        server = await make().serve(Methods(unary={ECHO: echo}), (f"unix:{folder}/socket",), Limits())
+        try:
+            folder.rename(moved)
+            await send_call(f"unix:{moved}/socket", b"\xff")
+            for _ in range(1000):
+                if said():
+                    break
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # some more attempts
+            moved.rename(folder)
+            await asyncio.sleep(0.2)
+            (folder / "socket").unlink()  # as the server that has ended does, be it late
+            async with connected(make(), f"unix:{folder}/socket") as connection:
+                await reached(connection, 5)
+            (message,) = said()
+            assert message.endswith(f"there is no folder {folder}")
+        finally:
+            await server.drain(0)

@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from bench.simulation.course import Figures, simulate
 from bench.simulation.node import Behaviour, Node
 from bench.simulation.scenarios import BY_NAME
 from dl_inference_core.errors import DeadlineExceeded, NodeFailed, NodeUnreachable
-from dl_inference_core.transport import Call
+from dl_inference_core.gateway.forwarding import Forwarder
+from dl_inference_core.transport import Call, Message
+from dl_inference_core.wire.protocol import Protocol
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "dynamic_weighted_round_robin"
@@ -53,6 +56,23 @@ def test_the_page_shows_the_table() -> None:
         for scenario, by_strategy in WANTED.items()
     }
     assert (ROOT / "docs" / "simulation.md").read_text(encoding="utf-8") == report.page(results)
+
+
+def test_what_fails_in_one_request_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, asked = Forwarder.answer, 0
+
+    async def fail_once(self: Forwarder, call: Call, protocol: Protocol) -> Message:
+        nonlocal asked
+        asked += 1
+        if asked == 10:
+            raise ZeroDivisionError("of no error that a client is told")
+        return await answer(self, call, protocol)
+
+    monkeypatch.setattr(Forwarder, "answer", fail_once)
+    scenario = replace(BY_NAME[SINKHOLE], warm_s=0.2, fault_s=2.0, after_s=2.0)
+    with pytest.raises(ZeroDivisionError):
+        simulate(scenario, DEFAULT)
+    assert asked > 100
 
 
 def test_no_strategy_attracts_requests_to_a_node_that_fails() -> None:

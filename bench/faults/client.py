@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import uvloop
 
 from bench.contract import SERVING
-from bench.faults import control
+from bench.faults import control, sockets
 from dl_inference_core.client import build
 
 NAME, TASK = "m", 7
@@ -85,8 +86,18 @@ class _Client:
             self._stopped.set()
         self._load = replace(self._load, **settings)
 
-    async def connect(self) -> None:
-        await asyncio.gather(*(channel.channel_ready() for channel in self._channels))
+    async def connect(self, port: int) -> list[int]:
+        """One channel after the other; returns its own port of each one's connection to `port`.
+
+        Raises:
+            ValueError: a channel has not made one connection.
+        """
+        own: list[int] = []
+        for channel in self._channels:
+            await channel.channel_ready()
+            (new,) = sockets.opened(os.getpid(), port).difference(own)
+            own.append(new)
+        return own
 
     async def run(self) -> array[float]:
         """Send until it is stopped; returns the records of all that was sent, once all of it has ended."""
@@ -143,9 +154,10 @@ def _request(load: Load, protocol: str) -> tuple[str, bytes]:
 
 
 async def _send(address: str, records: str, path: str, load: str) -> None:
-    """Send to `address` until told to stop on `path`, then write the records."""
+    """Send to `address` until told to stop on `path`, then write the records; the ports are beside them before."""
     client = _Client(address, Load(**json.loads(load)))
-    await client.connect()
+    ports = await client.connect(int(address.rpartition(":")[2]))
+    Path(records).with_suffix(".ports").write_text(json.dumps(ports))
     await control.listen(Path(path), client.apply)
     print(f"serving on {path}", flush=True)
     content = (await client.run()).tobytes()

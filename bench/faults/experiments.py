@@ -176,6 +176,7 @@ def client_faults(system: System, load: str, pace: Pace, seed: int) -> Findings:
     rate = LOADS[load]
     with course.run(system, rate, seed, load={"deadline_ms": 2000.0}) as run:
         run.warm(pace.warm_s)
+        ejections = run.stage.ejections()
         with run.fault("F5b", 0, after_s=0.0) as codes:
             run.stage.nodes[0].tell(status=INVALID_ARGUMENT)
             run.wait(pace.fault_s)
@@ -184,6 +185,7 @@ def client_faults(system: System, load: str, pace: Pace, seed: int) -> Findings:
             run.sending.change(cancel_ms=15.0)
             run.wait(pace.fault_s)
             run.sending.change(cancel_ms=0.0)
+        ejected = run.healthy_ejected(ejections, ())
     least, most = math.inf, -math.inf
     for begin, end in ((codes.began, codes.healed), (cancels.healed + 0.5, cancels.until)):
         low, high = run.fair_shares(begin, end)
@@ -193,6 +195,7 @@ def client_faults(system: System, load: str, pace: Pace, seed: int) -> Findings:
     values = run.plain() | {
         "failed": len(wrong),
         "retries": max(0, came - len(run.requests)),
+        "ejections": ejected,
         "starved_seconds": figures.starved_seconds(run.attempts, range(NODES), run.control[0], cancels.until),
         "least_share_of_fair": least,
         "most_share_of_fair": most,

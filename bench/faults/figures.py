@@ -41,6 +41,10 @@ class Records:
     def ended_within(self, begin: float, end: float) -> Records:
         return self.among((self.ended >= begin) & (self.ended < end))
 
+    def by_connections(self, some: Sequence[int], count: int) -> Records:
+        """Those by `some` of the `count` connections that the client takes in turn; of all that it has sent."""
+        return self.among(np.isin(np.arange(len(self)) % count, some))
+
     @property
     def succeeded(self) -> Records:
         return self.among(self.code == _OK)

@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 
 from bench.contract import HEALTH, SERVING
-from bench.faults import attacks, course, figures
+from bench.faults import attacks, course, figures, sockets
 from bench.faults.attacks import Tally
 from bench.faults.client import NAME, OPTIONS
 from bench.faults.course import INTERNAL, LOADS, Course, Pace
@@ -34,7 +34,7 @@ from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 _LOAD = "40 %"
-_CANCELLED, _INVALID_ARGUMENT, _NOT_FOUND = 1, 3, 5
+_OK, _CANCELLED, _INVALID_ARGUMENT, _NOT_FOUND = 0, 1, 3, 5
 _INFER = PROTOCOLS["openinference"].node_method
 _SELDON = PROTOCOLS["seldon"].node_method
 _TLS_HELLO = bytes.fromhex("160301003101000100") + bytes(40)
@@ -43,6 +43,8 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("0000000400000000
 _TRUNCATED = _PREFACE + bytes.fromhex("0000ff010400000001") + b"\x82"
 _SLOW: tuple[attacks.Slow, ...] = ("silent", "headers", "body", "window")
 _LARGE: tuple[attacks.Large, ...] = ("announced", "sent", "bomb")
+_CONNECTIONS = 500
+_FILES_LEFT = 40
 _SAMPLE_S = 0.1
 _CANCEL_MS = 100.0
 _DEADLINE_MS = 200.0
@@ -91,11 +93,11 @@ def _attacking(attack: Callable[[], AbstractAsyncContextManager[Tally]]) -> Iter
         raise RuntimeError(f"the attack ended: {failed[0]!r}")
 
 
-def _memory_while(stage: Stage, seconds: float) -> float:
-    """The most megabytes that the gateway came to."""
+def _most_while(seconds: float, measure: Callable[[], float]) -> float:
+    """The most that `measure` came to, looked at again and again for so long."""
     most, end = 0.0, time.monotonic() + seconds
     while time.monotonic() < end:
-        most = max(most, stage.gateway.server.memory_mb())
+        most = max(most, measure())
         time.sleep(_SAMPLE_S)
     return most
 
@@ -106,7 +108,7 @@ def _attacked(
     """An attack under load: when it was, what it came to, and by how many megabytes the gateway grew."""
     before = run.stage.gateway.server.memory_mb()
     with run.fault(row, after_s=1.0) as mark, _attacking(attack) as tally:
-        most = _memory_while(run.stage, pace.fault_s)
+        most = _most_while(pace.fault_s, run.stage.gateway.server.memory_mb)
         mark.healed = time.monotonic()
     return mark, tally, most - before
 
@@ -132,7 +134,7 @@ def odd_tasks(system: System, pace: Pace, seed: int) -> Findings:
     unanswered = sum(code not in (_INVALID_ARGUMENT, _NOT_FOUND) for code in codes)
     values = {
         "requests": len(codes),
-        "failed": 0,
+        "failed": unanswered,
         "unanswered": unanswered,
         "node_calls": came,
         "p99_ms": float(np.percentile(times, 99)) * 1000,
@@ -151,7 +153,7 @@ def _odd_requests() -> Iterator[tuple[str, bytes]]:
 def large_messages(system: System, pace: Pace, seed: int) -> Findings:
     """Messages that are too large, said to be, or only once they are unpacked."""
     limit_mb = 10.0
-    ratios, grown, wrong, shares, failed = [], [], 0, [], 0
+    ratios, grown, sent, wrong, shares, failed = [], [], [], 0, [], 0
     with course.run(system, LOADS[_LOAD], seed) as run:
         run.warm(pace.warm_s)
         address = run.stage.gateway.server.address
@@ -172,6 +174,7 @@ def large_messages(system: System, pace: Pace, seed: int) -> Findings:
             )
             marks.append(mark)
             grown.append(growth)
+            sent.append(tally.sent)
             wrong += sum(count for status, count in tally.statuses.items() if status != "8")
     for mark in marks:
         ratios.append(run.p99_ratio(mark.began, mark.healed))
@@ -179,6 +182,7 @@ def large_messages(system: System, pace: Pace, seed: int) -> Findings:
         failed += len(run.requests.failed.ended_within(mark.began, mark.until))
     values = run.plain() | {
         "failed": failed,
+        "oversized": min(sent),
         "not_resource_exhausted": wrong,
         "memory_of_limit": max(0.0, *grown) / limit_mb,
         "p99_ratio": worst(ratios),
@@ -229,15 +233,15 @@ def slow_clients(system: System, pace: Pace, seed: int) -> Findings:
         run.warm(pace.warm_s)
         address = run.stage.gateway.server.address
         _, body = build(NAME, {"x": np.zeros(64, np.uint8)}, protocol="openinference")
-        marks, grown = [], []
+        marks, grown, tallies = [], [], []
         for kind in _SLOW:
-            mark, _, growth = _attacked(
+            mark, tally, growth = _attacked(
                 run,
                 "P4",
                 partial(
                     attacks.slow_connections,
                     address,
-                    500,
+                    _CONNECTIONS,
                     kind,
                     method=HEALTH if kind == "window" else _INFER,
                     message=b"" if kind == "window" else body,
@@ -246,8 +250,11 @@ def slow_clients(system: System, pace: Pace, seed: int) -> Findings:
             )
             marks.append(mark)
             grown.append(growth)
+            tallies.append(tally)
     values = run.plain() | {
-        "p99_ratio": worst([run.p99_ratio(mark.began + 1.0, mark.healed) for mark in marks]),
+        "connections": min(tally.connections for tally in tallies),
+        "closed_by_gateway": max(tally.closed for tally in tallies),
+        "p99_ratio": worst([run.p99_ratio(mark.began, mark.healed) for mark in marks]),
         "memory_mb": max(grown),
     }
     return Findings(of=[judged("P4", finding(system, _LOAD, values))])
@@ -263,9 +270,16 @@ def floods(system: System, pace: Pace, seed: int) -> Findings:
             lambda: attacks.rapid_reset(address, method=_INFER, message=body),
             lambda: attacks.ping_flood(address),
         )
-        marks = [_attacked(run, "P5", flood, pace)[0] for flood in floods]
-    reset, ping = (run.p99_ratio(mark.began, mark.healed) for mark in marks)
-    values = run.plain() | {"p99_ratio": worst([reset, ping]), "p99_ratio_reset": reset, "p99_ratio_ping": ping}
+        attacked = [_attacked(run, "P5", flood, pace) for flood in floods]
+    reset, ping = (run.p99_ratio(mark.began, mark.healed) for mark, _, _ in attacked)
+    sent_reset, sent_ping = (tally.sent for _, tally, _ in attacked)
+    values = run.plain() | {
+        "sent_reset": sent_reset,
+        "sent_ping": sent_ping,
+        "p99_ratio": worst([reset, ping]),
+        "p99_ratio_reset": reset,
+        "p99_ratio_ping": ping,
+    }
     return Findings(of=[judged("P5", finding(system, _LOAD, values))])
 
 
@@ -294,7 +308,7 @@ def cancels(system: System, pace: Pace, seed: int) -> Findings:
     seen = np.sort(np.concatenate([node.cancelled().at for node in run.attempts]))
     alike = len(cancelled) == len(seen) > 0
     values = run.plain() | {
-        "failed": 0,
+        "failed": int((~np.isin(run.requests.code, (_OK, _CANCELLED))).sum()),
         "cancelled": len(cancelled),
         "cancels_missed": max(0, len(cancelled) - len(seen)),
         "seen_after_ms": float(np.percentile(seen - cancelled, 99)) * 1000 if alike else math.nan,
@@ -339,7 +353,7 @@ def ended(system: System, pace: Pace, seed: int) -> Findings:
             call(channel, HEALTH, b"")
             told = time.monotonic()
             server.send_signal(signal.SIGTERM)
-            said = _until_said(channel)
+            said = _until_said(channel, told + _GRACE_S + delay_s + 10.0)
         status, over = _exit_of(pid, told + _GRACE_S + delay_s + 10.0)
     values = run.plain() | {
         "exit_status": status,
@@ -350,13 +364,14 @@ def ended(system: System, pace: Pace, seed: int) -> Findings:
     return Findings(of=[judged("L3", finding(system, "67 %", values))])
 
 
-def _until_said(channel: Any) -> bool:
-    """Whether health said that it does not serve before it said nothing any more."""
-    while True:
+def _until_said(channel: Any, deadline: float) -> bool:
+    """Whether health said that it does not serve, before it said nothing any more and before `deadline`."""
+    while time.monotonic() < deadline:
         code, body = call(channel, HEALTH, b"")
         if code or body != SERVING:
             return not code
         time.sleep(0.005)
+    return False
 
 
 def _exit_of(pid: int, deadline: float) -> tuple[float, float]:
@@ -379,24 +394,30 @@ def worker_killed(system: System, pace: Pace, seed: int) -> Findings:
         run.wait(pace.fault_s)
         server = run.stage.gateway.server
         port = int(server.address.rpartition(":")[2])
-        listening = _listening(port)
-        victim, its = _listener(server.processes()[1:], listening)
+        listening = sockets.listening(port)
+        victim, its = sockets.listener(server.processes()[1:], port)
+        taken = sockets.accepted(victim, port)
         with run.fault("L4", after_s=0.0) as mark:
             os.kill(victim, signal.SIGKILL)
-            until(lambda: its not in _listening(port), 5.0, "the killed worker still listens")
+            until(lambda: its not in sockets.listening(port), 5.0, "the killed worker still listens")
             try:
-                respawned = until(lambda: len(_listening(port)) >= len(listening), 15.0, "no new worker")
+                respawned = until(lambda: len(sockets.listening(port)) >= len(listening), 15.0, "no new worker")
             except RuntimeError:
                 respawned = math.inf
             mark.healed = time.monotonic()
             run.wait(pace.after_s)
             sick = (mark.healed, time.monotonic())
     requests = run.requests
-    in_flight = requests.among((requests.sent < mark.began + 0.02) & (requests.ended >= mark.began))
+    ports = run.sending.ports
+    victims = [number for number, own in enumerate(ports) if own in taken]
+    its_requests = requests.by_connections(victims, len(ports))
+    in_flight = its_requests.among((its_requests.sent < mark.began + 0.02) & (its_requests.ended >= mark.began))
     before = requests.failed.ended_within(0.0, mark.began)
     values = run.plain() | {
         "failed": len(requests.failed),
         "failed_before": len(before),
+        "victims_connections": len(victims),
+        "victims_in_flight": len(in_flight),
         "failed_beyond_in_flight": max(0, len(requests.failed) - len(before) - len(in_flight)),
         "failed_later": len(requests.failed.among(requests.failed.sent >= mark.began + 0.02)),
         "respawned_s": respawned,
@@ -405,39 +426,19 @@ def worker_killed(system: System, pace: Pace, seed: int) -> Findings:
     return Findings(of=[judged("L4", finding(two, "67 %", values))], series=[])
 
 
-def _listening(port: int) -> set[str]:
-    """The sockets that listen on a port of this machine, each process's own; as links in /proc name them."""
-    lines = [line for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
-    parts = [line.split() for line in lines]
-    return {f"socket:[{each[9]}]" for each in parts if each[3] == "0A" and int(each[1].rpartition(":")[2], 16) == port}
-
-
-def _listener(processes: list[int], sockets: set[str]) -> tuple[int, str]:
-    """One of the processes that listens on one of the sockets, and on which.
-
-    Raises:
-        RuntimeError: there is none.
-    """
-    for pid in processes:
-        with suppress(OSError):
-            for link in Path(f"/proc/{pid}/fd").iterdir():
-                if (found := str(link.readlink())) in sockets:
-                    return pid, found
-    raise RuntimeError("no process of the gateway listens on its port")
-
-
 def descriptors(system: System, pace: Pace, seed: int) -> Findings:
     """More connections than the gateway may have files open; then they go."""
     with course.run(system, LOADS[_LOAD], seed) as run:
         run.warm(pace.warm_s)
         stage = run.stage
-        for pid in stage.gateway.server.processes():
+        before = {pid: _open_files(pid) for pid in stage.gateway.server.processes()}
+        for pid, count in before.items():
             _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (_open_files(pid) + 40, hard))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (count + _FILES_LEFT, hard))
         address = stage.gateway.server.address
         with run.fault("R1", after_s=1.0) as mark:
             with _attacking(lambda: attacks.slow_connections(address, 200, "silent")):
-                run.wait(pace.fault_s)
+                held = _most_while(pace.fault_s, lambda: max(_open_files(pid) - count for pid, count in before.items()))
             mark.healed = time.monotonic()
             try:
                 again = until(lambda: stage.ask(NAME) == 0, 10.0, "it does not answer new connections")
@@ -447,6 +448,7 @@ def descriptors(system: System, pace: Pace, seed: int) -> Findings:
     during = run.requests.due_within(mark.began, mark.healed)
     values = run.plain() | {
         "alive": float(alive),
+        "connections_held": held,
         "normal_again_s": again,
         "failed_on_open_connections": len(during.failed),
     }
@@ -454,4 +456,7 @@ def descriptors(system: System, pace: Pace, seed: int) -> Findings:
 
 
 def _open_files(pid: int) -> int:
-    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    """0 once it has ended."""
+    with suppress(OSError):
+        return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+    return 0

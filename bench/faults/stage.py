@@ -224,6 +224,12 @@ class Sending:
     def ended(self) -> bool:
         return _gone(self._server)
 
+    @property
+    def ports(self) -> list[int]:
+        """Of its connections when it began; request after request it takes the next of them."""
+        found: list[int] = json.loads(self._file.with_suffix(".ports").read_text())
+        return found
+
     def records(self) -> Records:
         """Of all that it has sent; once it has finished."""
         return figures.records(self._file)

@@ -110,6 +110,7 @@ class _Run:
         )
         self._requests: list[_Request] = []
         self._under_way: dict[asyncio.Task[None], None] = {}
+        self._error: BaseException | None = None
 
     def _route(self, *, joined: bool) -> RouteConfig:
         nodes = [
@@ -133,11 +134,15 @@ class _Run:
             task.add_done_callback(self._over)
             await asyncio.sleep(self._random.expovariate(scenario.rate))
         await fate
-        await asyncio.gather(*self._under_way)
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._forwarder.close()
+        if self._error is not None:
+            raise self._error
 
     def _over(self, task: asyncio.Task[None]) -> None:
         del self._under_way[task]
+        if not task.cancelled():
+            self._error = self._error or task.exception()
 
     async def _befall(self) -> None:
         scenario = self._scenario

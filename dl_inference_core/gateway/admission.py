@@ -56,6 +56,8 @@ class Admission:
         self._per_node = sys.maxsize
         self._queue = 0
         self._waiting: deque[_Waiter] = deque()
+        self._retrying: deque[_Waiter] = deque()
+        """Those of them that were tried: what they may have differs from what the others may."""
         self._seen: Sequence[Node] = ()
         self._open: Sequence[Node] | None = None
         self.name = ""
@@ -98,7 +100,7 @@ class Admission:
         Raises:
             Overloaded: the queue is full, or the time would not suffice.
         """
-        if not self._waiting and (nodes := self.room(tried)):
+        if (nodes := self.room(tried)) and (not self._waiting or self._next() is None):
             return nodes
         nodes = self._eligible(tried)
         return await self._wait(tried, end, len(nodes)) if nodes else ()
@@ -114,6 +116,8 @@ class Admission:
             raise self._refused("no_time", f"with {before} requests before it this one would not be answered in time")
         waiter = _Waiter(tried)
         self._waiting.append(waiter)
+        if tried:
+            self._retrying.append(waiter)
         timer = asyncio.get_running_loop().call_later(left_s, waiter.give_up)
         found: Sequence[Node] = ()
         try:
@@ -124,10 +128,14 @@ class Admission:
                     raise self._refused("no_time", "none had room in time")
                 waiter.look = asyncio.get_running_loop().create_future()
                 found = self.room(tried)
+                if not found:
+                    self.wake()  # what was there has gone, but perhaps not for everybody
             return found
         finally:
             timer.cancel()
             self._waiting.remove(waiter)
+            if tried:
+                self._retrying.remove(waiter)
             if not found:
                 self.wake()  # it may have been this one's turn
 
@@ -147,16 +155,21 @@ class Admission:
         """Let the first who could use what there is look again; it sees to the next by `began`."""
         if not self._waiting:
             return
+        if self._per_node == sys.maxsize or not self._eligible(()):  # there is nothing to wait for
+            for waiter in self._waiting:
+                waiter.wake()
+        elif (first := self._next()) is not None:
+            first.wake()
+
+    def _next(self) -> _Waiter | None:
+        """The first of those that wait that could use what there is; or that looks already, as soon as it runs."""
         nodes = self.room(())
-        nothing_to_wait_for = self._per_node == sys.maxsize or not self._eligible(())
-        for waiter in self._waiting if nodes or nothing_to_wait_for else ():
-            if nothing_to_wait_for:
-                waiter.wake()
-            elif waiter.look.done():
-                return
-            elif not waiter.tried or any(node not in waiter.tried for node in nodes):
-                waiter.wake()
-                return
+        for waiter in self._waiting if nodes else self._retrying:
+            if waiter.look.done() or (nodes and not waiter.tried):
+                return waiter
+            if waiter.tried and (self.room(waiter.tried) or not self._eligible(waiter.tried)):
+                return waiter
+        return None
 
     def _refused(self, reason: str, why: str) -> Overloaded:
         self._metrics.rejection(self.name, reason)

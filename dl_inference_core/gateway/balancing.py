@@ -36,7 +36,7 @@ class Outcome(enum.Enum):
 
     SUCCESS = "success"
     FAILURE = "failure"  # the node's fault: unreachable, timed out, internal error, no proper answer
-    OVERLOAD = "overload"  # the node said RESOURCE_EXHAUSTED
+    OVERLOAD = "overload"  # the node said RESOURCE_EXHAUSTED, or CANCELLED
     NEUTRAL = "neutral"  # says nothing of the node: the client's fault, or the client left
 
 

@@ -8,8 +8,10 @@ be looked up keeps the addresses that it had.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TypeAlias
@@ -21,7 +23,7 @@ PREFIX = "dns:///"
 _START_S = 1.0
 _HASTY_S = 1.0
 _LONGEST_LOOK_S = 0.25
-# A look-up may hold a thread of the event loop's few for as long as name servers do not answer.
+# Each holds a thread for as long as name servers do not answer.
 _AT_ONCE = 2
 
 Resolve: TypeAlias = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -36,10 +38,35 @@ Complain: TypeAlias = Callable[[str, str], None]
 
 
 async def resolve(name: str, port: int) -> list[str]:
-    """The system's `Resolve`: hosts file, name servers, or whatever else it is told to ask; IPv4 and IPv6 addresses."""
-    found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
-    hosts = [str(where[0]) for *_, where in found]
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts]
+    """The system's `Resolve`: hosts file, name servers, or whatever else it is told to ask; IPv4 and IPv6 addresses.
+
+    It runs on a thread of its own, which the end of the process does not wait for as it would for the event loop's.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[list[str]] = loop.create_future()
+
+    def settle(hosts: list[str], error: Exception | None) -> None:
+        if answer.done():  # nobody waits for it any more
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(hosts)
+
+    def look_up() -> None:
+        hosts, failure = [], None
+        try:
+            hosts = [str(where[0]) for *_, where in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)]
+        except Exception as error:
+            failure = error
+        with contextlib.suppress(RuntimeError):  # the event loop has closed
+            loop.call_soon_threadsafe(settle, hosts, failure)
+
+    try:
+        threading.Thread(target=look_up, name=f"look up {name}", daemon=True).start()
+    except RuntimeError as error:  # there are too many
+        raise OSError(str(error)) from error
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in await answer]
 
 
 class Names:
@@ -121,8 +148,12 @@ class Names:
             now = time.monotonic()
             for name in self._names.values():
                 since_s = now - name.began
-                if since_s >= name.interval_s or (since_s >= hasty_s and not all(map(self._usable, name.nodes(1)))):
+                if since_s >= name.interval_s or (since_s >= hasty_s and not self._well(name)):
                     self._begin(name)
+
+    def _well(self, name: _Name) -> bool:
+        """Whether requests may go to each of its addresses, of which there are some."""
+        return bool(name.addresses) and all(map(self._usable, name.nodes(1)))
 
     def _begin(self, name: _Name) -> None:
         if name.busy:

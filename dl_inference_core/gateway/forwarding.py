@@ -12,6 +12,7 @@ from dl_inference_core.errors import (
     AnswerMalformed,
     AttemptTimedOut,
     Blame,
+    Code,
     DeadlineExceeded,
     InferenceError,
     NodeFailed,
@@ -31,6 +32,8 @@ from dl_inference_core.wire.protocol import Protocol, well_formed
 _OUTCOMES = {Blame.NODE: Outcome.FAILURE, Blame.NODE_SOFTLY: Outcome.OVERLOAD}
 _HEDGE_RESERVE = 10
 _FIRST, _HEDGE = "attempt", "hedge"
+_EARLY_S = 0.01
+_WHOLE = 0.9
 
 Answer: TypeAlias = "tuple[Message, list[tuple[str, str | bytes]]]"
 """A node's answer, and what came beside it."""
@@ -42,6 +45,7 @@ class Forwarder:
     def __init__(self, config: RouteConfig, pool: Pool, balancer: Balancer, metrics: Metrics) -> None:
         self.config = config
         self.pool = pool
+        pool.changed = self._changed
         pool.returned = self._returned
         self._metrics = metrics
         self._picker = Picker(balancer, metrics)
@@ -99,7 +103,7 @@ class Forwarder:
         if call.deadline is not None and call.deadline < end:
             end = call.deadline
         tried: list[Node] = []
-        nodes = (self._second_chance and self.pool.due()) or (
+        nodes = (self._second_chance and self._retries.left and self.pool.due()) or (
             await self._admission.admit(tried, end) if self._limited else self.pool.usable()
         )
         if not nodes:
@@ -107,6 +111,7 @@ class Forwarder:
         while True:
             node = self._picker.choose(nodes, call)
             tried.append(node)
+            self._take(node)
             try:
                 if self.config.hedge:
                     answer, trailers = await self._race(node, tried, call, protocol, end)
@@ -152,7 +157,14 @@ class Forwarder:
         """Whether attempts are left, and an answer could come in time: the quickest of the last ones would."""
         return len(tried) < self.config.attempts and time.monotonic() + self._recent.least_s < end
 
+    def _take(self, node: Node) -> None:
+        """Count an attempt. `_attempt` is to follow at once, which gives the place back."""
+        node.in_flight += 1
+        if self._limited:
+            self._admission.began(node)
+
     async def _attempt(self, node: Node, call: Call, protocol: Protocol, end: float) -> Answer:
+        """One attempt, on a node whose place was taken."""
         start = time.monotonic()
         outgoing = Call(
             method=protocol.node_method,
@@ -161,9 +173,6 @@ class Forwarder:
             deadline=min(start + self._timeout_s, end),
         )
         outcome = Outcome.NEUTRAL
-        node.in_flight += 1
-        if self._limited:
-            self._admission.began(node)
         try:
             answer = await node.endpoint.connection.call(outgoing)
             if not well_formed(answer):
@@ -171,7 +180,7 @@ class Forwarder:
         except InferenceError as error:
             cause = error.__cause__
             # No other name: an exception that its own traceback leads to is garbage.
-            error = self._judged(node, error, outgoing, call.deadline)
+            error = self._judged(node, error, outgoing, start, call.deadline)
             error.trailers = outgoing.trailers
             outcome = _OUTCOMES.get(error.blame, Outcome.NEUTRAL)
             if outcome is Outcome.FAILURE:
@@ -186,18 +195,27 @@ class Forwarder:
             self._ended(node, outcome, time.monotonic() - start, outgoing)
 
     def _judged(
-        self, node: Node, error: InferenceError, outgoing: Call, client_deadline: float | None
+        self, node: Node, error: InferenceError, outgoing: Call, start: float, client_deadline: float | None
     ) -> InferenceError:
         """`error` with what only the gateway knows: whose deadline passed, and which node it was."""
         if isinstance(error, DeadlineExceeded):
-            if outgoing.deadline == client_deadline:
+            assert outgoing.deadline is not None
+            if time.monotonic() < outgoing.deadline - _EARLY_S:  # a deadline of the node's own
+                error = NodeFailed(str(error), Code.DEADLINE_EXCEEDED)
+            elif outgoing.deadline == client_deadline:
                 return error
-            return AttemptTimedOut(
-                f"route {self.name}: node {node.address} did not answer within {self.config.timeout_ms} ms"
-            )
+            else:
+                return self._timed_out(node, outgoing.deadline - start)
         if error.blame in _OUTCOMES:
             error.args = (f"route {self.name}: node {node.address}: {error}",)
         return error
+
+    def _timed_out(self, node: Node, given_s: float) -> InferenceError:
+        """It is the node's fault, unless too little time was left by a wait in the queue."""
+        said = f"route {self.name}: node {node.address} did not answer within"
+        if not self._limited or given_s >= _WHOLE * self._timeout_s:
+            return AttemptTimedOut(f"{said} {self.config.timeout_ms} ms")
+        return DeadlineExceeded(f"{said} {given_s * 1000:.0f} ms, all that was left of the time for this request")
 
     def _ended(self, node: Node, outcome: Outcome, seconds: float, outgoing: Call) -> None:
         """Tell everybody of an attempt; each decides for itself what it makes of it."""
@@ -217,6 +235,29 @@ class Forwarder:
             self._picker.report(node, load)
         self._picker.record(node, outcome, seconds)
 
+    def _raced(self, node: Node, call: Call, protocol: Protocol, end: float, name: str) -> asyncio.Task[Answer]:
+        """`_attempt` in a task, which gives the place back even if it is cancelled before it has begun."""
+        place = [node]
+
+        async def attempt() -> Answer:
+            return await self._attempt(place.pop(), call, protocol, end)
+
+        def ended(_: asyncio.Task[Answer]) -> None:
+            if place:
+                self._give_back(place.pop())
+
+        task = asyncio.create_task(attempt(), name=name)
+        task.add_done_callback(ended)
+        return task
+
+    def _give_back(self, node: Node) -> None:
+        """Count an attempt no longer that has not begun."""
+        node.in_flight -= 1
+        if self._limited:
+            self._admission.ended(node)
+        if node.removed and not node.in_flight:
+            node.idle.set()
+
     async def _race(self, node: Node, tried: list[Node], call: Call, protocol: Protocol, end: float) -> Answer:
         """`_attempt`; but if it takes longer than most have lately, one on another node beside it: the first answer
         counts, and the other attempt is cancelled. If one fails the other may still answer."""
@@ -226,12 +267,13 @@ class Forwarder:
             return await self._attempt(node, call, protocol, end)
         begun = time.monotonic()
         # No name is kept of a task that failed: its exception leads back to this frame, and they would be garbage.
-        racing = {asyncio.create_task(self._attempt(node, call, protocol, end), name=_FIRST)}
+        racing = {self._raced(node, call, protocol, end, _FIRST)}
         try:
             done, racing = await asyncio.wait(racing, timeout=late_s)
             if not done and (second := self._second(tried, call, end)) is not None:
                 tried.append(second)
-                racing.add(asyncio.create_task(self._attempt(second, call, protocol, end), name=_HEDGE))
+                self._take(second)
+                racing.add(self._raced(second, call, protocol, end, _HEDGE))
             while True:
                 if not done:
                     done, racing = await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
@@ -239,9 +281,9 @@ class Forwarder:
                     if any(task.get_name() == _FIRST for task in racing):
                         self._recent.add(time.monotonic() - begun)  # at least; it is among the slowest in any case
                     return answered[0].result()
-                if not racing or not all(_may_go_elsewhere(task.exception()) for task in done):
-                    return done.pop().result()
-                done = set()
+                failed, done = sorted(done, key=_may_go_elsewhere, reverse=True), set()
+                if not racing or not _may_go_elsewhere(failed[-1]):
+                    return failed.pop().result()
         finally:
             for task in racing:
                 task.cancel()
@@ -265,6 +307,8 @@ class Forwarder:
 
     def _returned(self, node: Node) -> None:
         self._picker.returned(node)
+
+    def _changed(self) -> None:
         self._admission.wake()
 
     async def close(self) -> None:
@@ -273,7 +317,8 @@ class Forwarder:
         await asyncio.gather(*(self.pool.retire(node) for node in gone))
 
 
-def _may_go_elsewhere(error: BaseException | None) -> bool:
+def _may_go_elsewhere(failed: asyncio.Task[Answer]) -> bool:
+    error = failed.exception()
     return isinstance(error, InferenceError) and error.another_node
 
 

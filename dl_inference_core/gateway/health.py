@@ -1,6 +1,9 @@
 """Which nodes may be chosen: judged from what requests meet, from probes, and from what other processes say.
 
-- A node that cannot be reached is left out at once, and so is one that says NOT_SERVING: neither is a matter of chance.
+- A node that probes cannot reach is left out, and so is one that says NOT_SERVING: neither is a matter of chance.
+- An attempt that ends with UNAVAILABLE has met a node that is gone, or one that only says so: a model is not loaded, a
+  queue is full. It is left out at once, as one that we eject, and probed at once. If the probe passes it is back,
+  nobody is told, and the attempt counts as one that failed.
 - One whose attempts time out or fail, `failures` of them running, is suspect. It is ejected only if a probe fails too:
   nodes that are merely overloaded answer those. If none of these attempts timed out and the probe passes, its requests
   fail by themselves: it then gets one at a time, at growing pauses, until one succeeds.
@@ -9,7 +12,7 @@
 - `fall` probes running that fail eject a node, and each follows at once on one that timed out: a node that hangs is
   noticed within `interval_ms` and `fall` times `timeout_ms`. The first probe of a new node counts alone.
 - Whoever is left out is probed until `rise` probes running have passed: after 0.1 s, then ever later, up to every
-  0.25 s. A node which answers probes but no requests is left out longer each time, up to 1 s, until one succeeds.
+  0.25 s. A node which is left out again and again and has answered no request is so longer each time, up to 1 s.
 """
 
 from __future__ import annotations
@@ -37,13 +40,20 @@ class Reason(enum.Enum):
     """Why a node is left out."""
 
     UNREACHABLE = "unreachable"
+    UNAVAILABLE = "unavailable"  # so an attempt ended, and no probe has passed since
     NOT_SERVING = "not_serving"
     OUTLIER = "outlier"
     PROBE = "probe"
 
 
-EJECTED = frozenset({Reason.OUTLIER, Reason.PROBE})
+EJECTED = frozenset({Reason.UNAVAILABLE, Reason.OUTLIER, Reason.PROBE})
 """Our own judgement, of which `max_ejected` bounds how many nodes it may concern."""
+
+_SAID = {
+    Verdict.UNREACHABLE: (Reason.UNREACHABLE, "a probe could not reach it"),
+    Verdict.NOT_SERVING: (Reason.NOT_SERVING, "it says that it takes no requests"),
+}
+"""What needs no second word."""
 
 
 class Health:
@@ -62,6 +72,7 @@ class Health:
         "_busy_until",
         "_changed",
         "_config",
+        "_doubted",
         "_failures",
         "_heard",
         "_hold_s",
@@ -96,7 +107,8 @@ class Health:
         """Args:
         changed: called when another answer than before may be right to whether the endpoint may be chosen.
         returned: called after that when it may be chosen again, or has passed its trial.
-        moved: called after that when `usable` is another; with whether this process itself found out.
+        moved: called after that when `usable` is another, and not only until the probe that is under way has ended;
+            with whether this process itself found out.
         """
         self._prober = prober
         self._config = config
@@ -106,6 +118,7 @@ class Health:
         self._failures = 0
         self._timed_out = False
         self._troubled = False
+        self._doubted = False
         self._misses = config.fall - 1
         self._passes = 0
         self._heard = -math.inf
@@ -133,14 +146,18 @@ class Health:
     def failed(self, error: InferenceError) -> None:
         """An attempt ended by the node's fault."""
         self._troubled = True
-        if isinstance(error, NodeUnreachable):
-            self._leave_out(Reason.UNREACHABLE, str(error))
+        if not self.usable:  # it was under way when another failed, and says the same
             return
         self._failures += 1
         self._timed_out |= isinstance(error, AttemptTimedOut)
+        doubtful = isinstance(error, NodeUnreachable)
         if self.on_trial:
+            doubtful = doubtful and time.monotonic() >= self.trial_at  # else it may be one of many, as all are on trial
             self._try_later()
-        if self._suspect and self.usable:
+        elif doubtful:
+            self._doubted = True
+            self._out(Reason.UNAVAILABLE, str(error))
+        if doubtful or self._suspect:
             self._probe()
 
     def share(self, now: float) -> float:
@@ -227,7 +244,9 @@ class Health:
         finally:
             self._probing = None
         if self.since > start:  # left out meanwhile; the answer may be older than that
-            if self._timer is None:
+            if self._doubted:
+                self._probe()
+            elif self._timer is None:
                 self._probe_in(_jittered(self._pause_s))
         elif verdict is Verdict.WELL:
             self._passed()
@@ -238,20 +257,28 @@ class Health:
 
     def _passed(self) -> None:
         self._misses = 0
-        if not self.usable:
+        if self.usable or self._doubted:
+            self._clear()
+        else:
             self._passes += 1
             if self._passes < self._config.rise:
                 self._probe_in(_jittered(_FIRST_PAUSE_S))
                 return
             self._return()
-        elif self._suspect:
+        self._rest()
+
+    def _clear(self) -> None:
+        """Whatever its attempts came to, it is there and answers."""
+        if self._doubted:
+            self._doubted = False
+            self._in()
+        if self._suspect:
             if not self._timed_out:
                 self.on_trial = True
                 self._try_later()
                 self._changed()
             self._failures = 0
             self._timed_out = False
-        self._rest()
 
     def _rest(self) -> None:
         """Probe again in an interval's time, unless a request is answered meanwhile."""
@@ -262,10 +289,8 @@ class Health:
             self._probe_in(self._wait_s)
 
     def _missed(self, verdict: Verdict, start: float) -> None:
-        if verdict is Verdict.UNREACHABLE:
-            self._leave_out(Reason.UNREACHABLE, "a probe could not reach it")
-        elif verdict is Verdict.NOT_SERVING:
-            self._leave_out(Reason.NOT_SERVING, "it says that it takes no requests")
+        if (said := _SAID.get(verdict)) is not None:
+            self._leave_out(*said)
         elif self._heard > start:
             self._misses = 0
             self._rest()
@@ -279,50 +304,65 @@ class Health:
                 self._probe_in(max(_jittered(_FIRST_PAUSE_S) - (time.monotonic() - start), 0))
 
     def _missed_again(self, verdict: Verdict, start: float) -> None:
+        if self._doubted and verdict is Verdict.FAILED and self._heard > start:
+            self._clear()
+            self._rest()
+            return
         self._passes = 0
-        if verdict is not Verdict.FAILED:
-            self._restate(Reason.UNREACHABLE if verdict is Verdict.UNREACHABLE else Reason.NOT_SERVING)
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        if (said := _SAID.get(verdict)) is not None:
+            self._restate(*said)
+        if self._doubted:
+            self._settle(own=True)
+        else:
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         # From start to start: what waited for its answer has waited already.
         self._probe_in(max(_jittered(self._pause_s) - (time.monotonic() - start), _LEAST_PAUSE_S))
 
     # In and out
 
     def _leave_out(self, reason: Reason, detail: str, *, own: bool = True) -> None:
-        if not self.usable:
-            if reason is Reason.UNREACHABLE:
-                self._restate(reason)
-            return
-        self.usable = False
-        self.reason = reason
-        self.detail = detail
-        self.since = time.monotonic()
-        self._troubled = True
-        self.on_trial = self._timed_out = False
-        self._failures = self._misses = self._passes = 0
-        self._prober.forget()
-        self._pause_s = self._hold_s
-        self._hold_s = min(2 * self._hold_s, _LONGEST_HOLD_S)
+        self._out(reason, detail)
+        self._settle(own)
         if self._probing is None:
             self._probe_in(_jittered(self._pause_s))
         else:
             self._cancel_timer()
+
+    def _out(self, reason: Reason, detail: str) -> None:
+        self.usable = self.on_trial = False
+        self.reason = reason
+        self.detail = detail
+        self.since = time.monotonic()
         self._changed()
+
+    def _settle(self, own: bool) -> None:
+        """It is left out until probes have passed."""
+        self._doubted = self._timed_out = False
+        self._troubled = True
+        self._failures = self._misses = self._passes = 0
+        self._prober.forget()
+        self._pause_s = self._hold_s
+        self._hold_s = min(2 * self._hold_s, _LONGEST_HOLD_S)
         self._moved(own)
 
-    def _restate(self, reason: Reason) -> None:
+    def _restate(self, reason: Reason, detail: str) -> None:
         if self.reason is not reason:
+            if not (self._doubted and reason is Reason.UNREACHABLE):  # what the attempt met says more
+                self.detail = detail
             self.reason = reason
             self._changed()
 
-    def _return(self) -> None:
+    def _in(self) -> None:
         self.usable = True
         self.reason = None
         self.detail = ""
+        self._changed()
+
+    def _return(self) -> None:
         self._failures = 0
         self._timed_out = False
         self._back_at = time.monotonic()
-        self._changed()
+        self._in()
         self._returned()
         self._moved(True)
 

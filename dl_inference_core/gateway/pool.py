@@ -64,7 +64,7 @@ class Endpoints:
             health = Health(
                 prober,
                 self.config,
-                changed=self._changed,
+                changed=lambda: self._changed(target),
                 returned=lambda: self._returned(target),
                 moved=lambda own: self._moved(target, own),
             )
@@ -95,8 +95,10 @@ class Endpoints:
     def __iter__(self) -> Iterator[Endpoint]:
         return iter(self._by_target.values())
 
-    def _changed(self) -> None:
+    def _changed(self, target: str) -> None:
         self.changes += 1
+        for node in self._by_target[target].nodes:
+            node.pool.changed()
 
     def _returned(self, target: str) -> None:
         for node in tuple(self._by_target[target].nodes):
@@ -156,6 +158,7 @@ class Pool:
     """The nodes of one route. Event loop only.
 
     Attributes:
+        changed: called when another answer than before may be right to which nodes may be chosen. Must not raise.
         returned: called with a node that was left out or on trial, and may have its whole share again. Must not raise.
     """
 
@@ -163,9 +166,12 @@ class Pool:
         self._endpoints = endpoints
         self._usable: tuple[Node, ...] = ()
         self._limited: tuple[Node, ...] = ()
+        self._spared: set[Node] = set()
+        self._offered: tuple[Node, ...] = ()
         self._seen = -1
         self._until_trial = 0
         self.nodes: tuple[Node, ...] = ()
+        self.changed: Callable[[], None] = _ignore
         self.returned: Callable[[Node], None] = _ignore
 
     def usable(self) -> Sequence[Node]:
@@ -178,7 +184,7 @@ class Pool:
         """The one node on trial whose turn it is to show how it does; mostly none. For each request that could be tried
         again on another node, once: a strategy that has learned to avoid the node would hardly ever give it the chance.
 
-        At most every second, and a tenth of a fair share of the requests.
+        At pauses that grow from 0.1 s to 1 s, and a tenth of a fair share of this route's requests.
         """
         if not self._limited:
             return ()
@@ -188,10 +194,13 @@ class Pool:
         now = time.monotonic()
         for node in self._limited:
             health = node.endpoint.health
-            if health.on_trial and not node.in_flight and now >= health.trial_at:
+            if health.on_trial and not node.in_flight and now >= health.trial_at and self._weighs(node):
                 self._until_trial = _TURNS_BETWEEN_TRIALS * len(self.nodes)
                 return (node,)
         return ()
+
+    def _weighs(self, node: Node) -> bool:
+        return node.weight > 0 or not any(other.weight for other in self._usable)
 
     def _judge(self) -> None:
         """Who is left out, of all that are unwell: of those that we ejected by our own judgement as many as may be, the
@@ -202,11 +211,13 @@ class Pool:
         ejected = [node for node in nodes if node.endpoint.health.reason in EJECTED]
         ejected.sort(key=lambda node: node.endpoint.health.since)
         kept = ejected[most:]
-        self._usable = tuple([node for node in nodes if node.endpoint.health.usable or node in kept]) or nodes
+        usable = tuple([node for node in nodes if node.endpoint.health.usable or node in kept])
+        self._usable = usable if 0 < len(usable) < len(nodes) else nodes
         now = time.monotonic()
         on_trial = [node for node in self._usable if node.endpoint.health.on_trial]
-        starting = [node for node in self._usable if node.endpoint.health.share(now) < 1]
+        starting = [node for node in self._usable if node not in on_trial and node.endpoint.health.share(now) < 1]
         self._limited = (*on_trial[: max(most - len(ejected), 0)], *starting)
+        self._spared = set()
 
     def _drawn(self) -> Sequence[Node]:
         """The nodes that may be chosen this time, where some may not have all their share."""
@@ -221,7 +232,12 @@ class Pool:
                 self._seen = -1  # it has started
             elif random.random() >= share:  # noqa: S311 - no secret
                 spared.add(node)
-        return [node for node in self._usable if node not in spared] or self._usable
+        if not spared:
+            return self._usable
+        if spared != self._spared:
+            self._spared = spared
+            self._offered = tuple([node for node in self._usable if node not in spared]) or self._usable
+        return self._offered
 
     def update(self, configs: Sequence[NodeConfig]) -> list[Node]:
         """Take on new nodes, keep those that stay, and return those that left, for `retire`."""
@@ -234,7 +250,9 @@ class Pool:
             node.weight = config.weight
             nodes.append(node)
         self.nodes = tuple(nodes)
-        self._usable = self._limited = ()  # a route without requests must not hold on to nodes that left
+        # A route without requests must not hold on to nodes that left.
+        self._usable = self._limited = self._offered = ()
+        self._spared = set()
         self._seen = -1
         for node in before.values():
             node.removed = True

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
+import logging
 import time
 from dataclasses import dataclass
 
 from dl_inference_core import sockets
-from dl_inference_core.errors import Blame, Code, InferenceError, NodeUnreachable
+from dl_inference_core.errors import Blame, Code, InferenceError, NodeGaveUp, NodeUnreachable
 from dl_inference_core.transport import Call, Connection
 from dl_inference_core.wire.protocol import VERSIONS
+
+_log = logging.getLogger(__name__)
 
 
 class Verdict(enum.Enum):
@@ -47,6 +51,7 @@ _QUESTIONS = {
 }
 # Statuses that only a server gives which is there and at work.
 _ALIVE = (Blame.CLIENT, Blame.NODE_SOFTLY)
+_OUR_OWN_WANT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Prober:
@@ -56,7 +61,7 @@ class Prober:
     answers gRPC.
     """
 
-    __slots__ = ("_address", "_connection", "_known", "_questions", "_timeout_s")
+    __slots__ = ("_address", "_complained", "_connection", "_known", "_questions", "_timeout_s")
 
     def __init__(self, address: str, connection: Connection, kind: str, timeout_s: float) -> None:
         """Args:
@@ -67,13 +72,23 @@ class Prober:
         self._connection = connection
         self._questions = self._known = _QUESTIONS[kind]
         self._timeout_s = timeout_s
+        self._complained = False
 
     def forget(self) -> None:
         """Forget which question the node knows: it may come back as another server."""
         self._known = self._questions
 
     async def ask(self) -> Verdict:
-        """Probe once."""
+        """Probe once. Lets nothing through that a connection raises: who is not probed any more never comes back."""
+        try:
+            return await self._ask()
+        except Exception:
+            if not self._complained:
+                self._complained = True
+                _log.exception("a probe of node %s failed by a fault of this gateway", self._address)
+            return Verdict.FAILED
+
+    async def _ask(self) -> Verdict:
         if not self._questions:
             return await self._connect()
         deadline = time.monotonic() + self._timeout_s
@@ -87,7 +102,7 @@ class Prober:
                     continue
                 if isinstance(error, NodeUnreachable):
                     return Verdict.UNREACHABLE
-                if error.blame not in _ALIVE:
+                if error.blame not in _ALIVE or isinstance(error, NodeGaveUp):
                     return Verdict.FAILED
                 well = True
             else:
@@ -108,7 +123,9 @@ class Prober:
                     _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         except TimeoutError:
             return Verdict.FAILED
-        except OSError:
+        except OSError as error:
+            return Verdict.FAILED if error.errno in _OUR_OWN_WANT else Verdict.UNREACHABLE
+        except ValueError:  # no name that could be looked up
             return Verdict.UNREACHABLE
         writer.close()
         return Verdict.WELL

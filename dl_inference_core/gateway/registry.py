@@ -14,6 +14,7 @@ import contextlib
 import hmac
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,6 @@ from dl_inference_core.gateway.discovery import Complain
 from dl_inference_core.gateway.sharing import Share
 from dl_inference_core.transport import Call, UnaryHandler
 from dl_inference_core.wire import messages
-
-SERVICE = "/dl_inference.registry.v1.Registry"
 
 _TOPIC = "registrations"
 # In base 64 it must fit into one message between processes.
@@ -78,7 +77,11 @@ class _Model:
 
 
 class Registry:
-    """The nodes that have registered themselves. Event loop only."""
+    """The nodes that have registered themselves. Event loop only.
+
+    Attributes:
+        own: addresses of this gateway, which are refused: it would forward requests to itself.
+    """
 
     def __init__(self, config: RegistryConfig, changed: Callable[[], None], complain: Complain) -> None:
         """Args:
@@ -97,7 +100,13 @@ class Registry:
         self._registered = self._registered_models = 0
         self._models: dict[str, _Model] = {}
         self._share: Share | None = None
+        self._learning = False
         self._told = asyncio.Event()
+        """Set once this process knows all that the others do."""
+        self._as_new: set[str] = set()
+        """The others that do not know all either, by their ids."""
+        self._id = uuid.uuid4().hex
+        self.own: frozenset[str] = frozenset()
 
     @property
     def example(self) -> RouteConfig:
@@ -106,7 +115,10 @@ class Registry:
 
     def methods(self) -> Mapping[str, UnaryHandler]:
         """Handlers by method path; they raise nothing but InferenceError."""
-        return {f"{SERVICE}/Register": self._register, f"{SERVICE}/Deregister": self._deregister}
+        return {
+            f"{messages.REGISTRY}/Register": self._register,
+            f"{messages.REGISTRY}/Deregister": self._deregister,
+        }
 
     def share(self, share: Share) -> None:
         """Tell the gateway's other processes from now on, and hear from them; before `share` starts."""
@@ -114,10 +126,16 @@ class Registry:
         share.subscribe(_TOPIC, self._heard, self._everything)
 
     async def learn(self) -> None:
-        """Wait until another process has told all that it knows, if there is one; for half a second at most."""
-        if self._share is not None and not self._share.alone:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._told.wait(), _LEARN_S)
+        """Wait until another process that knows all has told it, if there is one; for half a second at most. What is
+        learned meanwhile is one change."""
+        if self._share is None or self._share.others == 0:
+            self._told.set()
+            return
+        self._learning = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._told.wait(), _LEARN_S)
+        self._learning = False
+        self._changed()
 
     def close(self) -> None:
         """Let no lease end any more."""
@@ -158,6 +176,8 @@ class Registry:
         self._authenticate(call)
         request = messages.parse(messages.RegisterRequest, call.request)
         registration = _registration(request, bytes(call.request))
+        if registration.node.address in self.own:
+            raise BadRequest(f"address: {registration.node.address} is this gateway's own")
         longest = self._config.lease_ms
         lease_ms = max(_SHORTEST_LEASE_MS, min(request.lease_ms or longest, longest))
         self._hold(registration, lease_ms)
@@ -167,10 +187,11 @@ class Registry:
     async def _deregister(self, call: Call) -> bytes:
         self._authenticate(call)
         request = messages.parse(messages.DeregisterRequest, call.request)
-        lease = self._leases.get(request.address, {}).get(request.instance)
+        address = _address(request)
+        lease = self._leases.get(address, {}).get(request.instance)
         if lease is not None:
             self._publish(lease.registration, 0)
-            self._end(request.address, request.instance)
+            self._end(address, request.instance)
         return _body(messages.DeregisterResponse())
 
     def _authenticate(self, call: Call) -> None:
@@ -203,7 +224,7 @@ class Registry:
             timer=asyncio.get_running_loop().call_later(lease_s, self._end, address, instance),
         )
         if before is None or before.registration.request != registration.request:
-            self._take(registration.node)
+            self._take(address)
 
     def _end(self, address: str, instance: str) -> None:
         lease = self._leases[address].pop(instance)
@@ -212,36 +233,36 @@ class Registry:
         self._registered_models -= len(lease.registration.models)
         if not self._leases[address]:
             del self._leases[address]
-        self._take(lease.registration.node)
+        self._take(address)
 
-    def _take(self, node: NodeConfig) -> None:
-        """Take over what the processes at the address of `node` serve by now."""
-        registrations = [lease.registration for lease in self._leases.get(node.address, {}).values()]
+    def _take(self, address: str) -> None:
+        """Take over what the processes at an address serve by now."""
+        registrations = [lease.registration for lease in self._leases.get(address, {}).values()]
         serves = dict(registrations[0].models) if registrations else {}
         for other in registrations[1:]:
             serves = {name: task for name, task in serves.items() if name in other.models}
-            node = other.node
         changed = False
-        served = [name for name, model in self._models.items() if node.address in model.nodes]
+        served = [name for name, model in self._models.items() if address in model.nodes]
         for name in [name for name in served if name not in serves]:
             model = self._models[name]
-            del model.nodes[node.address]
-            model.tasks.pop(node.address, None)
+            del model.nodes[address]
+            model.tasks.pop(address, None)
             model.route = None
             if not model.nodes:
                 del self._models[name]
             changed = True
         for name, task in serves.items():
+            node = registrations[-1].node
             model = self._models.setdefault(name, _Model())
-            if model.nodes.get(node.address) == node and model.tasks.get(node.address) == task:
+            if model.nodes.get(address) == node and model.tasks.get(address) == task:
                 continue
-            model.nodes[node.address] = node
-            model.tasks.pop(node.address, None)
+            model.nodes[address] = node
+            model.tasks.pop(address, None)
             if task is not None:
-                model.tasks[node.address] = task
+                model.tasks[address] = task
             model.route = None
             changed = True
-        if changed:
+        if changed and not self._learning:
             self._changed()
 
     def _publish(self, registration: _Registration, lease_ms: int) -> None:
@@ -249,15 +270,16 @@ class Registry:
             self._share.publish(_TOPIC, _told(registration, lease_ms))
 
     def _everything(self) -> Iterator[dict[str, Any]]:
-        now = time.monotonic()
-        for leases in self._leases.values():
-            for lease in leases.values():
-                yield _told(lease.registration, max(1, int(1000 * (lease.ends - now))))
-        yield {"all": True}
+        for lease in [lease for leases in self._leases.values() for lease in leases.values()]:
+            yield _told(lease.registration, max(1, int(1000 * (lease.ends - time.monotonic()))))
+        yield {"all": self._told.is_set(), "of": self._id}
 
     def _heard(self, payload: dict[str, Any]) -> None:
         if "all" in payload:
-            self._told.set()
+            assert self._share is not None
+            self._as_new.add(str(payload["of"]))
+            if payload["all"] or len(self._as_new) >= self._share.others:
+                self._told.set()
             return
         body, lease_ms = base64.b64decode(payload["request"]), int(payload["lease_ms"])
         try:
@@ -274,6 +296,18 @@ def _told(registration: _Registration, lease_ms: int) -> dict[str, Any]:
     return {"request": base64.b64encode(registration.request).decode(), "lease_ms": lease_ms}
 
 
+def _address(request: Any) -> str:
+    """What a RegisterRequest or a DeregisterRequest says, in the one way to write it.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        return NodeConfig.parse_one(request.address).address
+    except ValueError as error:
+        raise BadRequest(f"address: {error}") from error
+
+
 def _registration(request: Any, body: bytes) -> _Registration:
     """Raises:
     BadRequest: says what is wrong with the RegisterRequest.
@@ -281,10 +315,9 @@ def _registration(request: Any, body: bytes) -> _Registration:
     if len(body) > _LARGEST:
         raise BadRequest(f"a registration has {len(body)} bytes; expected {_LARGEST} at most")
     weight = request.weight if request.HasField("weight") else 1
-    try:
-        address = NodeConfig.parse_one(request.address).address
-    except ValueError as error:
-        raise BadRequest(f"address: {error}") from error
+    address = _address(request)
+    if request.lease_ms < 0:
+        raise BadRequest(f"lease_ms: {request.lease_ms} is below 0")
     if weight > 10_000:
         raise BadRequest(f"weight: {weight} is over 10000")
     if not _INSTANCE.fullmatch(request.instance):

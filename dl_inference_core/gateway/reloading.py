@@ -88,6 +88,7 @@ class Gateway:
         )
         self._retiring: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Handle | None = None
         self._complained: dict[str, str] = {}
         self._exchange = None if share is None else Exchange(share, self._endpoints, lambda: self.forwarders)
         self.models: dict[str, Forwarder] = {}
@@ -104,12 +105,12 @@ class Gateway:
             config.gateway.resolve_interval_ms / 1000,
             verified=tls is not None and tls.server_name is None,
             usable=self._usable,
-            changed=self._refresh,
+            changed=self._refresh_soon,
             complain=self._complain,
         )
         self.registry: Registry | None = None
         if config.gateway.registry is not None:
-            self.registry = Registry(config.gateway.registry, self._refresh, self._complain)
+            self.registry = Registry(config.gateway.registry, self._refresh_soon, self._complain)
             if share is not None:
                 self.registry.share(share)
 
@@ -135,6 +136,7 @@ class Gateway:
         if self.registry is not None:
             self._make_balancer(self.registry.example)
             await self.registry.learn()
+            self._refresh()
         await self._endpoints.probed()
         if self._config_file is not None or self._nodefile is not None:
             self._watching = asyncio.create_task(self._watch(), name="watch the config files")
@@ -147,6 +149,7 @@ class Gateway:
         await self._names.close()
         if self.registry is not None:
             self.registry.close()
+        self._refreshed()
         if self._exchange is not None:
             self._exchange.close()
         await asyncio.gather(*(forwarder.close() for forwarder in self.forwarders), *self._retiring)
@@ -183,7 +186,7 @@ class Gateway:
                 gone += [(forwarder.pool, node) for node in forwarder.configure(route, balancers[key])]
             forwarders[key] = forwarder
         for forwarder in set(self.forwarders).difference(kept.values()):
-            self._retire(forwarder.close())
+            self._retire(self._end(forwarder))
         for pool, node in gone:
             self._retire(pool.retire(node))
         self.forwarders = tuple(forwarders.values())
@@ -227,25 +230,45 @@ class Gateway:
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
 
+    async def _end(self, forwarder: Forwarder) -> None:
+        """Let its requests end, and forget what was counted of them, unless there is a route of that name again."""
+        await forwarder.close()
+        if all(other.name != forwarder.name for other in self.forwarders):
+            self._metrics.route_gone(forwarder.name)
+
+    def _refresh_soon(self) -> None:
+        """Once for all that changes until then."""
+        if self._refreshing is None:
+            self._refreshing = asyncio.get_running_loop().call_soon(self._refresh)
+
+    def _refreshed(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            self._refreshing = None
+
     def _refresh(self) -> None:
         """Take over what has changed of the nodes that routes have by name, and of those that register themselves."""
+        self._refreshed()
+        try:
+            self._take_over()
+        except Exception:
+            _log.exception("nodes have come or gone, and that cannot be taken over; the routes stay as they are")
+
+    def _take_over(self) -> None:
         before, whole = self._whole, self._with_registered(self._said)
         changed = [key for key, route in whole.items() if route is not before.get(key)]
         if len(whole) != len(before) or any(
             key not in before or whole[key].task_id != before[key].task_id for key in changed
         ):
-            try:
-                self._apply(self._said)
-            except InferenceError:
-                _log.exception("nodes have come or gone, and that cannot be taken over; the routes stay as they are")
+            self._apply(self._said)
             return
-        self._whole = whole
         for key in {*changed, *self._named}:
             route = self._names.expand(whole[key])
             forwarder = self.models[key] if isinstance(key, str) else self.tasks[key]
             if forwarder.config != route:
                 for node in forwarder.configure(route, forwarder.balancer):
                     self._retire(forwarder.pool.retire(node))
+        self._whole = whole
 
     def _usable(self, node: NodeConfig) -> bool:
         endpoint = self._endpoints.find(node.target)
@@ -293,6 +316,8 @@ class Gateway:
 
     def _complain(self, about: str, message: str) -> None:
         """Log `message`, if any, unless it was the last word on that matter already."""
-        if message and message != self._complained.get(about):
+        if not message:
+            self._complained.pop(about, None)
+        elif message != self._complained.get(about):
             _log.warning("%s", message)
-        self._complained[about] = message
+            self._complained[about] = message

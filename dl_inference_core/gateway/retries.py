@@ -35,6 +35,11 @@ class Budget:
         """What a token is a share of has happened: a success, or a request."""
         self._tokens += self._share
 
+    @property
+    def left(self) -> bool:
+        """Whether there is a token."""
+        return self._tokens >= 1
+
     def take(self) -> bool:
         """Take a token, if there is one."""
         # What is over the brim is spilt only here: nobody looks before, and counting what is in flight takes time.

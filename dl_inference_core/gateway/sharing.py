@@ -35,7 +35,7 @@ from dl_inference_core.gateway.health import Reason
 
 if TYPE_CHECKING:
     from dl_inference_core.gateway.forwarding import Forwarder
-    from dl_inference_core.gateway.pool import Endpoint, Endpoints
+    from dl_inference_core.gateway.pool import Endpoint, Endpoints, Node
 
 _log = logging.getLogger(__name__)
 
@@ -63,22 +63,41 @@ class _Peer:
     """Another process.
 
     Attributes:
-        waiting: messages that it has not taken yet, the oldest first.
-        behind: whether there were too many, so that it has to be told everything once it has taken these.
+        everything: what is left of what it is being told of all that holds; drawn as it takes it.
+        waiting: messages for after that, the oldest first.
+        behind: whether there were too many, so that it has to be told everything anew after that.
     """
 
-    __slots__ = ("behind", "socket", "waiting")
+    __slots__ = ("_next", "behind", "everything", "socket", "waiting")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, everything: Iterator[bytes]) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.everything = everything
         self.waiting: deque[bytes] = deque()
         self.behind = False
+        self._next: bytes | None = None
         try:
             self.socket.setblocking(False)
             self.socket.connect(str(path))
         except OSError:
             self.socket.close()
             raise
+
+    def send(self) -> bool:
+        """Send the next message; False if there is none.
+
+        Raises:
+            OSError: it was not sent.
+        """
+        if self._next is None:
+            self._next = next(self.everything, None)
+            if self._next is None and self.waiting:
+                self._next = self.waiting.popleft()
+            if self._next is None:
+                return False
+        self.socket.send(self._next)
+        self._next = None
+        return True
 
 
 class Share:
@@ -100,14 +119,15 @@ class Share:
         self._complained_of: set[str] = set()
 
     @property
-    def alone(self) -> bool:
-        """Whether no other process is known; after `start` every one that runs is."""
-        return not self._peers
+    def others(self) -> int:
+        """How many other processes are known; after `start` every one that runs is."""
+        return len(self._peers)
 
     def subscribe(self, topic: str, heard: Heard, everything: Everything | None = None) -> None:
         """Args:
         heard: is given what another process published; a ValueError, KeyError or TypeError of it is ignored.
-        everything: what `heard` of a process that knows nothing has to be given.
+        everything: what `heard` of a process that knows nothing has to be given; drawn little by little, while other
+            things go on.
         """
         self._heard[topic] = heard
         if everything is not None:
@@ -167,13 +187,10 @@ class Share:
     def _meet(self, index: int, *, greet: bool) -> None:
         self._drop(index)
         try:
-            peer = _Peer(self._folder / str(index))
+            peer = _Peer(self._folder / str(index), self._all(greet=greet))
         except OSError:  # it has gone; or there are no descriptors for now
             return
         self._peers[index] = peer
-        if greet:
-            peer.waiting.append(self._message(_HELLO, {}))
-        peer.behind = True
         self._flush(index)
 
     def _drop(self, index: int) -> None:
@@ -185,25 +202,23 @@ class Share:
         peer = self._peers[index]
         if peer.behind:
             return  # everything will have it
-        if len(peer.waiting) >= _MOST_WAITING:
-            peer.waiting.clear()
-            peer.waiting.append(self._message(_HELLO, {}))
-            peer.behind = True
-        else:
+        if len(peer.waiting) < _MOST_WAITING:
             peer.waiting.append(message)
+        else:
+            peer.waiting.clear()
+            peer.behind = True
         self._flush(index)
 
     def _flush(self, index: int) -> None:
         peer = self._peers[index]
         try:
             while True:
-                while peer.waiting:
-                    peer.socket.send(peer.waiting[0])
-                    peer.waiting.popleft()
+                while peer.send():
+                    pass
                 if not peer.behind:
                     return
                 peer.behind = False
-                peer.waiting.extend(self._all())
+                peer.everything = self._all(greet=True)
         except BlockingIOError:
             if self._flushing is None:
                 self._flushing = asyncio.get_running_loop().call_later(_AGAIN_S, self._flush_all)
@@ -215,7 +230,9 @@ class Share:
         for index in tuple(self._peers):
             self._flush(index)
 
-    def _all(self) -> Iterator[bytes]:
+    def _all(self, *, greet: bool) -> Iterator[bytes]:
+        if greet:
+            yield self._message(_HELLO, {})
         for topic, everything in self._everything.items():
             for payload in everything():
                 yield self._message(topic, payload)
@@ -308,7 +325,8 @@ class Exchange:
             endpoint.health.learn_left_out(Reason(reason), detail)
 
     def _all_health(self) -> Iterator[dict[str, Any]]:
-        return (_health(endpoint) for endpoint in self._endpoints if not endpoint.health.usable)
+        left_out = [endpoint for endpoint in self._endpoints if not endpoint.health.usable]
+        return (_health(endpoint) for endpoint in left_out)
 
     # What strategies have learned
 
@@ -327,7 +345,11 @@ class Exchange:
     def _changes(self, forwarder: Forwarder, least: float) -> Iterator[_Learned]:
         """What the others do not know; what has changed by no more than the part `least` is left for later."""
         known = self._known.setdefault(forwarder, {})
-        for target, value in self._learned(forwarder):
+        learned = self._learned(forwarder)
+        if len(known) > len(learned):
+            for gone in known.keys() - {target for target, _ in learned}:
+                del known[gone]
+        for target, value in learned:
             before = known.get(target)
             if before is None or abs(value - before) > least * abs(before):
                 known[target] = value
@@ -351,22 +373,24 @@ class Exchange:
         if self._indexed is not (forwarders := self._forwarders()):
             self._indexed = forwarders
             self._by_key = {forwarder.config.key: forwarder for forwarder in forwarders}
+        nodes: dict[str | int, dict[str, Node]] = {}
         for key, target, value in payload["learned"]:
             if (forwarder := self._by_key.get(key)) is not None and math.isfinite(value):
-                self._learn(forwarder, target, value)
+                if key not in nodes:
+                    nodes[key] = {node.endpoint.target: node for node in forwarder.pool.nodes}
+                if (node := nodes[key].get(target)) is not None:
+                    self._learn(forwarder, node, value)
 
-    def _learn(self, forwarder: Forwarder, target: str, value: float) -> None:
+    def _learn(self, forwarder: Forwarder, node: Node, value: float) -> None:
         balancer = forwarder.balancer
-        for node in forwarder.pool.nodes:
-            if node.endpoint.target == target:
-                try:
-                    balancer.learn(node, value)
-                    learned = balancer.learned(node)
-                except Exception:
-                    self._balancer_raised(balancer)
-                    return
-                if learned is not None:
-                    self._known.setdefault(forwarder, {})[target] = learned
+        try:
+            balancer.learn(node, value)
+            learned = balancer.learned(node)
+        except Exception:
+            self._balancer_raised(balancer)
+            return
+        if learned is not None:
+            self._known.setdefault(forwarder, {})[node.endpoint.target] = learned
 
     def _all_learned(self) -> Iterator[dict[str, Any]]:
         return _batches(

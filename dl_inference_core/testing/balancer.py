@@ -224,6 +224,10 @@ class BalancerConformance(PluginConformance):
         simulation = Simulation(one, nodes, self.call)
         simulation.failing.add(nodes[1])
         simulation.run(1)
+        for node in nodes:
+            one.report(node, _LOAD)
+        if type(one).learned is not Balancer.learned:
+            assert any(one.learned(node) is not None for node in nodes), "it has learned nothing in a second"
         other.choose(nodes, self.call(0))
         for node in nodes:
             if (value := one.learned(node)) is not None:

@@ -15,6 +15,7 @@ import grpc.aio
 import pytest
 
 from dl_inference_core.errors import Blame, ConfigError, DeadlineExceeded, NodeGaveUp, NodeUnreachable
+from dl_inference_core.sockets import path_of
 from dl_inference_core.testing.loopback import (
     ECHO,
     HOLD,
@@ -211,6 +212,22 @@ class ServerConformance(LoopbackConformance):
             assert await channels[3].unary_unary(ECHO)(b"now", timeout=10, wait_for_ready=True) == b"now"
 
     @asynchronous
+    async def test_the_limit_of_connections_is_one_for_all_addresses(self, transport: Transport) -> None:
+        server = await transport.serve(Methods(unary={ECHO: echo}), LOOPBACK * 2, Limits(connections=2))
+        try:
+            async with AsyncExitStack() as stack:
+                for port in server.ports:
+                    channel = await stack.enter_async_context(official(f"127.0.0.1:{port}"))
+                    assert await channel.unary_unary(ECHO)(b"in", timeout=10) == b"in"
+                for port in server.ports:
+                    async with official(f"127.0.0.1:{port}") as over:
+                        with pytest.raises(grpc.aio.AioRpcError) as error:
+                            await over.unary_unary(ECHO)(b"over", timeout=10)
+                    assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+        finally:
+            await server.drain(0)
+
+    @asynchronous
     async def test_calls_over_the_limit_of_one_connection_wait_for_others_to_end(self, transport: Transport) -> None:
         entered: list[bytes] = []
         release = asyncio.Semaphore(0)
@@ -238,23 +255,29 @@ class ServerConformance(LoopbackConformance):
             release.release()
             assert [await call for call in calls] == [b"0", b"1", b"2", b"3", b"4"]
 
+    @pytest.mark.parametrize("where", ["port", "socket"])
     @asynchronous
     async def test_a_path_that_is_no_text_ends_no_other_call_and_the_next_is_answered(
-        self, transport: Transport
+        self, transport: Transport, socket_path: Path, where: str
     ) -> None:
         hold = Hold()
-        async with (
-            serving(transport, {HOLD: hold, ECHO: echo}) as address,
-            connected(transport, address) as connection,
-            connected(transport, address) as other,
-        ):
-            staying = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"stays")))
-            await hold.was_entered()
-            for path in (b"/conformance.Test/\xff", b"\xff"):
-                await send_call(address, path)
-                await reached(other, self.prompt_s)
-            hold.release.set()
-            assert await staying == b"stays"
+        methods = Methods(unary={HOLD: hold, ECHO: echo})
+        server = await transport.serve(methods, (f"unix:{socket_path}", *LOOPBACK), Limits())
+        address = f"unix:{socket_path}" if where == "socket" else f"127.0.0.1:{server.ports[0]}"
+        try:
+            async with connected(transport, address) as connection, connected(transport, address) as other:
+                staying = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"stays")))
+                await hold.was_entered()
+                for path in (b"/conformance.Test/\xff", b"\xff"):
+                    await send_call(address, path)
+                    async with connected(transport, address) as new:
+                        for each in (other, new):
+                            await reached(each, self.prompt_s)
+                hold.release.set()
+                assert await staying == b"stays"
+        finally:
+            await server.drain(0)
+        assert not sockets_in(socket_path.parent)
 
     # Draining
 
@@ -355,8 +378,11 @@ class ServerConformance(LoopbackConformance):
 
 async def send_call(address: str, path: bytes) -> None:
     """Sends the headers of a call, as no official client does, on a connection of its own; waits for what comes."""
-    host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    if (socket_path := path_of(address)) is not None:
+        reader, writer = await asyncio.open_unix_connection(socket_path)
+    else:
+        host, _, port = address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
     fields = {b":method": b"POST", b":scheme": b"http", b":path": path, b":authority": b"test", b"te": b"trailers"}
     block = b"".join(
         bytes([0, len(name)]) + name + bytes([len(value)]) + value

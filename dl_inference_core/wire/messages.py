@@ -99,6 +99,7 @@ RegisterRequest = _message("dl_inference.registry.v1.RegisterRequest")
 RegisterResponse = _message("dl_inference.registry.v1.RegisterResponse")
 DeregisterRequest = _message("dl_inference.registry.v1.DeregisterRequest")
 DeregisterResponse = _message("dl_inference.registry.v1.DeregisterResponse")
+REGISTRY = "/dl_inference.registry.v1.Registry"
 
 # Each request with nothing but its routing key declared, and a message with nothing declared at all.
 PredictKey = _message("dl_inference.PredictKey")

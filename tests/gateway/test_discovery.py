@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 import dl_inference_core.app
 from dl_inference_core.cli import main
 from dl_inference_core.config import NodeConfig, RouteConfig
-from dl_inference_core.errors import Code
+from dl_inference_core.errors import Code, ConfigError
 from dl_inference_core.gateway import discovery
 from dl_inference_core.gateway.discovery import Names
 from dl_inference_core.gateway.reloading import Gateway
@@ -181,6 +183,15 @@ async def test_while_an_address_does_not_answer_its_name_is_looked_up_sooner(lab
     assert await served(gateway) == {"b"}
 
 
+async def test_a_name_that_could_not_be_looked_up_is_looked_up_sooner(lab: Lab, zone: Zone) -> None:
+    a = await lab.node()
+    zone.names["nodes.test"] = OSError(-3, "Temporary failure in name resolution")
+    top = "[gateway]\nresolve_interval_ms = 3600000\n"
+    gateway = await lab.gateway(top + lab.route(a) + lab.route(NAME, name="n", task=70))
+    zone.set(a)
+    await lab.until(lambda: addresses(gateway, "n") == [a.address])
+
+
 async def test_a_route_that_names_another_name_forgets_the_first(lab: Lab, zone: Zone, caplog: Any) -> None:
     a, b = await lab.nodes("ab")
     zone.set(a)
@@ -233,8 +244,20 @@ async def test_by_tls_a_node_must_prove_the_name_that_stands_for_it(lab: Lab, zo
         assert await gateway.start_call("m") == answer
         assert (await gateway.refusal("n"))[0] is Code.UNAVAILABLE
         assert await gateway.start_call("m") == answer
+        authority.file.rename(authority.file.with_suffix(".away"))  # what was read at the start stays in use
+        zone.set(f"127.0.0.1:{server.ports[0]}", name="late.test")
+        gateway.file.write_text(gateway.file.read_text().replace("others.test", "late.test"))
+        await lab.until(
+            lambda: any(node.endpoint.target.endswith("late.test") for node in gateway.forwarder("n").pool.nodes)
+        )
     finally:
         await server.drain(0)
+
+
+async def test_an_authority_that_is_missing_ends_the_start_even_without_nodes(lab: Lab, zone: Zone) -> None:
+    zone.names["nodes.test"] = OSError(-3, "Temporary failure in name resolution")
+    with pytest.raises(ConfigError, match=r"none\.pem: No such file"):
+        await lab.front(NAME, top=f'{QUICK}[gateway.tls]\nca = "none.pem"\n')
 
 
 async def answers(body: bytes, _: Any) -> bytes:
@@ -265,6 +288,28 @@ async def test_few_names_are_looked_up_at_once() -> None:
     assert [names.expand(each).nodes[0].address for each in routes] == [f"10.0.0.{index}:8500" for index in range(20)]
     assert zone.most_at_once == 2
     await names.close()
+
+
+def test_a_look_up_under_way_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, released = threading.Event(), threading.Event()
+
+    def blocks(*_: Any, **__: Any) -> Any:
+        asked.set()
+        assert released.wait(20)
+        return []
+
+    async def ask() -> None:
+        asking = asyncio.create_task(discovery.resolve("nodes.test", 1))
+        assert await asyncio.to_thread(asked.wait, 10)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+    monkeypatch.setattr(socket, "getaddrinfo", blocks)
+    asyncio.run(asyncio.wait_for(ask(), 10))
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "look up nodes.test"]
+    assert thread.daemon
+    released.set()
+    thread.join(20)
 
 
 async def test_addresses_are_written_as_nodes_are() -> None:

@@ -136,7 +136,29 @@ async def test_an_ejection_that_turns_out_a_refusal_makes_room_for_another() -> 
     for number in range(3):
         lane.leave_out(number)
     assert lane.usable() == "23"
-    lane.pool.nodes[0].endpoint.health.failed(NodeUnreachable("gone"))
+    lane.results["0:1"] = NodeUnreachable("gone")
+    health = lane.pool.nodes[0].endpoint.health
+    health.learn_returned()  # which has it asked at once
+    await health.settled()
+    assert lane.usable() == "3"
+    await lane.close()
+
+
+async def test_of_those_that_say_unavailable_only_so_many_are_left_out_unless_they_cannot_be_reached() -> None:
+    lane = Lane(4)
+    await lane.endpoints.probed()
+    told = []
+    lane.pool.changed = lambda: told.append(lane.usable())
+    for number in range(4):
+        lane.pool.nodes[number].endpoint.health.failed(NodeUnreachable("the queue is full"))
+    assert lane.usable() == "23"
+    await lane.endpoints.probed()
+    assert told[-1] == lane.usable() == "0123"
+    for number in range(3):
+        lane.results[f"{number}:1"] = NodeUnreachable("gone")
+        lane.pool.nodes[number].endpoint.health.failed(NodeUnreachable("gone"))
+    assert lane.usable() == "23"
+    await lane.endpoints.probed()
     assert lane.usable() == "3"
     await lane.close()
 
@@ -202,6 +224,49 @@ async def test_a_trial_falls_due_each_tenth_turn_but_not_before_its_time_nor_whi
     node.endpoint.health.succeeded()
     lane.usable()
     assert [lane.pool.due() for _ in range(50)] == [()] * 50
+    await lane.close()
+
+
+async def test_who_has_no_weight_is_not_tried_unless_none_has_any() -> None:
+    lane = Lane(2)
+    await lane.endpoints.probed()
+    await to_trial(lane, 0)
+    lane.pool.nodes[0].endpoint.health.trial_at = time.monotonic()
+    lane.usable()
+    lane.pool.nodes[0].weight = 0
+    assert lane.pool.due() == ()
+    lane.pool.nodes[1].weight = 0
+    assert lane.pool.due() == (lane.pool.nodes[0],)
+    await lane.close()
+
+
+async def test_as_long_as_nothing_changes_the_same_tuple_is_offered() -> None:
+    lane = Lane(4, slow_start_s=1000)
+    await lane.endpoints.probed()
+    whole = lane.pool.usable()
+    await to_trial(lane, 1)
+    node = lane.pool.nodes[1]
+    node.endpoint.health.trial_at = time.monotonic() + 1000
+    most = lane.pool.usable()
+    assert [other.address for other in most] == ["0:1", "2:1", "3:1"]
+    assert all(lane.pool.usable() is most for _ in range(10))
+    node.endpoint.health.trial_at = 0
+    assert lane.pool.usable() is whole
+    node.in_flight = 1
+    assert lane.pool.usable() is most
+    node.in_flight = 0
+    node.endpoint.health.succeeded()
+    assert lane.pool.usable() is whole
+    await lane.close()
+
+
+async def test_who_is_on_trial_when_it_has_just_come_back_is_spared_for_that_alone() -> None:
+    lane = Lane(4, slow_start_s=1000)
+    lane.leave_out(1, Reason.UNREACHABLE)
+    await lane.back(1)
+    await to_trial(lane, 1)
+    lane.usable()
+    assert lane.pool._limited == (lane.pool.nodes[1],)
     await lane.close()
 
 
@@ -274,7 +339,9 @@ async def test_other_processes_are_told_only_what_was_found_out_here() -> None:
     lane.leave_out(0)
     assert told == []
     await lane.back(0)
+    lane.results["1:1"] = NodeUnreachable("gone")
     lane.pool.nodes[1].endpoint.health.failed(NodeUnreachable("gone"))
+    await lane.endpoints.probed()
     assert told == [("0:1", None), ("1:1", Reason.UNREACHABLE)]
     assert lane.endpoints.find("1:1") is lane.pool.nodes[1].endpoint
     assert lane.endpoints.find("9:1") is None
@@ -307,16 +374,27 @@ async def test_one_line_says_who_is_left_out_however_often_it_comes_and_goes(
     caplog.set_level(logging.INFO, module.__name__)
     lane = Lane(2)
     health = lane.pool.nodes[0].endpoint.health
-    for _ in range(3):
+
+    async def lose() -> None:
+        lane.results["0:1"] = NodeUnreachable("no")
         health.failed(NodeUnreachable("connection refused"))
+        await health.settled()
+
+    await lane.endpoints.probed()
+    for _ in range(3):
+        await lose()
         await lane.back(0)
+        for _ in range(3):
+            health.failed(NodeUnreachable("it only says so"))
+            await health.settled()
+        health.succeeded()
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [
         ("WARNING", "node 0:1 is left out: unreachable: connection refused"),
         ("INFO", "node 0:1 is back"),
     ]
     monkeypatch.setattr(module, "_QUIET_S", 0.0)
-    health.failed(NodeUnreachable("connection refused"))
+    await lose()
     assert caplog.messages[-1].endswith("connection refused (2 times more since this was last said)")
     caplog.clear()
     lane.leave_out(1)  # whoever found out has said so

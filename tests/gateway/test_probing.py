@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from dl_inference_core.errors import BadRequest, Code, InferenceError
 from dl_inference_core.gateway.probing import Prober, Verdict
 from dl_inference_core.testing.loopback import free_port
-from dl_inference_core.transport import Call, Limits, Methods
+from dl_inference_core.transport import Call, Connection, Limits, Methods
 
 Lab = Any  # tests/conftest.py
 
@@ -123,9 +124,11 @@ async def test_a_kind_that_is_configured_is_the_only_one(lab: Lab, kind: str, me
         assert await prober.ask() is Verdict.WELL
         server.answers[method] = lab.error(Code.INTERNAL)
         assert await prober.ask() is Verdict.FAILED
+        server.answers[method] = lab.error(Code.CANCELLED)
+        assert await prober.ask() is Verdict.FAILED
         server.answers[method] = lab.error(Code.UNAVAILABLE)
         assert await prober.ask() is Verdict.UNREACHABLE
-    assert server.asked == [method] * 4
+    assert server.asked == [method] * 5
 
 
 async def test_all_questions_together_take_no_longer_than_one_may(lab: Lab) -> None:
@@ -150,6 +153,37 @@ async def test_by_tcp_a_unix_socket_is_connected_to_as_well(lab: Lab, tmp_path: 
     async with probing(lab, Server({CHECK: NO}), "tcp", address=f"unix:{tmp_path}/s") as prober:
         assert await prober.ask() is Verdict.WELL
     assert await prober.ask() is Verdict.UNREACHABLE
+
+
+class Raises(Connection):
+    async def call(self, call: Call) -> bytes:
+        raise ZeroDivisionError("x")
+
+    async def close(self) -> None: ...
+
+
+async def test_a_connection_that_breaks_its_contract_is_told_of_once_and_probed_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prober = Prober("10.0.0.1:1", Raises(), "auto", 5.0)
+    assert [await prober.ask() for _ in range(3)] == [Verdict.FAILED] * 3
+    (record,) = caplog.records
+    assert record.getMessage() == "a probe of node 10.0.0.1:1 failed by a fault of this gateway"
+    assert record.exc_info is not None
+
+
+@pytest.mark.parametrize("address", ["a..b:1", f"{'a' * 64}.example:1"])
+async def test_by_tcp_what_is_no_name_is_unreachable(caplog: pytest.LogCaptureFixture, address: str) -> None:
+    assert await Prober(address, Raises(), "tcp", 5.0).ask() is Verdict.UNREACHABLE
+    assert caplog.records == []
+
+
+async def test_by_tcp_a_want_of_our_own_says_nothing_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def open_connection(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(asyncio, "open_connection", open_connection)
+    assert await Prober("127.0.0.1:1", Raises(), "tcp", 5.0).ask() is Verdict.FAILED
 
 
 async def test_who_is_not_there_is_unreachable(lab: Lab) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import time
+import socket
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from dl_inference_core.app import App
 from dl_inference_core.cli import main
 from dl_inference_core.config import Config, JoinConfig, RegistryConfig, validated
 from dl_inference_core.errors import Code, ConfigError
-from dl_inference_core.gateway.registry import SERVICE, Registry
+from dl_inference_core.gateway.registry import Registry
 from dl_inference_core.gateway.sharing import Share
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.testing import FakeBackend
@@ -52,7 +52,7 @@ async def tell(gateway: Any, request: Message | bytes, token: str = TOKEN, metho
     name = method or type(request).__name__.removesuffix("Request")
     body = request if isinstance(request, bytes) else request.SerializeToString()
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
-    answer = await gateway.start_call(method=f"{SERVICE}/{name}", body=body, metadata=metadata)
+    answer = await gateway.start_call(method=f"{messages.REGISTRY}/{name}", body=body, metadata=metadata)
     return int(messages.RegisterResponse.FromString(answer).lease_ms)
 
 
@@ -81,8 +81,9 @@ async def test_a_node_that_registers_gets_requests_until_its_lease_ends(lab: Lab
     assert node.weight == 3
     connection = node.endpoint.connection
 
-    assert await tell(gateway, registration(b, models={"m": 69}, lease_ms=200)) == 200
+    assert await tell(gateway, registration(b, models={"m": 69})) == 60_000
     assert await served(gateway) == {"a", "b"}
+    assert await tell(gateway, registration(b, models={"m": 69}, lease_ms=200)) == 200
     await lab.until(lambda: len(gateway.forwarder().pool.nodes) == 1)
     assert await served(gateway) == {"a"}
     assert gateway.node(a) is node
@@ -94,14 +95,14 @@ async def test_a_node_that_registers_gets_requests_until_its_lease_ends(lab: Lab
 
 async def test_a_lease_that_is_renewed_lasts(lab: Lab) -> None:
     a = await lab.node()
-    gateway = await lab.gateway(registry(lab, "lease_ms = 700"))
-    await tell(gateway, registration(a))
+    gateway = await lab.gateway(registry(lab))
+    await tell(gateway, registration(a, lease_ms=1000))
     forwarder, node = gateway.forwarder(), gateway.node(a)
-    start = time.monotonic()
-    while time.monotonic() < start + 0.9:
-        assert await tell(gateway, registration(a)) == 700
-        assert gateway.forwarder() is forwarder
-        assert gateway.node(a) is node
+    assert await tell(gateway, registration(a, lease_ms=9000)) == 9000
+    await asyncio.sleep(1.2)  # the first lease would have ended
+    assert gateway.forwarder() is forwarder
+    assert gateway.node(a) is node
+    assert await tell(gateway, registration(a, lease_ms=1)) == 100
     await lab.until(lambda: "m" not in gateway.app.gateway.models)
     assert (await gateway.refusal("m"))[0] is Code.NOT_FOUND
 
@@ -176,6 +177,47 @@ async def test_processes_of_one_node_have_a_lease_each(lab: Lab) -> None:
     assert set(gateway.app.gateway.models) == set()
 
 
+async def test_the_weight_at_an_address_is_that_of_a_process_that_is_there(lab: Lab) -> None:
+    a = await lab.node()
+    gateway = await lab.gateway(registry(lab))
+    for instance, weight in (("0", 2), ("1", 7)):
+        await tell(gateway, registration(a, instance=instance, weight=weight))
+    assert gateway.node(a).weight == 7
+    await tell(gateway, messages.DeregisterRequest(address=a.address, instance="1"))
+    assert gateway.node(a).weight == 2
+
+
+async def test_an_address_may_be_written_otherwise_when_it_goes(lab: Lab) -> None:
+    gateway = await lab.gateway(registry(lab))
+    await tell(gateway, registration("10.0.0.1:80"))
+    assert addresses(gateway) == {"10.0.0.1:80"}
+    await tell(gateway, messages.DeregisterRequest(address="10.0.0.1:00080"))
+    assert addresses(gateway) == set()
+    code, said = await refusal(gateway, messages.DeregisterRequest(address="nowhere"))
+    assert (code, said) == (Code.INVALID_ARGUMENT, 'address: "nowhere" is no address: expected host:port')
+
+
+async def test_a_gateway_refuses_its_own_address(lab: Lab) -> None:
+    gateway = await lab.gateway(registry(lab))
+    code, said = await refusal(gateway, registration(gateway.address))
+    assert (code, said) == (Code.INVALID_ARGUMENT, f"address: {gateway.address} is this gateway's own")
+
+
+async def test_what_was_counted_of_a_route_goes_with_it(lab: Lab) -> None:
+    a = await lab.node()
+    gateway = await lab.gateway(registry(lab))
+    await tell(gateway, registration(a, models={"passing": None, "stays": None}))
+    assert await served(gateway, model="passing") == await served(gateway, model="stays") == {"a"}
+
+    def counted() -> str:
+        return str(gateway.app.metrics.render("")[0].decode())
+
+    assert counted().count("passing") > 10
+    await tell(gateway, registration(a, models={"stays": None}))
+    await lab.until(lambda: "passing" not in counted())
+    assert 'upstream="stays"' in counted()
+
+
 async def test_who_has_no_token_changes_nothing(lab: Lab) -> None:
     a = await lab.node()
     gateway = await lab.gateway(registry(lab))
@@ -205,6 +247,7 @@ async def test_without_a_registry_there_is_no_such_method(lab: Lab) -> None:
         (registration("10.0.0.1:70000"), "port 70000"),
         (registration("10.0.0.1:1\n"), "is no address"),
         (registration("10.0.0.1:1", weight=10_001), "weight: 10001"),
+        (registration("10.0.0.1:1", lease_ms=-1), "lease_ms: -1"),
         (registration("10.0.0.1:1", instance="a b"), "instance: "),
         (registration("10.0.0.1:1", instance="a" * 65), "instance: "),
         (registration("10.0.0.1:1", models={"": None}), "models: "),
@@ -222,6 +265,19 @@ async def test_what_is_no_registration_is_refused(lab: Lab, request_: Any, said:
     assert code is Code.INVALID_ARGUMENT
     assert said in message
     assert set(gateway.app.gateway.models) == set()
+
+
+async def test_what_many_nodes_say_at_once_is_taken_over_at_once(lab: Lab) -> None:
+    gateway = (await lab.gateway(registry(lab))).app.gateway
+    taken = []
+    take_over = gateway._take_over
+    gateway._take_over = lambda: taken.append(take_over())
+    for index in range(50):
+        request = registration("10.0.0.1:1", instance=str(index), models={"m": None}, weight=index)
+        body = base64.b64encode(request.SerializeToString()).decode()
+        gateway.registry._heard({"request": body, "lease_ms": 60_000})
+    await lab.until(lambda: gateway.models)
+    assert len(taken) == 1
 
 
 async def test_there_are_limits_to_how_many_register(lab: Lab) -> None:
@@ -296,7 +352,7 @@ class Worker:
         name = type(request).__name__.removesuffix("Request")
         metadata = (("authorization", f"Bearer {TOKEN}"),)
         call = Call(method=name, request=request.SerializeToString(), metadata=metadata)
-        await self.registry.methods()[f"{SERVICE}/{name}"](call)
+        await self.registry.methods()[f"{messages.REGISTRY}/{name}"](call)
 
     @property
     def known(self) -> dict[str, list[str]]:
@@ -317,7 +373,7 @@ async def test_what_one_process_hears_the_others_know_and_one_that_comes_later_t
     one, two = [await Worker(tmp_path, index).start() for index in range(2)]
     many = {f"m{i:0>150}": i for i in range(100)}
     await one.hears(registration("10.0.0.1:1", models=many))
-    await two.hears(registration("10.0.0.2:1", models={"n": 7}, weight=2, lease_ms=1500))
+    await two.hears(registration("10.0.0.2:1", models={"n": 7}, weight=2))
     both = {**{name: ["10.0.0.1:1"] for name in many}, "n": ["10.0.0.2:1"]}
     await one.knows(both)
     await two.knows(both)
@@ -327,7 +383,8 @@ async def test_what_one_process_hears_the_others_know_and_one_that_comes_later_t
     successor = await Worker(tmp_path, 1).start()
     assert successor.known == both
     left = {name: ["10.0.0.1:1"] for name in many}
-    await successor.knows(left)  # the lease of the other has ended
+    await one.hears(registration("10.0.0.2:1", models={"n": 7}, weight=2, lease_ms=100))
+    await successor.knows(left)
     await one.knows(left)
     await successor.hears(messages.DeregisterRequest(address="10.0.0.1:1"))
     await one.knows({})
@@ -344,6 +401,46 @@ async def test_a_process_takes_no_nonsense_from_another(tmp_path: Path) -> None:
     worker.registry._heard({"request": base64.b64encode(registration("h:1").SerializeToString()), "lease_ms": 0})
     assert worker.known == {}
     worker.close()
+
+
+async def test_what_a_process_learns_at_its_start_is_one_change(tmp_path: Path) -> None:
+    one = await Worker(tmp_path, 0).start()
+    for index in range(100):
+        await one.hears(registration(f"10.0.0.1:{index + 1}"))
+    two = Worker(tmp_path, 1)
+    changes = []
+    two.registry._changed = lambda: changes.append(two.known)
+    await two.start()
+    assert changes == [one.known]
+    for worker in (one, two):
+        worker.close()
+
+
+async def test_who_does_not_know_all_yet_tells_nobody_that_it_is_all(tmp_path: Path) -> None:
+    one = await Worker(tmp_path, 0).start()
+    one.registry._told.clear()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as silent:
+        silent.bind(str(tmp_path / "share" / "1"))
+        two = await Worker(tmp_path, 2).start()
+        assert not two.registry._told.is_set()
+        one.registry._told.set()
+        three = await Worker(tmp_path, 3).start()
+        assert three.registry._told.is_set()
+    for worker in (one, two, three):
+        worker.close()
+
+
+async def test_processes_that_start_together_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    one, two = Worker(tmp_path, 0), Worker(tmp_path, 1)
+    one._share.start()
+    two._share.start()
+    while one._share.others == 0:  # noqa: ASYNC110 - it has no event
+        await asyncio.sleep(0.001)
+    await asyncio.gather(one.registry.learn(), two.registry.learn())
+    assert one.registry._told.is_set()
+    assert two.registry._told.is_set()
+    for worker in (one, two):
+        worker.close()
 
 
 async def test_a_process_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
@@ -488,9 +585,8 @@ async def test_a_gateway_that_has_forgotten_everything_knows_its_nodes_again(lab
     assert joined == f"gateway 127.0.0.1:{port}: this node is registered now"
 
 
-async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(lab: Lab, caplog: Any) -> None:
-    gateway = await lab.gateway(registry(lab))
-    node = await NodeProcess(lab, gateway, token="another").start()
+def counting(node: NodeProcess) -> list[Call]:
+    """The calls to the node's gateway from now on."""
     assert node.app._joining is not None
     connection = node.app._joining._gateways[0]._connection
     tried: list[Call] = []
@@ -500,7 +596,14 @@ async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(la
         tried.append(request)
         return await call(request)
 
-    connection.call = counted  # type: ignore[method-assign]
+    connection.call = counted  # type: ignore[assignment,method-assign]
+    return tried
+
+
+async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(lab: Lab, caplog: Any) -> None:
+    gateway = await lab.gateway(registry(lab))
+    node = await NodeProcess(lab, gateway, token="another").start()
+    tried = counting(node)
     await lab.until(lambda: len(tried) == 3)
     (warning,) = warnings(caplog, "joining")
     assert "UNAUTHENTICATED" in warning
@@ -510,6 +613,48 @@ async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(la
     answer = await connection.call(Call(method=infer, request=asking()))
     assert messages.ModelInferResponse.FromString(bytes(answer)).id == "q"
     await connection.close()
+
+
+async def test_a_node_that_is_refused_says_so_as_an_error_once(lab: Lab, caplog: Any) -> None:
+    gateway = await lab.gateway(registry(lab))
+    node = await NodeProcess(lab, gateway, advertise=gateway.address).start()
+    tried = counting(node)
+    await lab.until(lambda: len(tried) == 3)
+    (record,) = [record for record in caplog.records if record.name == "dl_inference_core.joining"]
+    assert record.levelname == "ERROR"
+    said = "this node gets no requests from it, which refuses to register it: address: "
+    assert record.getMessage() == f"gateway {gateway.address}: {said}{gateway.address} is this gateway's own"
+
+
+async def test_an_error_nobody_foresaw_ends_neither_a_registration_nor_the_drain(lab: Lab, caplog: Any) -> None:
+    gateway = await lab.gateway(registry(lab))
+    node = NodeProcess(lab, gateway)
+    joining, drained = node.app._joining, []
+    assert joining is not None
+    models = joining._models
+
+    def raises(*_: Any) -> Any:
+        raise RuntimeError("as told")
+
+    joining._models = raises
+    await node.start()
+    await lab.until(lambda: warnings(caplog, "joining"))
+    joining._models = models
+    await lab.until(lambda: addresses(gateway) == {node.address})
+    failed, registered = warnings(caplog, "joining")
+    assert failed == f"gateway {gateway.address}: to register this node failed, and will be tried again"
+    assert registered == f"gateway {gateway.address}: this node is registered now"
+    joining._gateways[0]._connection.call = raises  # type: ignore[assignment,method-assign]
+    drain = node.app._server.drain  # type: ignore[union-attr]
+
+    async def drains(grace_s: float) -> None:
+        drained.append(grace_s)
+        await drain(grace_s)
+
+    node.app._server.drain = drains  # type: ignore[union-attr,method-assign]
+    await node.app.close()
+    assert drained
+    assert warnings(caplog, "joining")[-1] == "to leave a gateway failed"
 
 
 async def test_a_node_says_another_address_if_told_to(lab: Lab) -> None:
@@ -522,13 +667,19 @@ async def test_a_node_says_another_address_if_told_to(lab: Lab) -> None:
     ("config", "said"),
     [
         ({"host": "0.0.0.0", "models": True}, "with host 0.0.0.0 gateways must be told where"),
+        (
+            {"models": True},
+            "gateway h:1 cannot reach this node at host 127.0.0.1: give a host that it can, or advertise",
+        ),
+        ({"host": "[::1]", "models": True}, r"gateway h:1 cannot reach this node at host \[::1\]"),
+        ({"host": "localhost", "models": True}, "gateway h:1 cannot reach this node at host localhost"),
         ({"host": "[::]", "models": True}, r"with host \[::\] gateways must be told where"),
         ({"routes": [{"name": "m", "nodes": ["127.0.0.1:1"]}]}, "there are no models to register"),
     ],
 )
 def test_what_cannot_join_ends_the_start(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     (tmp_path / "token").write_text(TOKEN)
-    values = {**config, "join": {"gateways": ["h:1"], "token_file": tmp_path / "token"}}
+    values = {**config, "join": {"gateways": ["127.0.0.1:1", "h:1"], "token_file": tmp_path / "token"}}
     if values.pop("models", False):
         values["models"] = {"directory": tmp_path}
     with pytest.raises(ConfigError, match=said):
@@ -548,7 +699,7 @@ def test_gateways_and_nodes_are_plain_addresses(tmp_path: Path, address: str) ->
         (["--join", "h:1"], "--join: token_file: Field required"),
         (["--join-token-file", "t"], "--join: gateways: Field required"),
         (["--join", "h:1,h", "--join-token-file", "t"], '--join: "h" is no address: expected host:port'),
-        (["--join", "h:1", "--join-token-file", "/no/such/file"], "/no/such/file: No such file or directory"),
+        (["--join", "127.0.0.1:1", "--join-token-file", "/no/such/file"], "/no/such/file: No such file or directory"),
     ],
 )
 def test_a_command_line_that_cannot_join_is_an_error(tmp_path: Path, options: list[str], said: str) -> None:

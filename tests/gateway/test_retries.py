@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dl_inference_core.config import RouteSettings
-from dl_inference_core.errors import AnswerMalformed, Code
+from dl_inference_core.errors import AnswerMalformed, BadRequest, Code, InferenceError, NodeFailed
 from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.transport import Call
 from dl_inference_core.wire.protocol import PROTOCOLS
@@ -180,14 +180,14 @@ async def test_no_attempt_is_begun_that_could_not_end_in_time(lab: Lab) -> None:
 async def test_what_is_left_of_the_clients_time_is_what_the_second_node_is_told(lab: Lab) -> None:
     slow = await lab.node("slow", hangs=True)
     fast = await lab.node("fast")
-    gateway = await lab.front(slow, fast, more=f"timeout_ms = 200\n{ROUND_ROBIN}")
+    gateway = await lab.front(slow, fast, more=f"timeout_ms = 800\n{ROUND_ROBIN}")
     while not slow.count:
         fast.calls.clear()
         start = time.monotonic()
-        assert await gateway.call(timeout=0.35) == "fast"
+        assert await gateway.call(timeout=1.2) == "fast"
     (call,) = fast.calls
     assert call.deadline is not None
-    assert call.deadline <= start + 0.37  # the wire's own rounding, and the way
+    assert call.deadline <= start + 1.5  # rather than 0.8 s after the first 0.8; the wire's own rounding, and the way
 
 
 async def test_an_answer_that_is_none_is_tried_elsewhere_whatever_is_said_of_failures(lab: Lab) -> None:
@@ -293,6 +293,37 @@ async def test_one_that_fails_before_it_is_late_is_tried_again_as_ever(lab: Lab)
     assert await gateway.call() == "good"
     assert [bad.count, good.count] == [1, 1]
     assert counted(gateway, "hedges") == 0
+
+
+@pytest.mark.parametrize("second", [False, True])
+async def test_of_two_errors_at_once_the_one_that_may_not_go_elsewhere_counts(lab: Lab, second: bool) -> None:
+    nodes = await lab.nodes("ab")
+    gateway = await hedging(lab, *nodes, late_s=0.001)
+    forwarder, protocol = gateway.forwarder(), PROTOCOLS["openinference"]
+    errors: list[InferenceError] = [NodeFailed("bad"), BadRequest("no")]
+    together = asyncio.Event()
+    waiting = []
+
+    class Failing:
+        def __init__(self, real: Any, error: InferenceError) -> None:
+            self.real, self.error = real, error
+
+        async def call(self, call: Any) -> Any:
+            waiting.append(self)
+            await together.wait()
+            raise self.error
+
+        async def close(self) -> None:
+            await self.real.close()
+
+    for node, error in zip(forwarder.pool.nodes, reversed(errors) if second else errors, strict=True):
+        node.endpoint.connection = Failing(node.endpoint.connection, error)
+    answer = asyncio.ensure_future(forwarder.answer(Call(method=protocol.node_method, request=b""), protocol))
+    await lab.until(lambda: len(waiting) == 2)
+    together.set()
+    with pytest.raises(BadRequest, match="no"):
+        await answer
+    assert forwarder.in_flight == 0
 
 
 async def test_trailers_are_those_of_the_attempt_that_won(lab: Lab) -> None:

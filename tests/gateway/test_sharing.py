@@ -59,8 +59,8 @@ async def until(what: Any, within_s: float = 5.0) -> None:
 
 async def test_what_one_publishes_all_others_hear_in_order(folder: Path) -> None:
     one, two, three = (Worker(folder, index).start() for index in range(3))
-    assert one.share.alone  # nobody has said hello to it yet
-    await until(lambda: not one.share.alone)
+    assert one.share.others == 0  # nobody has said hello to it yet
+    await until(lambda: one.share.others)
     for value in range(200):
         one.says(value)
     two.says("ü")
@@ -82,7 +82,7 @@ async def test_who_starts_is_told_everything_and_so_is_who_is_killed_and_started
     asyncio.get_running_loop().remove_reader(two.share._socket)  # type: ignore[arg-type]
     two.share._socket.close()  # type: ignore[union-attr]
     one.says("to nobody")
-    assert one.share.alone
+    assert one.share.others == 0
     again = Worker(folder, 1).start()
     await until(lambda: again.values == [1, 2])
     one.says(3)
@@ -95,8 +95,10 @@ async def test_who_starts_is_told_everything_and_so_is_who_is_killed_and_started
 async def test_who_takes_no_messages_holds_up_nobody_and_is_told_everything_later(folder: Path) -> None:
     one, other = Worker(folder, 0).start(), Worker(folder, 2).start()
     stopped = Worker(folder, 1).start()
-    await until(lambda: not one.share.alone and not stopped.share.alone)
-    await asyncio.sleep(0.05)
+    await until(lambda: one.share.others == stopped.share.others == 2)
+    one.says("before")
+    await until(lambda: stopped.values == other.values == ["before"])
+    other.heard.clear()
     loop = asyncio.get_running_loop()
     assert stopped.share._socket is not None
     loop.remove_reader(stopped.share._socket)
@@ -113,6 +115,24 @@ async def test_who_takes_no_messages_holds_up_nobody_and_is_told_everything_late
     one.says("after")
     await until(lambda: stopped.values[-2:] == ["everything", "after"])
     for worker in (one, other, stopped):
+        worker.share.close()
+
+
+async def test_who_has_much_to_be_told_is_told_it_while_others_go_on_telling(folder: Path) -> None:
+    one = Worker(folder, 0).start()
+    state = [f"state {value}" for value in range(1300)]
+    one.holds = [{"value": value} for value in state]
+    two = Worker(folder, 1).start()
+    said = 0
+    async with asyncio.timeout(20):
+        while state[-1] not in two.values:
+            if one.share.others:
+                one.says(said)
+                said += 1
+            await asyncio.sleep(0.002)
+    await until(lambda: two.values[-1] == said - 1)
+    assert [value for value in two.values if isinstance(value, str)] == state
+    for worker in (one, two):
         worker.share.close()
 
 
@@ -156,7 +176,7 @@ async def test_what_makes_no_sense_to_a_subscriber_is_told_of_once(
 
     two.share.subscribe("t", heard)
     two.start()
-    await until(lambda: not one.share.alone)
+    await until(lambda: one.share.others)
     for value in ("a", "b", 3):
         one.says(value)
     await until(lambda: two.heard)
@@ -170,7 +190,7 @@ async def test_what_makes_no_sense_to_a_subscriber_is_told_of_once(
 
 async def test_a_message_that_is_too_large_is_refused(folder: Path) -> None:
     one, two = Worker(folder, 0).start(), Worker(folder, 1).start()
-    await until(lambda: not one.share.alone)
+    await until(lambda: one.share.others)
     with pytest.raises(ValueError, match=r"a message on t has \d+ bytes, over 32768"):
         one.says("x" * LARGEST)
     one.says("x" * (LARGEST - 100))
@@ -182,7 +202,7 @@ async def test_a_message_that_is_too_large_is_refused(folder: Path) -> None:
 async def test_without_a_folder_it_stays_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(tmp_path / "none", 0).start()
     worker.says(1)
-    assert worker.share.alone
+    assert worker.share.others == 0
     (record,) = caplog.records
     assert record.getMessage().startswith("what this worker learns stays its own: ")
     worker.share.close()
@@ -292,6 +312,21 @@ async def test_routes_without_attempts_and_strategies_that_learn_nothing_cost_no
     await lab.until(lambda: known(two))
     assert one.forwarder("other").balancer.asked == asked
     assert not one.forwarder("plain").recorded
+
+
+async def test_what_is_known_of_nodes_that_go_is_forgotten(lab: Lab, folder: Path, patient: str) -> None:
+    a, b = await lab.nodes("ab")
+    config = "[gateway]\npoll_interval_ms = 10\n" + lab.route(a, b, more=patient)
+    one, two = [await lab.gateway(config, share=Share(folder, index)) for index in range(2)]
+    known_ = one.app.gateway._exchange._known
+    a.status = lab.error(Code.INTERNAL)
+    await one.call()
+    await lab.until(lambda: set(known_.get(one.forwarder(), ())) == {a.address, b.address})
+    one.file.write_text(one.file.read_text().replace(lab.route(a, b, more=patient), lab.route(b, more=patient)))
+    await lab.until(lambda: len(one.forwarder().pool.nodes) == 1)
+    await one.call()
+    await lab.until(lambda: set(known_[one.forwarder()]) == {b.address})
+    assert known(two)
 
 
 async def test_a_strategy_that_raises_is_told_of_once_and_forwards_as_before(

@@ -84,6 +84,15 @@ class RendezvousHash(Trusting[int]):
         super().returned(node)
         self._keyless.returned(node)
 
+    def learned(self, node: Node) -> float | None:
+        """The trust in it; or, if no request had a key, the part of its weight that is left, which is much the same."""
+        trust = super().learned(node)
+        return self._keyless.learned(node) if trust is None else trust
+
+    def learn(self, node: Node, value: float) -> None:
+        super().learn(node, value)
+        self._keyless.learn(node, value)
+
     def forget(self, node: Node) -> None:
         super().forget(node)
         self._keyless.forget(node)

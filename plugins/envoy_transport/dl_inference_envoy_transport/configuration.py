@@ -39,8 +39,9 @@ _NO_LIMIT = 2**31 - 1
 class Options(PluginOptions):
     """Attributes:
     connect_timeout_ms: how long a connection to a node may take to come up.
-    unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement before the connection is
-        given up, so that the next one finds a path that works again; 0 leaves that to the system. On Linux only.
+    unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement, or the node take nothing
+        in, before the connection is given up, so that the next one finds a path that works again; 0 leaves that to the
+        system. On Linux only.
     stream_window_bytes: bytes that a peer may send of one message before they are taken in.
     connection_window_bytes: the same, for all the calls of one connection.
     header_kb: KiB that the headers of one call may have.
@@ -58,7 +59,7 @@ class Options(PluginOptions):
     """
 
     connect_timeout_ms: int = Field(default=1000, ge=1)
-    unacknowledged_ms: int = Field(default=1000, ge=0, lt=2**31)
+    unacknowledged_ms: int = Field(default=2000, ge=0, lt=2**31)
     stream_window_bytes: int = Field(default=4 * 1024 * 1024, ge=65_535, lt=2**31)
     connection_window_bytes: int = Field(default=16 * 1024 * 1024, ge=65_535, lt=2**31)
     header_kb: int = Field(default=60, ge=1, le=8192)

@@ -133,6 +133,9 @@ class EnvoyTransport(Transport):
             raise ConfigError(f"cannot listen on {', '.join(addresses)}: {error}") from error
         return server
 
+    def prepare(self, tls: ClientTls) -> None:
+        self._watch(tls)
+
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
         host = Host.of_this_process()
         if host is None:  # nothing is served: `dl-inference-core check`
@@ -140,12 +143,13 @@ class EnvoyTransport(Transport):
             return GrpcioTransport(options).connect(address, limits, tls)
         from dl_inference_envoy_transport.connection import EnvoyConnection
 
-        return EnvoyConnection(host, address, limits, self.options, self._watch(tls), tls)
+        return EnvoyConnection(host, address, limits, self.options, None if tls is None else self._watch(tls), tls)
 
-    def _watch(self, tls: ClientTls | None) -> Watched | None:
-        if tls is not None and tls not in self._watched:
-            self._watched[tls] = Watched(tls)
-        return None if tls is None else self._watched[tls]
+    def _watch(self, tls: ClientTls) -> Watched:
+        files = tls.model_copy(update={"server_name": None})
+        if files not in self._watched:
+            self._watched[files] = Watched(files)
+        return self._watched[files]
 
 
 def _libpython() -> str:
