@@ -314,7 +314,7 @@ async def test_the_clients_deadline_blames_no_node_and_starts_nothing_after_it(l
     assert sum(node.count for node in nodes) == 7
     assert [gateway.weight(node) for node in nodes] == [100, 100]
     assert all(gateway.usable(node) for node in nodes)
-    assert [gateway.node(node).in_flight for node in nodes] == [0, 0]
+    await lab.until(lambda: [gateway.node(node).in_flight for node in nodes] == [0, 0])
 
 
 @pytest.mark.parametrize("within_s", [4, 30])
