@@ -397,6 +397,7 @@ def worker_killed(system: System, pace: Pace, seed: int) -> Findings:
         listening = sockets.listening(port)
         victim, its = sockets.listener(server.processes()[1:], port)
         taken = sockets.accepted(victim, port)
+        ports = run.sending.ports
         with run.fault("L4", after_s=0.0) as mark:
             os.kill(victim, signal.SIGKILL)
             until(lambda: its not in sockets.listening(port), 5.0, "the killed worker still listens")
@@ -408,7 +409,6 @@ def worker_killed(system: System, pace: Pace, seed: int) -> Findings:
             run.wait(pace.after_s)
             sick = (mark.healed, time.monotonic())
     requests = run.requests
-    ports = run.sending.ports
     victims = [number for number, own in enumerate(ports) if own in taken]
     its_requests = requests.by_connections(victims, len(ports))
     in_flight = its_requests.among((its_requests.sent < mark.began + 0.02) & (its_requests.ended >= mark.began))
