@@ -13,7 +13,6 @@ import http.client
 import importlib
 import itertools
 import json
-import logging
 import os
 import shutil
 import signal
@@ -37,8 +36,6 @@ T = TypeVar("T")
 FOLDER = "DL_INFERENCE_ENVOY"
 """The environment variable that names the private directory, in a process that Envoy hosts."""
 PROGRAM = "program.json"
-
-_log = logging.getLogger(__name__)
 
 _POLL_S = 0.002
 _APPLIED_WITHIN_S = 10.0
