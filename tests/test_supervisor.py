@@ -48,10 +48,15 @@ class Scripts(GrpcioTransport):
 
 
 class Rig:
-    """A supervisor under test, and what it has started so far."""
+    """A supervisor under test, and what it has started so far.
+
+    Attributes:
+        running: its `run`, which comes to an exit status.
+    """
 
     def __init__(self, folder: Path, scripts: Scripts, **config: Any) -> None:
         self.folder = folder
+        self.running: asyncio.Task[Any] | None = None
         routes = [{"name": "m", "nodes": ["127.0.0.1:1"]}]
         self.supervisor = Supervisor(
             validated(Config, {"port": 0, "routes": routes, **config}, "test"), scripts, ["serve"], ""
@@ -70,9 +75,12 @@ class Rig:
         return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
     async def until(self, what: Callable[[], Any], within_s: float = 20.0) -> None:
+        """Wait for `what`, while the supervisor runs."""
         end = time.monotonic() + within_s
         while not what():
-            assert time.monotonic() < end
+            if self.running is not None and self.running.done():
+                raise AssertionError(f"the supervisor has ended with {self.running.result()}")
+            assert time.monotonic() < end, (self.served(), self.started())
             await asyncio.sleep(0.01)
 
 
@@ -86,14 +94,12 @@ def run(rig: Rig, test: Callable[[], Awaitable[None]]) -> None:
             return end.code
 
     async def both() -> None:
-        running = asyncio.create_task(status())
+        rig.running = asyncio.create_task(status())
         try:
-            await rig.until(lambda: running.done() or all(event.is_set() for event in rig.supervisor._ready))
-            if running.done():
-                running.result()
+            await rig.until(lambda: all(event.is_set() for event in rig.supervisor._ready))
             await test()
             os.kill(os.getpid(), signal.SIGTERM)
-            assert await asyncio.wait_for(running, 20) == 0
+            assert await asyncio.wait_for(rig.running, 20) == 0
         finally:
             for pid in [*rig.started(), *rig.pids("grandchildren")]:
                 with suppress(ProcessLookupError):

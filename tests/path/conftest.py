@@ -12,7 +12,7 @@ import sys
 import time
 import types
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ import pytest
 T = TypeVar("T")
 
 PATIENCE_S = 60.0
+_SHOWN = 5000
 
 
 def _wait_for(what: str, look: Callable[[], T], within_s: float = PATIENCE_S) -> T:
@@ -159,6 +160,17 @@ def _session(pid: int) -> int:
     except OSError:
         return 0
     return 0 if state in "ZX" else int(session)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """What the processes of a test that failed have written stands in its report."""
+    report: Any = yield
+    if report.failed:
+        for name, value in getattr(item, "funcargs", {}).items():
+            if isinstance(value, Process):
+                report.sections.append((f"{name} {value.address} wrote", value.text()[-_SHOWN:]))
+    return report
 
 
 Start = Callable[..., Process]
