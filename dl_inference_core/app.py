@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import admin, sockets
-from dl_inference_core.config import Config, NodeConfig, RouteConfig
+from dl_inference_core.config import Config, NodeConfig, RouteConfig, cores
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.gateway.balancing import Balancer
 from dl_inference_core.gateway.reloading import Gateway
@@ -70,7 +70,13 @@ class App:
         self.repository: Repository | None = None
         self._named: NamedModels | None = None
         if config.models.any:
-            self.repository = self._build_repository()
+            self.repository = repository = self._build_repository()
+            self.metrics.sample(
+                "dl_inference_queue",
+                "Requests that wait for a thread of a model.",
+                "model",
+                lambda: {name: model.waiting() for name, model in repository.models.items()},
+            )
         self.gateway: Gateway | None = None
         if config.routes or config.gateway.nodefile is not None or config.gateway.registry is not None:
             self.gateway = Gateway(
@@ -101,6 +107,9 @@ class App:
             name: self._plugins.make(Kind.BACKENDS, name, self._config.backends.get(name, {}), f"[backends.{name}]")
             for name in {**self._plugins.classes(Kind.BACKENDS), **self._config.backends}
         }
+        if self._config.workers > 1:
+            for backend in backends.values():
+                backend.cores = max(1, cores() // self._config.workers)
         return Repository(
             self._config.models.directory,
             named=self._named.models,
@@ -109,6 +118,7 @@ class App:
             defaults=self._config.models.defaults,
             poll_interval_s=self._config.models.poll_interval_ms / 1000,
             meter=LoadMeter(self._config.models.load_reports_per_s),
+            metrics=self.metrics,
         )
 
     def _build_joining(self) -> Joining | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections import Counter
@@ -21,6 +22,13 @@ _NODE = re.compile(
     r"|(?P<host>\[[0-9A-Fa-f:.%]+\]|(?:dns:///)?[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5}))"
     r"(?:@(?P<weight>[0-9]{1,5}))?"
 )
+
+
+def cores() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class PluginOptions(BaseModel):

@@ -9,6 +9,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
@@ -49,6 +50,13 @@ class Metrics:
             "Seconds from a request's arrival to its answer.",
             ("protocol", "upstream"),
             buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._batch_rows = Histogram(
+            "dl_inference_batch_rows",
+            "Rows of each call of a model whose requests may share calls.",
+            ("model",),
+            buckets=_ROWS,
             registry=self._registry,
         )
         self._attempts = Counter(
@@ -101,6 +109,7 @@ class Metrics:
         )
         # labels() costs more than all the rest of a request's accounting.
         self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
+        self._of_batches: dict[str, Histogram] = {}
         self._of_attempts: dict[tuple[str, str, str], Counter] = {}
         self._of_ejections: dict[tuple[str, str], Counter] = {}
         self._of_routes: dict[str, set[tuple[Counter, tuple[str, ...]]]] = {}
@@ -118,6 +127,18 @@ class Metrics:
         counter, histogram = children
         counter.inc()
         histogram.observe(seconds)
+
+    def batch(self, model: str, rows: int) -> None:
+        """A model was called with so many rows of requests."""
+        histogram = self._of_batches.get(model)
+        if histogram is None:
+            histogram = self._of_batches[model] = self._batch_rows.labels(model)
+        histogram.observe(rows)
+
+    def model_gone(self, model: str) -> None:
+        """There is no model of that name any more. What was counted of its batches goes with it."""
+        if self._of_batches.pop(model, None) is not None:
+            self._batch_rows.remove(model)
 
     def attempt(self, route: str, node: str, outcome: str) -> None:
         """An attempt at a node ended."""

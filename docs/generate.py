@@ -23,7 +23,9 @@ from dl_inference_core.config import (
     RouteConfig,
     ServerTls,
 )
+from dl_inference_core.node.batching import BatchingConfig, Bucket
 from dl_inference_core.node.loading import ModelConfig
+from dl_inference_core.node.scheduling import QueueLimits
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -229,6 +231,25 @@ A version is loaded again when its own files change, the sources beside it, or w
 loaded again.
 """
 
+BATCHING = """\
+### `[batching]`
+
+How requests share a call of the model. A free thread takes what waits, up to `max_rows` rows, decodes each request and
+has the handler preprocess it; then the rows of all are put together along the first dimension, the model is called
+once, and each request gets its own rows back. Requests with other names, dtypes, sizes of a row, signatures or versions
+never share a call.
+
+- A request that is malformed, or for which the handler fails, fails before the others are put together; one that is
+  cancelled or too late by then is left out. If the call fails, it is repeated for each request alone, so that only
+  those fail whose own rows are at fault.
+- A handler that has a `run_model` of its own gets one request at a time, unless it has a `run_batch`, too.
+- When a version is loaded, the model is run on samples before it is ready: in every size of `allowed_rows`, or else 1,
+  2, 4, … rows. They are the arrays in `warm_up.npz` or `sample.npz` beside it (written by `numpy.savez`, by input), or
+  made from the signature. Where a row's answer is another among others than alone, the model does not batch, and one
+  warning says so; with `enabled = true` it is not loaded. TensorFlow Serving's recorded requests
+  (`assets.extra/tf_serving_warmup_requests`) are answered, too.
+"""
+
 
 def reference() -> str:
     """The whole page."""
@@ -249,6 +270,9 @@ def reference() -> str:
         _table("### `[gateway.tls]`", ClientTls),
         NODE_FILE,
         f"{MODEL_HEAD}\n{_rows(ModelConfig)}",
+        f"{BATCHING}\n{_rows(BatchingConfig)}",
+        _table("### `[batching.buckets.INPUT]`", Bucket),
+        _table("### `[queue]`", QueueLimits),
     ]
     return "\n".join(parts)
 

@@ -51,7 +51,12 @@ FLAGS = [
 ]
 
 NEWEST = {"versions": "newest", "keep_versions": 1}
-DEFAULTS = {"threads": len(os.sched_getaffinity(0))}
+DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "batching": {"enabled": False}}
+BATCHED = {
+    "threads": 3,
+    "batching": {"enabled": "auto", "max_rows": 64, "max_delay_us": 500, "allowed_rows": [64]},
+    "queue": {"max_requests": 640},
+}
 ANYBODY = (
     "clients may have any folder of this machine served, by HandleReloadConfigRequest, as TensorFlow Serving's may"
 )
@@ -96,7 +101,8 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
     monitoring.write_text('prometheus_config { enable: true, path: "/prometheus" }')
     batching.write_text(
         "max_batch_size { value: 128 } allowed_batch_sizes: 64 allowed_batch_sizes: 128 "
-        "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 64 }"
+        "enable_large_batch_splitting { value: true } max_execution_batch_size { value: 64 } "
+        "batch_timeout_micros { value: 500 } num_batch_threads { value: 3 } max_enqueued_batches { value: 10 }"
     )
     given = {
         "--port": "9000",
@@ -123,7 +129,7 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
         if joined
         else (part for item in given.items() for part in item)
     )
-    assert notes == ["--enable_batching has no effect yet: requests are not batched", ANYBODY]
+    assert notes == [ANYBODY]
     assert config.model_dump(exclude_defaults=True) == {
         "host": "0.0.0.0",
         "port": 9000,
@@ -142,7 +148,7 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
             "config_poll_interval_ms": 60_000,
             "poll_interval_ms": 0,
             "accept_config": True,
-            "defaults": DEFAULTS,
+            "defaults": BATCHED,
         },
         "backends": {"tensorflow": {"intra_op_threads": 2, "inter_op_threads": 3}},
     }
@@ -160,8 +166,21 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
     ],
 )
 def test_a_boolean_needs_no_value(arguments: list[str], on: bool) -> None:
-    _, notes = planned(*arguments, "--model_base_path=/m")
-    assert any("batching" in note for note in notes) == on
+    config, _ = planned(*arguments, "--model_base_path=/m")
+    assert ("batching" not in config.models.defaults) == on
+    assert config.models.defaults.get("batching", {"enabled": False}) == {"enabled": False}
+
+
+def test_what_batching_parameters_have_that_is_not_served_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "batching.config"
+    file.write_text("pad_variable_length_inputs: true")
+    flags = ("--enable_batching", f"--batching_parameters_file={file}", "--model_base_path=/m")
+    config, (_, note) = planned(*flags)
+    assert "pad_variable_length_inputs has no effect" in note
+    assert config.models.defaults["batching"] == {"enabled": "auto", "max_rows": 1000}
+    file.write_text("max_batch_size { value: 8 } allowed_batch_sizes: 4")
+    with pytest.raises(ConfigError, match="allowed_rows: the largest is 4, and max_rows 8"):
+        planned(*flags)
 
 
 def test_a_model_config_file_comes_before_a_model_of_the_command_line() -> None:

@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import logging
-import math
-import queue
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from dl_inference_core.errors import (
     BadRequest,
     Code,
     DeadlineExceeded,
-    HandlerFailed,
     InferenceError,
     ModelNotFound,
     ModelNotReady,
 )
+from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
+from dl_inference_core.node.batching import Batching, NotRowwise, Part
 from dl_inference_core.node.handling import Handler, narrow
 from dl_inference_core.node.load import LoadMeter, Work
+from dl_inference_core.node.scheduling import CallJob, Outbox, QueueLimits, Worker, Workers, as_failure
 from dl_inference_core.tensors import Request, Response
 from dl_inference_core.transport import Call
 from dl_inference_core.wire import openinference, tfserving_examples, tfserving_models
 from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, Protocol
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -58,119 +53,12 @@ class VersionStatus:
     error: str = ""
 
 
-class Workers:
-    """Threads that run functions in the order they came, one at first. Daemons: a stuck model cannot keep the
-    process."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One copy of a version's model, and what is done before and after it."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads = 0
-        self._spent: list[_Spent] = []
-        self._at_end: Callable[[], None]
-        self.grow(1)
-
-    def grow(self, threads: int) -> None:
-        """Have that many threads; fewer than there are changes nothing."""
-        for number in range(self._threads, threads):
-            self._threads += 1
-            threading.Thread(target=self._work, name=f"{self._name}#{number}", daemon=True).start()
-
-    async def run(self, function: Callable[[], T]) -> T:
-        """The result of `function` on one of the threads. If the caller is cancelled before its turn, it never runs.
-
-        Raises:
-            InferenceError: what `function` raised; HandlerFailed for what is none.
-        """
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put((function, future))
-        return await future
-
-    async def close(self, at_end: Callable[[], None]) -> None:
-        """Wait for everything that `run` was asked for; the last thread calls `at_end`. Call it once, and `run` no
-        more."""
-        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._at_end = partial(self._end, at_end, ended)
-        for _ in range(self._threads):
-            self._jobs.put(None)
-        # Cancelling one who waits must not cancel what the last thread does.
-        await asyncio.shield(ended)
-
-    def worked(self) -> float:
-        """The seconds that all threads together have spent on functions, those that run now included. Any thread."""
-        now = time.monotonic()
-        return sum(seconds + max(now - since, 0.0) for seconds, since in [spent.state for spent in self._spent])
-
-    def _work(self) -> None:
-        spent = _Spent()
-        self._spent.append(spent)
-        seconds = 0.0
-        while (job := self._jobs.get()) is not None:
-            since = time.monotonic()
-            spent.state = seconds, since
-            _run(*job)
-            del job  # or its request would live until the next one
-            seconds += time.monotonic() - since
-            spent.state = seconds, math.inf
-        with self._lock:
-            self._threads -= 1
-            last = not self._threads
-        if last:
-            self._at_end()
-
-    def _end(self, at_end: Callable[[], None], ended: asyncio.Future[None]) -> None:
-        try:
-            at_end()
-        except Exception:
-            _log.exception("closing %s failed", self._name)
-        _deliver(ended, None, None)
-
-
-class _Spent:
-    """A thread's time: the seconds on functions before, and since when it runs the one of now. Only the thread writes,
-    always both at once."""
-
-    __slots__ = ("state",)
-
-    def __init__(self) -> None:
-        self.state = (0.0, math.inf)
-
-
-def _run(function: Callable[[], Any], future: asyncio.Future[Any]) -> None:
-    if future.cancelled():
-        return
-    try:
-        result = function()
-    except InferenceError as error:
-        _deliver(future, None, error)
-    except BaseException as error:  # even a handler's SystemExit must be answered
-        failure = HandlerFailed(in_short(error))
-        failure.__cause__ = error
-        _deliver(future, None, failure)
-    else:
-        _deliver(future, result, None)
-
-
-def _deliver(future: asyncio.Future[Any], result: Any, error: InferenceError | None) -> None:
-    def settle() -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-        future.get_loop().call_soon_threadsafe(settle)
-
-
-def in_short(error: BaseException) -> str:
-    """The type and the first line of `error`, for a status message."""
-    text = str(error).strip().partition("\n")[0]
-    if len(text) > 200:
-        text = f"{text[:199]}…"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    model: Model
+    handler: Handler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,26 +66,39 @@ class Loaded:
     """What one version's folder gave.
 
     Attributes:
+        instances: at least one; all of the same files.
         platform: the backend's name.
-        threads: how many threads may run the model.
+        threads: how many threads may run each instance.
+        batching: None is one request at a time.
     """
 
-    model: Model
-    handler: Handler
+    instances: tuple[Instance, ...]
     platform: str
-    threads: int
+    threads: int = 1
+    batching: Batching | None = None
+    queue: QueueLimits = field(default_factory=QueueLimits)
+
+    @property
+    def model(self) -> Model:
+        """The first instance's."""
+        return self.instances[0].model
 
 
 class LoadedVersion:
     """One version of a model in memory, with threads of its own, on which all of it happens, `Model.close` too."""
 
-    def __init__(self, model_name: str, number: int, meter: LoadMeter) -> None:
+    def __init__(self, model_name: str, number: int, meter: LoadMeter, metrics: Metrics | None = None) -> None:
+        """Args:
+        metrics: counts the sizes of batches.
+        """
         self.number = number
+        self._metrics = metrics
         self._model_name = model_name
         self._meter = meter
         self._work: Work
         self._workers = Workers(f"{model_name}/{number}")
         self._loaded: Loaded | None = None
+        self._batching: Batching | None = None
 
     async def load(self, load: Callable[[], Loaded]) -> None:
         """Fill this version with what `load` gives. Whatever comes of that, cancellation too, `close` must follow.
@@ -208,10 +109,12 @@ class LoadedVersion:
 
         def job() -> None:
             self._loaded = loaded = load()
-            self._work = self._meter.watch(self._workers.worked, loaded.threads)
+            self._batching = loaded.batching
+            self._work = self._meter.watch(self._workers.worked, len(loaded.instances) * loaded.threads)
 
         await self._workers.run(job)
-        self._workers.grow(self.loaded.threads)
+        self._workers.configure(self.loaded.queue)
+        self._workers.grow(len(self.loaded.instances) * self.loaded.threads)
 
     @property
     def loaded(self) -> Loaded:
@@ -223,9 +126,12 @@ class LoadedVersion:
         """The answer's bytes; or the request, decoded, where it names another version.
 
         Raises:
-            InferenceError: DeadlineExceeded before any work; HandlerFailed for what handler or model raised.
+            InferenceError: Overloaded or DeadlineExceeded before any work; HandlerFailed for what handler or model
+                raised.
         """
-        return await self._workers.run(partial(self._answer, call, protocol, request))
+        asked = _Asked(self, call, protocol, request, asyncio.get_running_loop().create_future())
+        self._workers.submit(asked)
+        return await asked.future  # type: ignore[no-any-return]
 
     async def answer_each(self, call: Call, requests: Sequence[Request]) -> bytes:
         """The answer to a MultiInference call, which asked for all of `requests`.
@@ -233,49 +139,186 @@ class LoadedVersion:
         Raises:
             InferenceError: as `answer`; the first failure ends it.
         """
+        asked = _AskedForEach(self, call, requests, asyncio.get_running_loop().create_future())
+        self._workers.submit(asked)
+        return await asked.future  # type: ignore[no-any-return]
 
-        def job() -> bytes:
-            answers: list[Any] = [
-                self._answer(call, PROTOCOLS[f"tfserving_{request.method.name.lower()}"], request)
-                for request in requests
-            ]
-            return tfserving_examples.encode_multi_inference(requests, answers)
+    def _instance(self, worker: Worker) -> Instance:
+        """What that thread runs."""
+        instances = self.loaded.instances
+        return instances[worker.number % len(instances)]
 
-        return await self._workers.run(job)
+    def answer_together(self, together: list[_Asked], worker: Worker, outbox: Outbox) -> None:
+        """Answer the one in `together` and, where requests share batches, those that come in time, which are added."""
+        instance = self._instance(worker)
+        batching = self._batching
+        with instance.model.session():
+            if batching is None:
+                self._answer_alone(instance, together[0], outbox)
+                return
+            parts: list[Part] = []
+            rows = 0
+            until = together[0].since + batching.delay_s
+            asked: _Asked | None = together[0]
+            while asked is not None:
+                part = self._part(instance, batching, asked, outbox)
+                if part is not None:
+                    parts.append(part)
+                    rows += part.rows
+                    if rows >= batching.max_rows:
+                        break
+                asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until)
+                if asked is not None:
+                    together.append(asked)
+            for batch in batching.batches(parts):
+                self._answer_batch(instance, batching, batch, outbox)
 
-    def _answer(self, call: Call, protocol: Protocol, request: Request | None) -> bytes | Request:
-        if call.deadline is not None and time.monotonic() >= call.deadline:
-            raise DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
-        loaded = self.loaded
-        model, handler = loaded.model, loaded.handler
-        stage = "decoding a request"
+    def answer_all(self, asked: CallJob, requests: Sequence[Request], worker: Worker, outbox: Outbox) -> None:
+        """Answer a MultiInference call."""
+        if not self._wanted(asked, outbox):
+            return
+        instance = self._instance(worker)
+        answers: list[Any] = []
         try:
-            if request is None:
-                request = protocol.codec.decode_request(call.request)
-                if request.version not in (None, self.number) or request.label:
-                    return request
-            with model.session():
-                stage = "preprocess"
-                inputs = handler.preprocess(request)
-                stage = "run_model"
-                outputs = handler.run_model(model, inputs, request)
-                stage = "postprocess"
-                payload = handler.postprocess(outputs, request)
-            stage = "encoding the answer"
-            response = Response(
-                payload=narrow(payload, request),
-                model=self._model_name,
-                version=self.number,
-                tags=request.tags,
-                id=request.id,
+            with instance.model.session():
+                for request in requests:
+                    protocol = PROTOCOLS[f"tfserving_{request.method.name.lower()}"]
+                    answers.append(self._answer_one(instance, protocol, request))
+            encoded = self._stage("encoding the answer", tfserving_examples.encode_multi_inference, requests, answers)
+            outbox.put(asked.future, encoded)
+        except InferenceError as error:
+            outbox.put(asked.future, None, error)
+
+    def _part(self, instance: Instance, batching: Batching, asked: _Asked, outbox: Outbox) -> Part | None:
+        """What `asked` brings into a batch; None if it is answered already."""
+        request = self._request(asked, outbox)
+        if request is None:
+            return None
+        try:
+            inputs = self._stage("preprocess", instance.handler.preprocess, request)
+            part = batching.part(asked, request, inputs)
+            if part is None:
+                outputs = self._stage("run_model", instance.handler.run_model, instance.model, inputs, request)
+                outbox.put(asked.future, self._finish(instance, asked.protocol, request, outputs))
+        except InferenceError as error:
+            outbox.put(asked.future, None, error)
+            return None
+        return part
+
+    def _answer_batch(self, instance: Instance, batching: Batching, batch: Sequence[Part], outbox: Outbox) -> None:
+        """Answer `batch` by one call of the model; should that fail, one by one."""
+        batch = [part for part in batch if self._wanted(part.asked, outbox)]
+        if not batch:
+            return
+        requests = [part.request for part in batch]
+
+        def model(inputs: Any) -> Any:
+            return instance.handler.run_batch(instance.model, inputs, requests)
+
+        try:
+            shares = self._stage("run_model", batching.run, batch, model)
+        except InferenceError as error:
+            if len(batch) == 1:
+                outbox.put(batch[0].asked.future, None, error)
+                return
+            if isinstance(error.__cause__, NotRowwise):
+                self._stop_batching(error.__cause__)
+            for part in batch:
+                self._answer_batch(instance, batching, [part], outbox)
+            return
+        if self._metrics is not None:
+            self._metrics.batch(self._model_name, sum(part.rows for part in batch))
+        for part, outputs in zip(batch, shares, strict=True):
+            try:
+                answer = self._finish(instance, part.asked.protocol, part.request, outputs)
+            except InferenceError as error:
+                outbox.put(part.asked.future, None, error)
+            else:
+                outbox.put(part.asked.future, answer)
+        outbox.send()
+
+    def _stop_batching(self, why: NotRowwise) -> None:
+        if self._batching is not None:
+            self._batching = None
+            _log.error(
+                'model "%s" version %d is run for one request at a time from now on, for %s: '
+                "say max_rows = 1 under [batching] in model.toml",
+                self._model_name,
+                self.number,
+                why,
             )
-            return protocol.codec.encode_response(response, request)
+
+    def _answer_alone(self, instance: Instance, asked: _Asked, outbox: Outbox) -> None:
+        request = self._request(asked, outbox)
+        if request is None:
+            return
+        try:
+            outbox.put(asked.future, self._answer_one(instance, asked.protocol, request))
+        except InferenceError as error:
+            outbox.put(asked.future, None, error)
+
+    def _answer_one(self, instance: Instance, protocol: Protocol, request: Request) -> bytes:
+        """The answer to one request, on one of the threads and in the model's session.
+
+        Raises:
+            InferenceError: HandlerFailed for what is none.
+        """
+        inputs = self._stage("preprocess", instance.handler.preprocess, request)
+        outputs = self._stage("run_model", instance.handler.run_model, instance.model, inputs, request)
+        return self._finish(instance, protocol, request, outputs)
+
+    def _request(self, asked: _Asked, outbox: Outbox) -> Request | None:
+        """What is asked for; None if there is nothing more to be done, for this version at least."""
+        if not self._wanted(asked, outbox):
+            return None
+        if asked.request is not None:
+            return asked.request
+        try:
+            request: Request = self._stage(
+                "decoding a request", asked.protocol.codec.decode_request, asked.call.request
+            )
+        except InferenceError as error:
+            outbox.put(asked.future, None, error)
+            return None
+        if request.version not in (None, self.number) or request.label:
+            outbox.put(asked.future, request)
+            return None
+        return request
+
+    def _wanted(self, asked: CallJob, outbox: Outbox) -> bool:
+        """Whether somebody waits for it and has time."""
+        deadline = asked.call.deadline
+        if deadline is not None and time.monotonic() >= deadline:
+            late = DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
+            outbox.put(asked.future, None, late)
+            return False
+        return not asked.future.cancelled()
+
+    def _finish(self, instance: Instance, protocol: Protocol, request: Request, outputs: Any) -> bytes:
+        payload = self._stage("postprocess", instance.handler.postprocess, outputs, request)
+        return self._stage("encoding the answer", self._encoded, protocol, request, payload)  # type: ignore[no-any-return]
+
+    def _encoded(self, protocol: Protocol, request: Request, payload: Any) -> bytes:
+        response = Response(
+            payload=narrow(payload, request),
+            model=self._model_name,
+            version=self.number,
+            tags=request.tags,
+            id=request.id,
+        )
+        return protocol.codec.encode_response(response, request)
+
+    def _stage(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return function(*args)
         except InferenceError:
             raise
         except BaseException as error:
-            raise HandlerFailed(
-                f'model "{self._model_name}" version {self.number}: {stage} failed: {in_short(error)}'
-            ) from error
+            raise as_failure(error, f'model "{self._model_name}" version {self.number}: {stage} failed: ') from error
+
+    def waiting(self) -> int:
+        """How many requests wait for one of the threads. Any thread."""
+        return self._workers.waiting()
 
     async def close(self) -> None:
         """Finish what was asked for, then close the model and let go of it."""
@@ -285,7 +328,59 @@ class LoadedVersion:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._meter.forget(self._work)
-            loaded.model.close()
+            for instance in loaded.instances:
+                instance.model.close()
+
+
+class _Asked(CallJob):
+    """A request for one inference."""
+
+    __slots__ = ("_version", "protocol", "request")
+
+    def __init__(
+        self,
+        version: LoadedVersion,
+        call: Call,
+        protocol: Protocol,
+        request: Request | None,
+        future: asyncio.Future[Any],
+    ) -> None:
+        super().__init__(call, future)
+        self._version = version
+        self.protocol = protocol
+        self.request = request
+
+    def run(self, worker: Worker) -> int:
+        outbox, together = Outbox(), [self]
+        try:
+            self._version.answer_together(together, worker, outbox)
+        except BaseException as error:  # a model's session, say: whatever it is, everybody is answered
+            for asked in together:
+                outbox.put(asked.future, None, as_failure(error))
+        outbox.send()
+        return len(together)
+
+
+class _AskedForEach(CallJob):
+    """A MultiInference call."""
+
+    __slots__ = ("_requests", "_version")
+
+    def __init__(
+        self, version: LoadedVersion, call: Call, requests: Sequence[Request], future: asyncio.Future[Any]
+    ) -> None:
+        super().__init__(call, future)
+        self._version = version
+        self._requests = requests
+
+    def run(self, worker: Worker) -> int:
+        outbox = Outbox()
+        try:
+            self._version.answer_all(self, self._requests, worker, outbox)
+        except BaseException as error:
+            outbox.put(self.future, None, as_failure(error))
+        outbox.send()
+        return 1
 
 
 class ServedModel:
@@ -319,6 +414,10 @@ class ServedModel:
         self._labels = labels
         self.refusal = refusal
         self._newest = loaded[max(loaded)] if loaded else None
+
+    def waiting(self) -> int:
+        """How many requests wait for a thread of any version. Any thread."""
+        return sum(version.waiting() for version in self._loaded.values())
 
     @property
     def ready(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +166,10 @@ class Model(ABC):
     def to_numpy(self, value: Any) -> Any:
         """The reverse of `to_native`."""
 
+    def join(self, parts: Sequence[Any]) -> Any:
+        """Arrays, or the framework's tensors, one after the other along their first dimension."""
+        return np.concatenate(parts)
+
     def session(self) -> AbstractContextManager[Any]:
         """Entered around each request's preprocess, run_model and postprocess: inference mode, current device."""
         return nullcontext()
@@ -186,6 +190,9 @@ class Backend(ABC):
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
+        self.cores = 0
+        """This process's share of the cores, where several processes serve the same: what a backend whose options do
+        not say otherwise has work at once on one operation; 0 is all. Set before the first `load`."""
 
     @staticmethod
     def imported() -> None:

@@ -6,7 +6,7 @@ outputs back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,9 +36,10 @@ class Handler:
     """The business end of a model: subclass it, override what differs, and name it in `model.toml` (`handler = "…"`),
     or define it in a `handler.py` beside the model.
 
-    One object per loaded version. Methods run on the model's own threads, one request at a time per thread, inside the
-    model's session (for torch: inference mode). What they raise, the client sees as INTERNAL with a request id;
-    raise `BadRequest` to tell the client that its input is wrong.
+    One object per loaded version, or per copy of its model where it has several. Methods run on the model's own
+    threads, one at a time per thread, inside the model's session (for torch: inference mode). Where requests share a
+    call of the model, `preprocess` is called for each of them first, and `postprocess` for each of them last. What they
+    raise, the client sees as INTERNAL with a request id; raise `BadRequest` to tell the client that its input is wrong.
 
     A handler in full::
 
@@ -116,8 +117,23 @@ class Handler:
         Raises:
             BadRequest: the model has no signature of the name that the request asks for.
         """
-        self._find_signature(request)
-        return model(inputs, request.signature or DEFAULT_SIGNATURE)
+        return self.run_batch(model, inputs, [request])
+
+    def run_batch(self, model: Model, inputs: Any, requests: Sequence[Request]) -> Any:
+        """Call `model` on the rows of several requests together: tensors by name, as `preprocess` returned them for
+        each, one after the other along the first dimension. All ask for the same signature. Outputs must be tensors by
+        name with just as many rows; each request's go to `postprocess`. By default calls it once.
+
+        A handler whose `run_model` is its own takes one request at a time, unless this one is too.
+        """
+        self._find_signature(requests[0])
+        return model(inputs, requests[0].signature or DEFAULT_SIGNATURE)
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether requests may share a call of the model."""
+        cls = type(self)
+        return cls.run_batch is not Handler.run_batch or cls.run_model is Handler.run_model
 
     def postprocess(self, outputs: Any, request: Request) -> Payload:
         """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values."""

@@ -8,12 +8,12 @@ gives a node, are then what it could answer.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from dl_inference_core.config import cores
 from dl_inference_core.errors import Blame, InferenceError
 from dl_inference_core.transport import Call
 from dl_inference_core.wire import orca
@@ -57,7 +57,7 @@ class LoadMeter:
         self._answered = 0
         self._failed = 0
         self._work: set[Work] = set()
-        self._cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._cores = cores()
         self._samples = deque([self._sample()])
         self._trailers: tuple[tuple[str, bytes], ...] = ()
 

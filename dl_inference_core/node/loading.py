@@ -14,10 +14,12 @@ from pydantic import ConfigDict, Field
 
 from dl_inference_core.config import NamedModel, PluginOptions, validated
 from dl_inference_core.errors import ModelError
-from dl_inference_core.node.answering import Loaded
+from dl_inference_core.node.answering import Instance, Loaded
 from dl_inference_core.node.backend import Backend
+from dl_inference_core.node.batching import BatchingConfig
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.processor import Processor
+from dl_inference_core.node.scheduling import QueueLimits
 from dl_inference_core.node.sources import load_module
 from dl_inference_core.node.warm_up import warm_up
 
@@ -53,8 +55,16 @@ class ModelConfig(PluginOptions):
     "default"; both files are looked for in the version's folder, then in the model's"""
     device: str = "cpu"
     """"cpu", "auto", or a name of the backend's own, such as "cuda:1\""""
+    devices: tuple[str, ...] = Field(default=(), strict=False)
+    """several of them, in the place of `device`: the model is loaded once for each"""
+    instances: int = Field(default=1, ge=1, le=256)
+    """how often the model is loaded for each device; every copy has threads and a handler of its own"""
     threads: int = Field(default=1, ge=1, le=1024)
-    """how many requests a version works on at a time"""
+    """how many requests, or batches, each copy works on at a time"""
+    batching: BatchingConfig = BatchingConfig(enabled="auto")
+    """how requests share a call of the model"""
+    queue: QueueLimits = QueueLimits()
+    """how many requests may wait"""
     options: dict[str, Any] = Field(default={})
     """the backend's own options for a model"""
     handler_options: dict[str, Any] = Field(default={})
@@ -116,16 +126,27 @@ class Loader:
         config = read_config(*folders, settings=named.settings, defaults=self.defaults)
         backend = self._backend(config, folder)
         options = validated(backend.ModelOptions, config.options, f"options of backend {backend.name}")
-        handler = self._handler(config, folders[::-1], runs_sources=named.sources)
-        model = backend.load(folder, options, config.device)
+        instances: list[Instance] = []
         try:
-            with model.session():
-                handler.load(model, folder)
-                warm_up(folder, model, handler)
+            for device in (config.devices or (config.device,)) * config.instances:
+                handler = self._handler(config, folders[::-1], runs_sources=named.sources)
+                instances.append(Instance(model=backend.load(folder, options, device), handler=handler))
+                with instances[-1].model.session():
+                    handler.load(instances[-1].model, folder)
+            batching, *_ = [
+                warm_up(folder, instance.model, instance.handler, config.batching) for instance in instances
+            ]
         except BaseException:
-            model.close()
+            for instance in instances:
+                instance.model.close()
             raise
-        return Loaded(model=model, handler=handler, platform=backend.name, threads=config.threads)
+        return Loaded(
+            instances=tuple(instances),
+            platform=backend.name,
+            threads=config.threads,
+            batching=batching,
+            queue=config.queue,
+        )
 
     def _backend(self, config: ModelConfig, folder: Path) -> Backend:
         if config.backend is not None:

@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 
 from dl_inference_core.config import NamedModel, validated
 from dl_inference_core.errors import ConfigError, InferenceError, ModelError
+from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.answering import LoadedVersion, ServedModel, State, VersionStatus
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.handling import Handler
@@ -273,6 +274,7 @@ class Repository:
         poll_interval_s: float = 1.0,
         loads_at_once: int = 2,
         meter: LoadMeter | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         """Args:
         directory: the folder of models, if there is one.
@@ -283,6 +285,7 @@ class Repository:
         poll_interval_s: seconds between two looks for changes; 0 never looks again.
         loads_at_once: how many versions may be loading at the same time.
         meter: measures what the models do, and reports it with answers; by default nothing is reported.
+        metrics: are told how full batches are.
 
         Raises:
             ConfigError: `defaults` are none.
@@ -295,6 +298,7 @@ class Repository:
         self._poll_interval_s = poll_interval_s
         self._may_load = asyncio.Semaphore(loads_at_once)
         self._meter = meter or LoadMeter()
+        self._metrics = metrics
         self._looking = asyncio.Lock()
         self._before: Mapping[str, _Sight] = {}
         self._known: dict[str, _Model] = {}
@@ -499,7 +503,7 @@ class Repository:
         try:
             async with self._may_load:
                 version.tried, folder, began = version.content, version.folder, time.monotonic()
-                fresh = LoadedVersion(name, number, self._meter)
+                fresh = LoadedVersion(name, number, self._meter, self._metrics)
                 spare: LoadedVersion | None = fresh
                 try:
                     if version.tried is not None and _TOO_LARGE[0] in version.tried:
@@ -541,6 +545,8 @@ class Repository:
         for number in list(model.versions):
             self._retire(model, number, model.versions.pop(number))
         self._publish(model)
+        if self._metrics is not None:
+            self._metrics.model_gone(name)
 
     def _publish(self, model: _Model) -> None:
         versions = {

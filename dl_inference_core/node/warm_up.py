@@ -1,32 +1,187 @@
-"""TensorFlow Serving's warm-up: recorded requests that lie beside a model are answered before any client's."""
+"""Before a version is ready: whether its requests may share batches, and what is run so that no client waits for what
+only happens once.
+
+A model answers TensorFlow Serving's recorded requests and is run on samples (`samples.py`) in every size of batch.
+"""
 
 from __future__ import annotations
 
+import logging
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from dl_inference_core.errors import InferenceError, ModelError
-from dl_inference_core.node.backend import Model
+from dl_inference_core.node.backend import Model, Signature
+from dl_inference_core.node.batching import Batching, BatchingConfig
 from dl_inference_core.node.handling import Handler
-from dl_inference_core.tensors import Request
+from dl_inference_core.node.samples import of_rows, read_samples, rows_of, samples
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.wire import messages, tfserving_examples
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 FILE = Path("assets.extra", "tf_serving_warmup_requests")
 MOST_RECORDS = 1000
 
+_ROWS = 3
+"""Of the samples by which rows alone and together are compared."""
+_LONGEST_RUN_S = 1.0
+"""After a call that takes longer than this no larger batches are tried."""
+
 # A record of a TFRecord file: its length and a checksum of that, its bytes and a checksum of those.
 _HEAD = struct.Struct("<QI")
 _CHECKSUM = 4
 
+_log = logging.getLogger(__name__)
 
-def warm_up(directory: Path, model: Model, handler: Handler) -> None:
-    """Answer the requests in `directory / FILE`, if it is there. Within the model's session.
+
+def warm_up(directory: Path, model: Model, handler: Handler, config: BatchingConfig) -> Batching | None:
+    """Run the model on what lies beside it and on samples in every size of batch. Outside its session.
+
+    Returns:
+        how its requests share calls, None if they do not.
 
     Raises:
-        ModelError: the file is damaged or has over `MOST_RECORDS`, or a request cannot be answered; says which.
+        ModelError: recorded requests are damaged, over `MOST_RECORDS`, or cannot be answered; says which. The model
+            fails for the samples beside it. What `config` asks for cannot be: the handler takes one request at a time,
+            or a row's answer is not the same alone and among others.
     """
+    with model.session():
+        _answer_recorded(directory, model, handler)
+        batching = _batching(directory, model, handler, config)
+        if not handler.takes_batches:
+            return batching
+        largest = _run_sizes(directory, model, handler, batching.sizes if batching is not None else (1,))
+    if batching is None or largest == batching.max_rows:
+        return batching
+    if config.enabled is True:
+        raise ModelError(
+            f"[batching]: the model fails for the next size above {largest} of {list(batching.sizes)} rows"
+        )
+    if not largest:
+        return None
+    fewer = {"max_rows": largest, "allowed_rows": tuple(size for size in config.allowed_rows if size <= largest)}
+    return Batching(config.model_copy(update=fewer), model.join, batching.signatures)
+
+
+def _batching(directory: Path, model: Model, handler: Handler, config: BatchingConfig) -> Batching | None:
+    if config.enabled is False:
+        return None
+    if not handler.takes_batches:
+        if config.enabled == "auto":
+            return None
+        raise ModelError(
+            f'[batching]: handler "{handler.name}" takes one request at a time: its run_model is its own. Give it a '
+            "run_batch, too, or say enabled = false"
+        )
+    batching = Batching(config, model.join)
+    if config.enabled is True:
+        if why := _differs(model, handler, batching, DEFAULT_SIGNATURE, directory):
+            raise ModelError(f"[batching]: {why}")
+        return batching
+    may = []
+    for name in [name for name, signature in model.signatures.items() if _is_rowwise(signature)]:
+        why = _differs(model, handler, batching, name, directory)
+        if why == "":
+            may.append(name)
+        elif why:
+            _log.warning('%s: requests for signature "%s" do not share batches: %s', directory, name, why)
+    return Batching(config, model.join, may) if may else None
+
+
+def _is_rowwise(signature: Signature) -> bool:
+    """Whether every input and output is known to have a free first dimension."""
+    specs = (*signature.inputs, *signature.outputs)
+    return bool(signature.inputs and signature.outputs) and all(spec.shape and spec.shape[0] is None for spec in specs)
+
+
+def _differs(model: Model, handler: Handler, batching: Batching, name: str, directory: Path) -> str | None:
+    """How the answers to some rows together differ from those to the same rows alone; "" if they do not, None if that
+    cannot be told: there are no samples, or the model fails for them."""
+    signature = model.signatures.get(name, model.signature)
+    rows = _sample(signature, _ROWS, directory)
+    if rows is None:
+        return None
+    request = Request(payload=rows, form=Form.TENSORS, signature=name)
+
+    def run(inputs: Mapping[str, Any]) -> Any:
+        part = batching.part(None, request, inputs)
+        if part is None:
+            raise ModelError("they do not have the same number of rows")
+        return batching.run([part], lambda inputs: handler.run_batch(model, inputs, [request]))[0]
+
+    count = len(next(iter(rows.values())))
+    try:
+        alone = [run({key: value[row : row + 1] for key, value in rows.items()}) for row in range(count)]
+    except Exception as error:
+        _log.info("%s: the model fails for samples: %r", directory, error)
+        return None
+    try:
+        together = run(rows)
+    except Exception as error:
+        return f"rows together fail: {error}"
+    return _difference(model.to_numpy(alone), model.to_numpy(together), batching.tolerance)
+
+
+def _difference(alone: Sequence[Mapping[str, Tensor]], together: Mapping[str, Tensor], tolerance: float) -> str:
+    for name, value in together.items():
+        if not np.ndim(value) or len(value) != len(alone):
+            return f'output "{name}" has the shape {list(np.shape(value))} for {len(alone)} rows'
+        for row, answer in enumerate(alone):
+            expected, got = answer[name][0], value[row]
+            if np.asarray(expected).dtype.kind not in "fc":
+                same = np.array_equal(expected, got)
+            else:
+                scale = float(np.max(np.abs(expected), initial=0))
+                same = np.allclose(expected, got, rtol=0, atol=tolerance * scale, equal_nan=True)
+            if not same:
+                return f'output "{name}" of a row is another alone than among others'
+    return ""
+
+
+def _sample(signature: Signature, rows: int, directory: Path) -> dict[str, Tensor] | None:
+    """Inputs of so many rows: what lies beside the model, or made from the signature; None if neither can be. A single
+    row, whose copies tell less than rows that differ, comes last. None are made of scalars alone: who takes those may
+    count them."""
+    stored = sorted(read_samples(directory), key=rows_of)
+    if stored and rows_of(stored[-1]) > 1:
+        return of_rows(stored[-1], rows, signature)
+    of_arrays = any(spec.shape for spec in signature.inputs)
+    made = samples(signature, rows, np.random.default_rng(0)) if of_arrays else None
+    return of_rows(stored[-1], rows, signature) if made is None and stored else made
+
+
+def _run_sizes(directory: Path, model: Model, handler: Handler, sizes: Sequence[int]) -> int:
+    """Run the model on samples of these sizes, until one takes long. Returns the largest size, or the last one before
+    the model fails; 0 is none. The largest if there are no samples.
+
+    Raises:
+        ModelError: it fails for a single one of the samples that lie beside it.
+    """
+    before = 0
+    for size in sizes:
+        inputs = _sample(model.signature, size, directory)
+        if inputs is None:
+            break
+        began = time.monotonic()
+        try:
+            handler.run_batch(model, inputs, [Request(payload=inputs, form=Form.TENSORS)])
+        except Exception as error:
+            if not before and read_samples(directory):
+                raise ModelError("the model fails for the samples beside it") from error
+            _log.info("%s: the model fails for %d rows of samples: %r", directory, size, error)
+            return before
+        before = size
+        if time.monotonic() - began > _LONGEST_RUN_S:
+            break
+    return max(sizes)
+
+
+def _answer_recorded(directory: Path, model: Model, handler: Handler) -> None:
     try:
         content = (directory / FILE).read_bytes()
     except FileNotFoundError:

@@ -26,7 +26,7 @@ _TENS = np.array([10.0**power for power in range(23)])
 """The powers of ten that a double holds exactly."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PredictRequest(Request):
     """Attributes:
     rows: whether it came as `instances`, a value for each, and is to be answered so; else as `inputs`, whole tensors.

@@ -121,7 +121,7 @@ def mismatch(what: str, dtype: str, shape: Sequence[int], expected: str, given: 
 
 def native(array: Tensor) -> Tensor:
     """`array` in this machine's byte order."""
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _shown(shape: Sequence[int]) -> str:

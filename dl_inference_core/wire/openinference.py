@@ -53,7 +53,8 @@ _DATATYPES: dict[str, tuple[np.dtype[Any], str, np.dtype[Any]]] = {
 _NAMES = {dtype: name for name, (dtype, _, _) in _DATATYPES.items()}
 
 # What a tensor's own parameters may ask for that is not served, and that must not be passed over in silence.
-_NOT_SERVED = ("shared_memory_region", "classification")
+_NOT_SERVED = frozenset({"shared_memory_region", "classification"})
+_BYTES = "BYTES"
 
 
 def decode_request(body: bytes) -> Request:
@@ -61,9 +62,8 @@ def decode_request(body: bytes) -> Request:
     message = messages.parse(messages.ModelInferRequest, body)
     for noun, tensors in (("input", message.inputs), ("output", message.outputs)):
         for tensor in tensors:
-            for name in _NOT_SERVED:
-                if name in tensor.parameters:
-                    raise BadRequest(f'{noun} "{tensor.name}": the parameter "{name}" is not served')
+            if tensor.parameters and (refused := _NOT_SERVED.intersection(tensor.parameters)):
+                raise BadRequest(f'{noun} "{tensor.name}": the parameter "{min(refused)}" is not served')
     raw = bool(message.raw_input_contents) or not message.inputs
     return Request(
         payload=_decode_tensors(message.inputs, message.raw_input_contents, "input"),
@@ -231,21 +231,23 @@ def _encode_tensors(tensors: Mapping[str, Tensor], messages_: Any, raws: Any, *,
     Raises:
         TypeError: the protocol has no such dtype.
     """
-    arrays = {name: native(array) for name, array in tensors.items()}
-    for name, array in arrays.items():
-        if array.dtype not in _NAMES:
+    described = []
+    for name, array in tensors.items():
+        array = native(array)
+        datatype = _NAMES.get(array.dtype)
+        if datatype is None:
             raise TypeError(f'"{name}": the Open Inference Protocol has no dtype {array.dtype.name}')
-    raw = raw or any(not _DATATYPES[_NAMES[array.dtype]][1] for array in arrays.values())
-    for name, array in arrays.items():
-        datatype = _NAMES[array.dtype]
+        raw = raw or not _DATATYPES[datatype][1]
+        described.append((name, array, datatype))
+    for name, array, datatype in described:
         message = messages_.add(name=name, datatype=datatype, shape=array.shape)
-        strings = array.ravel().tolist() if array.dtype == STRING else []
-        field = _DATATYPES[datatype][1]
-        if raw and array.dtype == STRING:
-            raws.append(b"".join(struct.pack("<I", len(string)) + string for string in strings))
+        if datatype == _BYTES:
+            strings = array.ravel().tolist()
+            if raw:
+                raws.append(b"".join(struct.pack("<I", len(string)) + string for string in strings))
+            else:
+                message.contents.bytes_contents.extend(strings)
         elif raw:
             raws.append(array.tobytes())
-        elif array.dtype == STRING:
-            message.contents.bytes_contents.extend(strings)
         else:
-            put(message.contents, field, array)
+            put(message.contents, _DATATYPES[datatype][1], array)

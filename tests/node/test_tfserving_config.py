@@ -448,8 +448,8 @@ async def test_no_source_is_run_from_a_folder_that_only_a_client_names(
         ran.unlink()
         await named.reload(request(("m", tmp_path / "ours"), ("n", tmp_path / "theirs")))
         assert not ran.exists()
-        assert type(repository.models["m"]._loaded[2].loaded.handler).__name__ == "Mine"
-        assert type(repository.models["n"]._loaded[1].loaded.handler) is Handler
+        assert type(repository.models["m"]._loaded[2].loaded.instances[0].handler).__name__ == "Mine"
+        assert type(repository.models["n"]._loaded[1].loaded.instances[0].handler) is Handler
     assert f"{tmp_path / 'theirs' / '1' / 'handler.py'} is not run" in caplog.text
 
 

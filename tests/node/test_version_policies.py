@@ -439,9 +439,9 @@ def test_sources_that_may_be_run_from_now_on_load_it_again(tmp_path: Path) -> No
     async def main() -> None:
         async with serving(None, m=NamedModel(path=folder, sources=False)) as repository:
             model = repository.models["m"]
-            assert type(model._loaded[1].loaded.handler) is Handler
+            assert type(model._loaded[1].loaded.instances[0].handler) is Handler
             await replace(repository, {"m": NamedModel(path=folder)})
-            assert type(model._loaded[1].loaded.handler).__name__ == "Mine"
+            assert type(model._loaded[1].loaded.instances[0].handler).__name__ == "Mine"
 
     asyncio.run(main())
 

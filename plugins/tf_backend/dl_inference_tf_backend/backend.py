@@ -24,7 +24,8 @@ class TensorFlowBackend(Backend):
 
     class Options(PluginOptions):
         """Attributes:
-        intra_op_threads: threads that one operation may use, shared by all models; a thread per core, if left out.
+        intra_op_threads: threads that one operation may use, shared by all models; if left out, a thread for each core
+            of this worker's share.
         inter_op_threads: threads that run independent operations of a model at the same time, shared by all models;
             0, the default, runs a request's operations one after another on the thread of the request, which costs
             least.
@@ -88,7 +89,7 @@ class TensorFlowBackend(Backend):
         import tensorflow as tf
 
         config = tf.compat.v1.ConfigProto(
-            intra_op_parallelism_threads=self.options.intra_op_threads or 0,
+            intra_op_parallelism_threads=self.options.intra_op_threads or self.cores,
             # What is negative here means: on the thread that calls.
             inter_op_parallelism_threads=self.options.inter_op_threads or -1,
             allow_soft_placement=True,

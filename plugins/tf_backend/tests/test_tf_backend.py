@@ -231,8 +231,9 @@ def test_the_originals_processor_runs_on_a_saved_model(saved: Any, tmp_path: Pat
         NamedModel(path=tmp_path), folder
     )
     request = Request(payload=np.ones((1, 3)), form=Form.TENSOR)
-    inputs = loaded.handler.preprocess(request)
-    outputs = loaded.handler.postprocess(loaded.handler.run_model(loaded.model, inputs, request), request)
+    (instance,) = loaded.instances
+    inputs = instance.handler.preprocess(request)
+    outputs = instance.handler.postprocess(instance.handler.run_model(instance.model, inputs, request), request)
     ((name, value),) = outputs.items()
     assert name == ("four times" if source is PROCESSOR else "y")
     np.testing.assert_array_equal(value, np.full((1, 3), 4 if source is PROCESSOR else 2, np.float32))

@@ -1,0 +1,418 @@
+"""What waits for the threads of one version: first come, first served within a priority; what would wait for too long
+is refused at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, Field, model_validator
+
+from dl_inference_core.config import PluginOptions
+from dl_inference_core.errors import BadRequest, HandlerFailed, InferenceError, Overloaded
+from dl_inference_core.transport import Call
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_NEW_SHARE = 0.2
+"""Of the newest measurement in the average of what a request takes."""
+
+
+class QueueLimits(PluginOptions):
+    """How many requests may wait for a version. What is over that is refused with RESOURCE_EXHAUSTED at once, and so is
+    a request whose deadline would pass while it waits, as far as the requests before it tell."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    max_requests: int = Field(default=4096, ge=1)
+    """how many"""
+    max_mb: int = Field(default=256, ge=1)
+    """how many MiB they may have together; one alone may have more"""
+    max_wait_ms: int = Field(default=0, ge=0)
+    """how long one may be expected to wait; 0 is no limit"""
+    priorities: int = Field(default=1, ge=1, le=16)
+    """how many priorities there are: 1 is served first; in a full queue a request takes the place of one that would be
+    served later"""
+    default_priority: int | None = Field(default=None, ge=1)
+    """of a request that names none; the last one if left out"""
+    priority_metadata: str = Field(default="x-priority", pattern=r"^[a-z0-9_.-]+$")
+    """the gRPC metadata that names it"""
+
+    @model_validator(mode="after")
+    def _priorities(self) -> QueueLimits:
+        if (self.default_priority or 1) > self.priorities:
+            raise ValueError(f"default_priority is {self.default_priority}, and priorities {self.priorities}")
+        return self
+
+    def priority(self, call: Call) -> int:
+        """The priority of `call`, from 0.
+
+        Raises:
+            BadRequest: its metadata names none that there is.
+        """
+        for key, value in call.metadata:
+            if key == self.priority_metadata:
+                text = value if isinstance(value, str) else value.decode(errors="replace")
+                if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= self.priorities:
+                    raise BadRequest(f"metadata {key}: expected 1 to {self.priorities}; got {text[:20]!r}")
+                return int(text) - 1
+        return (self.default_priority or self.priorities) - 1
+
+
+class Job(ABC):
+    """Something to be done on one of a version's threads, and the future of who waits for it.
+
+    Attributes:
+        since: when it came, by `time.monotonic`.
+    """
+
+    __slots__ = ("future", "since")
+
+    def __init__(self, future: asyncio.Future[Any]) -> None:
+        self.future = future
+        self.since = time.monotonic()
+
+    @abstractmethod
+    def run(self, worker: Worker) -> int:
+        """Do it and settle the future; it may have `worker` take others, and do them too. Returns how many requests
+        were answered."""
+
+
+class _FunctionJob(Job):
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[[], Any], future: asyncio.Future[Any]) -> None:
+        super().__init__(future)
+        self._function = function
+
+    def run(self, worker: Worker) -> int:
+        if self.future.cancelled():
+            return 0
+        outbox = Outbox()
+        try:
+            outbox.put(self.future, self._function())
+        except BaseException as error:
+            outbox.put(self.future, None, as_failure(error))
+        outbox.send()
+        return 0
+
+
+class CallJob(Job):
+    """A call's request to be answered.
+
+    Attributes:
+        size: of its message, in bytes.
+    """
+
+    __slots__ = ("call", "size")
+
+    def __init__(self, call: Call, future: asyncio.Future[Any]) -> None:
+        super().__init__(future)
+        self.call = call
+        self.size = len(call.request)
+
+
+class Outbox:
+    """What has become of jobs of one event loop, until it is sent to those who wait. One thread's."""
+
+    def __init__(self) -> None:
+        self._settled: list[tuple[asyncio.Future[Any], Any, InferenceError | None]] = []
+
+    def put(self, future: asyncio.Future[Any], result: Any, error: InferenceError | None = None) -> None:
+        self._settled.append((future, result, error))
+
+    def send(self) -> None:
+        """Settle the futures, in one go; those that are done stay."""
+        settled, self._settled = self._settled, []
+
+        def settle() -> None:
+            for future, result, error in settled:
+                if future.done():
+                    continue
+                if error is None:
+                    future.set_result(result)
+                else:
+                    future.set_exception(error)
+
+        if settled:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                settled[0][0].get_loop().call_soon_threadsafe(settle)
+
+
+def as_failure(error: BaseException, what: str = "") -> InferenceError:
+    """`error` as the client sees it: its own words where they are ours, even a handler's SystemExit else."""
+    if isinstance(error, InferenceError):
+        return error
+    failure = HandlerFailed(f"{what}{in_short(error)}")
+    failure.__cause__ = error
+    return failure
+
+
+def in_short(error: BaseException) -> str:
+    """The type and the first line of `error`, for a status message."""
+    text = str(error).strip().partition("\n")[0]
+    if len(text) > 200:
+        text = f"{text[:199]}…"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class _Queue:
+    """Jobs that wait. A token for each, and for each thread that shall end, stands in a queue that threads can wait at;
+    a job that was taken away leaves its token behind."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._limits = QueueLimits()
+        self._tokens: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._own: deque[Job] = deque()
+        """What is no request: no limit holds for it."""
+        self._calls: list[deque[CallJob]] = [deque()]
+        """By priority."""
+        self._bytes = 0
+        self._each_s = 0.0
+        """What one request takes of all threads together, on average."""
+
+    def configure(self, limits: QueueLimits) -> None:
+        """Before the first request."""
+        self._limits = limits
+        self._calls = [deque() for _ in range(limits.priorities)]
+
+    def put(self, job: Job) -> None:
+        with self._lock:
+            self._own.append(job)
+        self._tokens.put(True)
+
+    def put_call(self, job: CallJob) -> None:
+        """Raises:
+        Overloaded: there is no room for it.
+        BadRequest: it names a priority that is none.
+        """
+        limits = self._limits
+        priority = limits.priority(job.call) if limits.priorities > 1 else 0
+        ousted = None
+        with self._lock:
+            if any(self._calls):
+                ousted = self._make_room(job, priority)
+            self._calls[priority].append(job)
+            self._bytes += job.size
+        self._tokens.put(True)
+        if ousted is not None and not ousted.future.done():
+            ousted.future.set_exception(self._full("a request of a higher priority has taken its place"))
+
+    def _make_room(self, job: CallJob, priority: int) -> CallJob | None:
+        """Returns whose place it takes.
+
+        Raises:
+            Overloaded: there is none.
+        """
+        limits = self._limits
+        wait_s = self._each_s * sum(map(len, self._calls[: priority + 1]))
+        deadline = job.call.deadline
+        if deadline is not None and job.since + wait_s > deadline:
+            raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms, beyond its deadline")
+        if limits.max_wait_ms and wait_s * 1000 > limits.max_wait_ms:
+            raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limits.max_wait_ms})")
+        count = sum(map(len, self._calls))
+        if count < limits.max_requests and self._bytes + job.size <= limits.max_mb << 20:
+            return None
+        for calls in self._calls[:priority:-1]:
+            if calls and (
+                count == limits.max_requests or self._bytes - calls[-1].size + job.size <= limits.max_mb << 20
+            ):
+                ousted = calls.pop()
+                self._bytes -= ousted.size
+                return ousted
+        if count >= limits.max_requests:
+            raise self._full(f"{count} requests wait (max_requests)")
+        raise self._full(
+            f"requests of {self._bytes} bytes wait, and this one has {job.size} (max_mb is {limits.max_mb})"
+        )
+
+    def _full(self, why: str) -> Overloaded:
+        return Overloaded(f"model {self._name} takes no more requests for now: {why}")
+
+    def take(self, until: float) -> Job | None:
+        """The next job; waits until then, by `time.monotonic`. None if none has come.
+
+        Raises:
+            StopIteration: this thread shall end.
+        """
+        while True:
+            try:
+                if until == math.inf:
+                    goes_on = self._tokens.get()
+                else:
+                    left_s = until - time.monotonic()
+                    goes_on = self._tokens.get(left_s > 0, max(left_s, 0))
+            except queue.Empty:
+                return None
+            if not goes_on:
+                raise StopIteration
+            with self._lock:
+                if self._own:
+                    return self._own.popleft()
+                for calls in self._calls:
+                    if calls:
+                        job = calls.popleft()
+                        self._bytes -= job.size
+                        return job
+
+    def end(self, threads: int) -> None:
+        for _ in range(threads):
+            self._tokens.put(False)
+
+    def took(self, each_s: float) -> None:
+        """Take into account what each of the newest requests took of all threads together. Any thread."""
+        self._each_s += (each_s - self._each_s) * (_NEW_SHARE if self._each_s else 1)
+
+    def waiting(self) -> int:
+        return sum(map(len, self._calls))
+
+
+class Worker:
+    """One thread of a version.
+
+    Attributes:
+        number: from 0.
+        spent: the seconds on jobs before, and since when it does the one of now. Only the thread writes, both at once.
+    """
+
+    def __init__(self, number: int, jobs: _Queue) -> None:
+        self.number = number
+        self.spent = (0.0, math.inf)
+        self._jobs = jobs
+        self._next: Job | None = None
+        self._ends = False
+
+    def take(self, kind: type[T], until: float) -> T | None:
+        """Another job of that kind to be done with the one of now, if one comes until then, by `time.monotonic`. One of
+        another kind is done after it, and ends what can be taken."""
+        if self._ends or self._next is not None:
+            return None
+        try:
+            job = self._jobs.take(until)
+        except StopIteration:
+            self._ends = True
+            return None
+        if job is None or isinstance(job, kind):
+            return job
+        self._next = job
+        return None
+
+    def work(self, colleagues: Sequence[Worker]) -> None:
+        """Do jobs until the end, beside `colleagues`, of whom this is one."""
+        seconds = 0.0
+        while (job := self._following()) is not None:
+            since = time.monotonic()
+            self.spent = seconds, since
+            done = job.run(self)
+            del job  # or its request would live until the next one
+            took_s = time.monotonic() - since
+            seconds += took_s
+            self.spent = seconds, math.inf
+            if done:
+                self._jobs.took(took_s / done / len(colleagues))
+
+    def _following(self) -> Job | None:
+        job, self._next = self._next, None
+        if job is not None:
+            return job
+        if self._ends:
+            return None
+        try:
+            return self._jobs.take(math.inf)
+        except StopIteration:
+            return None
+
+
+class Workers:
+    """The threads of one version and their queue; one thread at first. Daemons: a stuck model cannot keep the
+    process."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs = _Queue(name)
+        self._lock = threading.Lock()
+        self._workers: list[Worker] = []
+        self._left = 0
+        self._at_end: Callable[[], None]
+        self.grow(1)
+
+    def grow(self, threads: int) -> None:
+        """Have that many threads; fewer than there are changes nothing."""
+        for number in range(len(self._workers), threads):
+            worker = Worker(number, self._jobs)
+            self._workers.append(worker)
+            self._left += 1
+            threading.Thread(target=self._work, args=(worker,), name=f"{self._name}#{number}", daemon=True).start()
+
+    def configure(self, limits: QueueLimits) -> None:
+        """Before the first `answer`."""
+        self._jobs.configure(limits)
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The result of `function` on one of the threads. If the caller is cancelled before its turn, it never runs.
+
+        Raises:
+            InferenceError: what `function` raised; HandlerFailed for what is none.
+        """
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put(_FunctionJob(function, future))
+        return await future
+
+    def submit(self, job: CallJob) -> None:
+        """Have `job` done in its turn. Event loop only.
+
+        Raises:
+            Overloaded: too much waits before it.
+            BadRequest: the call names a priority that is none.
+        """
+        self._jobs.put_call(job)
+
+    async def close(self, at_end: Callable[[], None]) -> None:
+        """Wait for everything that was asked for; the last thread calls `at_end`. Call it once, and `run` and `submit`
+        no more."""
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._at_end = partial(self._end, at_end, ended)
+        self._jobs.end(len(self._workers))
+        # Cancelling one who waits must not cancel what the last thread does.
+        await asyncio.shield(ended)
+
+    def worked(self) -> float:
+        """The seconds that all threads together have spent on jobs, those of now included. Any thread."""
+        now = time.monotonic()
+        return sum(seconds + max(now - since, 0.0) for seconds, since in [worker.spent for worker in self._workers])
+
+    def waiting(self) -> int:
+        """How many requests wait. Any thread."""
+        return self._jobs.waiting()
+
+    def _work(self, worker: Worker) -> None:
+        worker.work(self._workers)
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._at_end()
+
+    def _end(self, at_end: Callable[[], None], ended: asyncio.Future[None]) -> None:
+        try:
+            at_end()
+        except Exception:
+            _log.exception("closing %s failed", self._name)
+        outbox = Outbox()
+        outbox.put(ended, None)
+        outbox.send()

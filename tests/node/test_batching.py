@@ -1,0 +1,667 @@
+"""Requests that share a call of the model: what they share, and that none of them ever harms another."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from dl_inference_core.config import NamedModel, PluginOptions
+from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, Overloaded
+from dl_inference_core.node.answering import ServedModel
+from dl_inference_core.node.backend import Signature, TensorSpec
+from dl_inference_core.node.batching import Batching, BatchingConfig, NotRowwise
+from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.loading import Loader
+from dl_inference_core.node.repository import Repository
+from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
+from dl_inference_core.testing import FakeBackend, FakeModel
+from dl_inference_core.transport import Call
+from dl_inference_core.wire.protocol import PROTOCOLS
+
+OIP = PROTOCOLS["openinference"]
+POISON = 666.0
+
+
+class HeldModel(FakeModel):
+    """Doubles; once `hold` is cleared each call waits until it is set again. A row with `POISON` fails."""
+
+    def __init__(self, signature: Signature) -> None:
+        super().__init__(2, signature)
+        self.hold = threading.Event()
+        self.hold.set()
+        self.entered = threading.Semaphore(0)
+
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
+        self.entered.release()
+        assert self.hold.wait(10)
+        outputs = super().__call__(inputs, signature)
+        if any(np.any(np.isclose(value, POISON)) for value in inputs.values() if value.dtype.kind == "f"):
+            raise RuntimeError("poisoned")
+        return outputs
+
+    @property
+    def sizes(self) -> list[int]:
+        """The rows of each call so far."""
+        return [len(next(iter(call.values()))) for call in self.calls]
+
+
+class HeldBackend(FakeBackend):
+    """As `FakeBackend`, with models that can be held."""
+
+    name = "held"
+
+    def load(self, directory: Path, options: PluginOptions, device: str) -> FakeModel:
+        model = HeldModel(super().load(directory, options, device).signature)
+        self.models[-1] = model
+        return model
+
+
+class Scene:
+    """A model "m" on one thread, and what it was called with after it was loaded."""
+
+    def __init__(self, served: ServedModel, model: HeldModel) -> None:
+        self.served = served
+        self.model = model
+        model.calls.clear()
+        model.entered = threading.Semaphore(0)
+
+    async def ask(self, *rows: float, name: str = "x", dtype: Any = np.float32, wide: int = 1, **more: Any) -> Any:
+        """The answer to a request of those rows, each so many times the same number."""
+        deadline = more.pop("deadline", None)
+        metadata = more.pop("metadata", ())
+        payload = {name: np.repeat(np.array(rows, dtype)[:, None], wide, axis=1)}
+        body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m", **more))
+        call = Call(method=OIP.node_method, request=body, deadline=deadline, metadata=metadata)
+        payload = OIP.codec.decode_response(await self.served.answer(call, OIP)).payload
+        assert isinstance(payload, dict)
+        return payload[name][:, 0].tolist()
+
+    @asynccontextmanager
+    async def busy(self) -> AsyncIterator[None]:
+        """Meanwhile the thread has a request in hand, alone."""
+        self.model.hold.clear()
+        first = asyncio.create_task(self.ask(0))
+        await asyncio.to_thread(self.model.entered.acquire)
+        try:
+            yield
+        finally:
+            self.model.hold.set()
+        await first
+
+    async def together(self, *asked: Awaitable[Any]) -> list[Any]:
+        """What becomes of requests that wait for the thread together."""
+        async with self.busy():
+            tasks = [asyncio.ensure_future(each) for each in asked]
+            await self.queued(len(tasks))
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def queued(self, count: int) -> None:
+        version = self.served._loaded[1]
+        async with asyncio.timeout(10):
+            while version._workers.waiting() < count:  # noqa: ASYNC110 - a queue has no event
+                await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def scene(
+    folder: Path, toml: str = "", handler: type[Handler] = Handler, shape: Sequence[int | None] = (None, None)
+) -> AsyncIterator[Scene]:
+    specs = {"x": ["float32", list(shape)]}
+    FakeBackend.write(folder / "m" / "1", inputs=specs)
+    (folder / "m" / "model.toml").write_text(f'handler = "it"\n{toml}', encoding="utf-8")
+    backend = HeldBackend()
+    repository = Repository(folder, backends={"held": backend}, handlers={"it": handler})
+    await repository.start()
+    assert repository.models["m"].ready, repository.models["m"].versions
+    assert isinstance(backend.models[0], HeldModel)
+    try:
+        yield Scene(repository.models["m"], backend.models[0])
+    finally:
+        await repository.close()
+
+
+async def test_what_waits_shares_one_call_and_each_gets_its_own_rows(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        answers = await it.together(it.ask(1), it.ask(2, 3), it.ask(4, 5, 6))
+        assert answers == [[2], [4, 6], [8, 10, 12]]
+        assert it.model.sizes == [1, 6]
+
+
+async def test_rows_are_counted_not_requests(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        answers = await it.together(it.ask(1, 1, 1), it.ask(2, 2), it.ask(3, 3), it.ask(4))
+        assert answers == [[2, 2, 2], [4, 4], [6, 6], [8]]
+        assert max(it.model.sizes) <= 4
+        assert sum(it.model.sizes) == 1 + 8
+
+
+async def test_a_request_larger_than_a_batch_is_answered_in_pieces(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        assert await it.ask(*range(10)) == [2.0 * n for n in range(10)]
+        assert it.model.sizes == [4, 4, 2]
+
+
+async def test_by_itself_a_model_is_given_a_large_request_whole(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        assert await it.ask(*range(100)) == [2.0 * n for n in range(100)]
+        assert it.model.sizes == [100]
+
+
+async def test_with_a_handler_of_one_request_at_a_time_none_share(tmp_path: Path) -> None:
+    class One(Handler):
+        def run_model(self, model: Any, inputs: Any, request: Request) -> Any:
+            return super().run_model(model, inputs, request)
+
+    async with scene(tmp_path, handler=One) as it:
+        assert await it.together(it.ask(1), it.ask(2)) == [[2], [4]]
+        assert it.model.sizes == [1, 1, 1]
+
+
+async def test_a_handler_of_batches_is_given_all_their_requests(tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+
+    class Batches(Handler):
+        def run_batch(self, model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
+            seen.append([request.id for request in requests])
+            return super().run_batch(model, {"x": inputs["x"] + 1}, requests)
+
+    async with scene(tmp_path, handler=Batches) as it:
+        seen.clear()
+        assert await it.together(it.ask(1, id="a"), it.ask(2, id="b")) == [[4], [6]]
+        assert seen == [[""], ["a", "b"]]
+
+
+@pytest.mark.parametrize("config", ["max_rows = 1", "enabled = false", "max_rows = 1\nmax_delay_us = 5"])
+async def test_batching_can_be_switched_off(tmp_path: Path, config: str) -> None:
+    async with scene(tmp_path, f"[batching]\n{config}") as it:
+        assert await it.together(it.ask(1), it.ask(2)) == [[2], [4]]
+        assert it.model.sizes == [1, 1, 1]
+
+
+async def test_requests_of_other_shapes_never_share(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        answers = await it.together(it.ask(1), it.ask(2, wide=2), it.ask(3), it.ask(4, wide=2))
+        assert answers == [[2], [4], [6], [8]]
+        assert it.model.sizes == [1, 2, 2]
+        assert {call["x"].shape for call in it.model.calls[1:]} == {(2, 1), (2, 2)}
+
+
+def test_what_requests_of_one_batch_have_in_common() -> None:
+    batching = Batching(BatchingConfig(), np.concatenate, ["serving_default", "other"])
+
+    def key(name: str = "x", dtype: Any = np.float32, wide: int = 2, signature: str = "") -> Any:
+        request = Request(payload={}, form=Form.TENSORS, signature=signature)
+        part = batching.part(None, request, {name: np.zeros((3, wide), dtype)})
+        return None if part is None else part.key
+
+    assert key() == key() == key(signature="serving_default")
+    others = [key("y"), key(dtype=np.float64), key(wide=3), key(signature="other")]
+    assert len({key(), *others}) == 5
+    assert key(signature="none of those") is None
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        None,
+        b"bytes",
+        {"x": np.float32(1)},
+        {"x": np.zeros((2, 1)), "y": np.zeros((3, 1))},
+        {"x": [1, 2]},
+        {"x": np.zeros((0, 3))},
+    ],
+    ids=repr,
+)
+def test_what_has_no_common_rows_is_run_alone(inputs: Any) -> None:
+    batching = Batching(BatchingConfig(), np.concatenate)
+    assert batching.part(None, Request(payload={}, form=Form.TENSORS), inputs) is None
+
+
+async def test_allowed_rows_are_reached_by_padding_that_nobody_sees(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 8\nallowed_rows = [2, 8]") as it:
+        answers = await it.together(it.ask(1), it.ask(2, 3))
+        assert answers == [[2], [4, 6]]
+        assert it.model.sizes == [2, 8]
+        np.testing.assert_array_equal(it.model.calls[1]["x"][:, 0], [1, 2, 3, 3, 3, 3, 3, 3])
+
+
+async def test_a_batch_that_is_not_full_is_held_for_others(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 3\nmax_delay_us = 9_000_000") as it:
+        first = asyncio.create_task(it.ask(1))
+        await asyncio.sleep(0.02)
+        assert not it.model.calls
+        assert await asyncio.gather(it.ask(2), it.ask(3)) == [[4], [6]]
+        assert await first == [2]
+        assert it.model.sizes == [3]
+
+
+async def test_a_batch_of_preferred_rows_is_not_held(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000\npreferred_rows = [2]") as it:
+        assert await asyncio.gather(it.ask(1), it.ask(2)) == [[2], [4]]
+        assert it.model.sizes == [2]
+
+
+async def test_a_batch_is_held_no_longer_than_its_delay(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 20_000") as it:
+        began = time.monotonic()
+        assert await it.ask(1) == [2]
+        assert time.monotonic() - began >= 0.02
+
+
+async def test_lengths_in_one_bucket_share_a_call(tmp_path: Path) -> None:
+    toml = '[batching.buckets.x]\nto = [4, 16]\nvalue = -1\noutputs = ["x"]'
+    async with scene(tmp_path, toml) as it:
+        async with it.busy():
+            asked = []
+            for wide in (2, 3, 20):
+                payload = {"x": np.full((1, wide), wide, np.float32)}
+                body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m"))
+                call = Call(method=OIP.node_method, request=body)
+                asked.append(asyncio.create_task(it.served.answer(call, OIP)))
+            await it.queued(3)
+        for wide, answer in zip((2, 3, 20), await asyncio.gather(*asked), strict=True):
+            payload = OIP.codec.decode_response(answer).payload
+            assert isinstance(payload, dict)
+            np.testing.assert_array_equal(payload["x"], np.full((1, wide), 2 * wide, np.float32))
+        assert [call["x"].shape for call in it.model.calls[1:]] == [(2, 4), (1, 20)]
+        np.testing.assert_array_equal(it.model.calls[1]["x"], [[2, 2, -1, -1], [3, 3, 3, -1]])
+
+
+# Nobody harms the others of a batch.
+
+
+async def test_a_cancelled_request_never_touches_its_batch_mates(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        async with it.busy():
+            gone, *others = (asyncio.create_task(it.ask(number)) for number in (1, 2, 3))
+            await it.queued(3)
+            gone.cancel()
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*others) == [[4], [6]]
+        assert gone.cancelled()
+        assert it.model.sizes == [1, 2]
+
+
+async def test_a_request_cancelled_in_the_midst_of_the_call_never_touches_its_batch_mates(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 3\nmax_delay_us = 9_000_000") as it:
+        it.model.hold.clear()
+        gone, *others = (asyncio.create_task(it.ask(number)) for number in (1, 2, 3))
+        await asyncio.to_thread(it.model.entered.acquire)
+        gone.cancel()
+        await asyncio.sleep(0)
+        it.model.hold.set()
+        assert await asyncio.gather(*others) == [[4], [6]]
+        assert gone.cancelled()
+        assert it.model.sizes == [3]
+
+
+async def test_an_expired_request_is_dropped_before_the_call_and_never_touches_its_batch_mates(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        async with it.busy():
+            late = asyncio.create_task(it.ask(1, deadline=time.monotonic() + 0.02))
+            others = [asyncio.create_task(it.ask(number)) for number in (2, 3)]
+            await it.queued(3)
+            await asyncio.sleep(0.03)
+        assert await asyncio.gather(*others) == [[4], [6]]
+        with pytest.raises(DeadlineExceeded, match='queue of model "m"'):
+            await late
+        assert it.model.sizes == [1, 2]
+
+
+async def test_a_malformed_request_never_touches_its_batch_mates(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        torn = it.served.answer(Call(method=OIP.node_method, request=b"\xff\xff"), OIP)
+        wrong = it.ask(1, name="y")
+        answers = await it.together(it.ask(2), torn, it.ask(3), wrong)
+        assert [answers[0], answers[2]] == [[4], [6]]
+        assert isinstance(answers[1], BadRequest)
+        assert isinstance(answers[3], BadRequest)
+        assert it.model.sizes == [1, 2]
+
+
+async def test_a_poisonous_request_fails_alone(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        answers = await it.together(it.ask(1), it.ask(POISON), it.ask(3))
+        assert [answers[0], answers[2]] == [[2], [6]]
+        assert isinstance(answers[1], HandlerFailed)
+        assert "run_model failed: RuntimeError: poisoned" in str(answers[1])
+        assert it.model.sizes == [1, 3, 1, 1, 1]
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
+async def test_a_request_that_its_handler_fails_for_never_touches_its_batch_mates(tmp_path: Path, stage: str) -> None:
+    class Picky(Handler):
+        def preprocess(self, request: Request) -> Any:
+            if stage == "preprocess" and request.id == "bad":
+                raise SystemExit(3)
+            return super().preprocess(request)
+
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            if stage == "postprocess" and request.id == "bad":
+                raise KeyError("k")
+            return super().postprocess(outputs, request)
+
+    async with scene(tmp_path, handler=Picky) as it:
+        answers = await it.together(it.ask(1), it.ask(2, id="bad"), it.ask(3))
+        assert [answers[0], answers[2]] == [[2], [6]]
+        assert isinstance(answers[1], HandlerFailed)
+        assert f"{stage} failed" in str(answers[1])
+
+
+async def test_a_session_that_fails_is_answered_and_the_thread_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scene(tmp_path) as it:
+        with monkeypatch.context() as patched:
+            patched.setattr(it.model, "session", lambda: 1 / 0)
+            with pytest.raises(HandlerFailed, match="ZeroDivisionError"):
+                await it.ask(1)
+        assert await it.ask(1) == [2]
+
+
+async def test_outputs_that_cannot_be_taken_apart_end_batching_and_no_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Mean(Handler):
+        def run_batch(self, model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
+            outputs = super().run_batch(model, inputs, requests)
+            return {"x": outputs["x"][:1]} if self.lies else outputs
+
+        lies = False
+
+    async with scene(tmp_path, handler=Mean) as it:
+        Mean.lies = True
+        assert await it.together(it.ask(1), it.ask(2), it.ask(3)) == [[2], [4], [6]]
+        (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
+        assert 'output "x" has the shape [1, 1] for inputs of 3 rows' in error.getMessage()
+        it.model.calls.clear()
+        await it.together(it.ask(1), it.ask(2))
+        assert it.model.sizes == [1, 1, 1]
+
+
+# Bounds.
+
+
+async def test_too_many_requests_are_refused_at_once(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[queue]\nmax_requests = 2") as it:
+        async with it.busy():
+            asked = [asyncio.create_task(it.ask(number)) for number in (1, 2)]
+            await it.queued(2)
+            with pytest.raises(Overloaded, match=r"2 requests wait \(max_requests\)"):
+                await it.ask(3)
+        assert await asyncio.gather(*asked) == [[2], [4]]
+        assert await it.ask(3) == [6]
+
+
+async def test_too_many_bytes_are_refused_at_once(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[queue]\nmax_mb = 1") as it:
+        large = [1.0] * 200_000
+        async with it.busy():
+            first = asyncio.create_task(it.ask(*large, *large))
+            await it.queued(1)
+            with pytest.raises(Overloaded, match="max_mb is 1"):
+                await it.ask(1)
+        assert len(await first) == 400_000
+        assert await it.ask(1) == [2]
+
+
+async def test_who_would_wait_beyond_a_deadline_is_refused_at_once(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 1") as it:
+        it.served._loaded[1]._workers._jobs._each_s = 0.5
+        async with it.busy():
+            waits = asyncio.create_task(it.ask(1, deadline=time.monotonic() + 20))
+            await it.queued(1)
+            with pytest.raises(Overloaded, match="500 ms, beyond its deadline"):
+                await it.ask(2, deadline=time.monotonic() + 0.4)
+            has_time = asyncio.create_task(it.ask(3, deadline=time.monotonic() + 20))
+            await it.queued(2)
+        assert await asyncio.gather(waits, has_time) == [[2], [6]]
+
+
+async def test_who_would_wait_for_too_long_is_refused_at_once(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[queue]\nmax_wait_ms = 100") as it:
+        it.served._loaded[1]._workers._jobs._each_s = 0.2
+        async with it.busy():
+            first = asyncio.create_task(it.ask(1))
+            await it.queued(1)
+            with pytest.raises(Overloaded, match="200 ms"):
+                await it.ask(2)
+        assert await first == [2]
+
+
+async def test_how_long_requests_take_is_learned(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        it.model.sleep_s = 0.02
+        for _ in range(3):
+            await it.ask(1)
+        assert it.served._loaded[1]._workers._jobs._each_s >= 0.02
+
+
+async def test_a_higher_priority_is_served_first_and_takes_a_place_in_a_full_queue(tmp_path: Path) -> None:
+    toml = "[batching]\nmax_rows = 1\n[queue]\nmax_requests = 2\npriorities = 3"
+    async with scene(tmp_path, toml) as it:
+        async with it.busy():
+            low = asyncio.create_task(it.ask(1))
+            await it.queued(1)
+            middle = asyncio.create_task(it.ask(2, metadata=(("x-priority", "2"),)))
+            await it.queued(2)
+            high = asyncio.create_task(it.ask(3, metadata=(("x-priority", "1"),)))
+            with pytest.raises(Overloaded, match="higher priority"):
+                await low
+            with pytest.raises(Overloaded, match="2 requests wait"):
+                await it.ask(4)
+        assert await asyncio.gather(middle, high) == [[4], [6]]
+        assert [float(call["x"][0, 0]) for call in it.model.calls] == [0, 3, 2]
+
+
+@pytest.mark.parametrize("value", ["0", "4", "-1", "high", "", "²"])
+async def test_a_priority_that_is_none(tmp_path: Path, value: str) -> None:
+    async with scene(tmp_path, "[queue]\npriorities = 3") as it:
+        with pytest.raises(BadRequest, match="expected 1 to 3"):
+            await it.ask(1, metadata=(("x-priority", value),))
+
+
+# Instances.
+
+
+async def test_every_instance_works_with_a_model_of_its_own(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", inputs={"x": ["float32", [None, None]]})
+    (tmp_path / "m" / "model.toml").write_text('devices = ["a", "b"]\ninstances = 2\n[batching]\nmax_rows = 1')
+    backend = HeldBackend()
+    repository = Repository(tmp_path, backends={"held": backend}, handlers={})
+    await repository.start()
+    models = [model for model in backend.models if isinstance(model, HeldModel)]
+    it = Scene(repository.models["m"], models[0])
+    for model in models:
+        model.calls.clear()
+        model.hold.clear()
+    asked = [asyncio.create_task(it.ask(number)) for number in range(1, 5)]
+    async with asyncio.timeout(10):
+        for model in models:
+            await asyncio.to_thread(model.entered.acquire)
+    for model in models:
+        model.hold.set()
+    assert await asyncio.gather(*asked) == [[2], [4], [6], [8]]
+    await repository.close()
+    assert [len(model.calls) for model in models] == [1, 1, 1, 1]
+    assert all(model.closed for model in models)
+
+
+# Which models batch by themselves.
+
+
+def load(folder: Path, model: Callable[[Mapping[str, Any]], dict[str, Tensor]], toml: str = "", **spec: Any) -> Any:
+    """What becomes of a model with a free first dimension that answers as `model`."""
+
+    class Answering(HeldModel):
+        def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
+            return model(inputs)
+
+    class Backend(FakeBackend):
+        def load(self, directory: Path, options: PluginOptions, device: str) -> FakeModel:
+            specs = (TensorSpec(**({"name": "x", "dtype": np.dtype(np.float32), "shape": (None, 2)} | spec)),)
+            return Answering(Signature(inputs=specs, outputs=specs))
+
+    FakeBackend.write(folder)
+    (folder / "model.toml").write_text(toml, encoding="utf-8")
+    return Loader(backends={"fake": Backend()}, handlers={}).load(NamedModel(path=folder), folder)
+
+
+def double(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {"x": inputs["x"] * 2}
+
+
+def test_a_model_whose_rows_are_free_batches(tmp_path: Path) -> None:
+    assert load(tmp_path, double).batching is not None
+
+
+@pytest.mark.parametrize("spec", [{"shape": (1, 2)}, {"shape": None}, {"shape": ()}, {"dtype": None}], ids=str)
+def test_a_model_of_which_that_is_not_known_does_not(tmp_path: Path, spec: Any) -> None:
+    assert load(tmp_path, double, **spec).batching is None
+
+
+def centred(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {"x": inputs["x"] - inputs["x"].mean()}
+
+
+def first(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {"x": inputs["x"][:1]}
+
+
+@pytest.mark.parametrize(
+    ("model", "why"), [(centred, "of a row is another alone than among others"), (first, "shape .1, 2. for 3 rows")]
+)
+def test_a_model_whose_rows_depend_on_each_other_does_not_and_says_so(
+    tmp_path: Path, model: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load(tmp_path, model).batching is None
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert 'requests for signature "serving_default" do not share batches' in warning
+    with pytest.raises(ModelError, match=why):
+        load(tmp_path, model, "[batching]\nmax_rows = 8")
+
+
+def test_a_model_that_takes_so_many_rows_and_no_more_gets_no_more(tmp_path: Path) -> None:
+    def at_most_four(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        assert len(inputs["x"]) <= 4
+        return double(inputs)
+
+    batching = load(tmp_path, at_most_four).batching
+    assert batching.max_rows == 4
+    with pytest.raises(ModelError, match=r"above 4 of \[1, 2, 4, 8\] rows"):
+        load(tmp_path, at_most_four, "[batching]\nmax_rows = 8")
+
+
+def test_samples_beside_the_model_are_taken_first(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def noting(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        seen.extend(inputs["x"][:, 0])
+        return double(inputs)
+
+    tmp_path.mkdir(exist_ok=True)
+    np.savez(tmp_path / "warm_up.npz", x=np.array([[7, 7], [8, 8]], np.float32))
+    assert load(tmp_path, noting).batching is not None
+    assert set(seen) == {7, 8}
+
+    def failing(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        raise RuntimeError("no")
+
+    with pytest.raises(ModelError, match="fails for the samples beside it"):
+        load(tmp_path, failing)
+
+
+def test_a_handler_of_one_request_cannot_be_told_to_batch(tmp_path: Path) -> None:
+    source = "class H(Handler):\n    def run_model(self, model, inputs, request):\n        return model(inputs)\n"
+    (tmp_path / "handler.py").write_text(f"from dl_inference_core.node.handling import Handler\n{source}")
+    with pytest.raises(ModelError, match="takes one request at a time"):
+        load(tmp_path, double, "[batching]\nmax_rows = 8")
+    assert load(tmp_path, double).batching is None
+
+
+def test_every_size_of_batch_is_run_before_the_model_is_ready(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def noting(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        seen.append(len(inputs["x"]))
+        return double(inputs)
+
+    load(tmp_path, noting, "[batching]\nmax_rows = 12")
+    assert seen[-5:] == [1, 2, 4, 8, 12]
+    load(tmp_path, noting, "[batching]\nmax_rows = 6\nallowed_rows = [3, 6]")
+    assert seen[-2:] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_rows": 0},
+        {"max_rows": 4, "preferred_rows": [8]},
+        {"max_rows": 4, "allowed_rows": [2]},
+        {"allowed_rows": [0, 64]},
+        {"max_delay_us": -1},
+        {"buckets": {"x": {"to": []}}},
+        {"size": 3},
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(settings: Any) -> None:
+    with pytest.raises(ValidationError):
+        BatchingConfig.model_validate(settings)
+
+
+# Taking apart and putting together.
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 2)), min_size=1, max_size=12),
+    st.integers(1, 6),
+    st.booleans(),
+)
+def test_answers_equal_those_of_each_request_alone(shapes: list[tuple[int, int]], max_rows: int, padded: bool) -> None:
+    allowed = [size for size in (2, 5, max_rows) if size <= max_rows] if padded else []
+    config = BatchingConfig(max_rows=max_rows, allowed_rows=tuple(allowed))
+    batching = Batching(config, np.concatenate)
+    sizes: list[int] = []
+
+    def model(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sizes.append(len(inputs["x"]))
+        return {"sum": inputs["x"].sum(axis=1), "twice": inputs["x"] * 2}
+
+    numbers = iter(range(1000))
+    given = [np.array([[next(numbers)] * wide for _ in range(rows)]) for rows, wide in shapes]
+    request = Request(payload={}, form=Form.TENSORS)
+    parts = [batching.part(index, request, {"x": x}) for index, x in enumerate(given)]
+    answers: dict[int, Any] = {}
+    for batch in batching.batches([part for part in parts if part is not None]):
+        assert len({part.key for part in batch}) == 1
+        for part, outputs in zip(batch, batching.run(batch, model), strict=True):
+            answers[part.asked] = outputs
+    assert answers.keys() == set(range(len(given)))
+    for index, x in enumerate(given):
+        np.testing.assert_array_equal(answers[index]["sum"], x.sum(axis=1))
+        np.testing.assert_array_equal(answers[index]["twice"], x * 2)
+    assert max(sizes) <= max_rows
+    if allowed:
+        assert set(sizes) <= set(allowed)
+
+
+def test_outputs_must_have_the_rows_of_the_inputs() -> None:
+    batching = Batching(BatchingConfig(), np.concatenate)
+    request = Request(payload={}, form=Form.TENSORS)
+    parts = [part for part in (batching.part(n, request, {"x": np.ones((2, 1))}) for n in range(2)) if part is not None]
+    for outputs in ({"y": np.ones(3)}, {"y": np.float32(1)}, np.ones(4), {"y": 1}):
+        with pytest.raises(NotRowwise):
+            batching.run(parts, lambda _, outputs=outputs: outputs)  # type: ignore[misc]
