@@ -37,6 +37,7 @@ class Run:
     """What one run of h2load saw."""
 
     requests_per_s: float
+    mean_ms: float
     p50_ms: float
     p99_ms: float
 
@@ -102,5 +103,6 @@ def read(output: str, log: str, requests: int, answer_bytes: int) -> Run:
     # A gRPC error is an HTTP success without data.
     if int(received[1]) < requests * answer_bytes:
         raise LoadError(f"{received[1]} bytes came back for {requests} answers of {answer_bytes}")
-    cuts = statistics.quantiles([int(line.split("\t")[2]) for line in log.splitlines()], n=100)
-    return Run(requests_per_s=float(rate[1]), p50_ms=cuts[49] / 1000, p99_ms=cuts[98] / 1000)
+    ms = [int(line.split("\t")[2]) / 1000 for line in log.splitlines()]
+    cuts = statistics.quantiles(ms, n=100)
+    return Run(requests_per_s=float(rate[1]), mean_ms=statistics.fmean(ms), p50_ms=cuts[49], p99_ms=cuts[98])

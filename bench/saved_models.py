@@ -126,6 +126,7 @@ def _call(folder: Path) -> None:
         told = {
             "cpu_us": (time.process_time() - cpu) / int(count) * 1e6,
             "requests_per_s": int(count) / took,
+            "mean_ms": float(np.mean(seconds)) * 1000,
             "p50_ms": float(p50),
             "p99_ms": float(p99),
         }

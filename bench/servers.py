@@ -1,4 +1,5 @@
-"""What our gateway is measured against, as a competent user would write it: an echo server and a plain proxy."""
+"""What our gateway is measured against, as a competent user would write it: an echo server and a plain proxy;
+and a server that takes its time."""
 
 from __future__ import annotations
 
@@ -38,6 +39,16 @@ async def _echo(request: bytes, _: Any) -> bytes:
     return request
 
 
+def _slow(delay_ms: float) -> Answer:
+    """As a model that takes so long, and no CPU."""
+
+    async def answer(request: bytes, _: Any) -> bytes:
+        await asyncio.sleep(delay_ms / 1000)
+        return request
+
+    return answer
+
+
 def _proxy(nodes: list[str]) -> Answer:
     """Static round robin over `nodes`, and nothing else."""
     calls = [grpc.aio.insecure_channel(node, options=_SIZES).unary_unary(METHOD) for node in nodes]
@@ -52,8 +63,9 @@ def _proxy(nodes: list[str]) -> Answer:
 
 async def _serve(arguments: list[str]) -> None:
     server = grpc.aio.server(options=_SIZES)
-    kind, *nodes = arguments
-    server.add_generic_rpc_handlers((_Generic(_echo if kind == "echo" else _proxy(nodes)),))
+    kind, *rest = arguments
+    answer = _echo if kind == "echo" else _slow(float(rest[0])) if kind == "slow" else _proxy(rest)
+    server.add_generic_rpc_handlers((_Generic(answer),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"serving on 127.0.0.1:{port}", flush=True)

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -330,6 +331,30 @@ def _in_a_line(row: dict[str, Any]) -> str:
     return f"{row['kind']:<7}{row['name']:<30}{'ok' if row['ok'] else 'FAILED':<8}{row['detail']}"
 
 
+def _tls(command: Callable[..., None]) -> Callable[..., None]:
+    """The arguments that say how a client speaks TLS; `_secured` reads them."""
+    path = click.Path(path_type=Path)
+    for decorate in (
+        click.option(
+            "--server-name", metavar="NAME", help="What the server's certificate must say.  [default: its host]"
+        ),
+        click.option("--key", type=path, help="The certificate's private key."),
+        click.option("--certificate", type=path, help="Show this certificate; with --key."),
+        click.option("--ca", type=path, help="Trust these authorities.  [default: the system's]"),
+        click.option("--tls", is_flag=True, help="Speak TLS. Each of the options below says so, too."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def _secured(given: dict[str, Any]) -> configs.ClientTls | None:
+    """Raises:
+    ConfigError: certificate and key do not go together.
+    """
+    stated = {name: value for name, value in given.items() if name != "tls" and value is not None}
+    return configs.validated(configs.ClientTls, stated, "TLS") if given["tls"] or stated else None
+
+
 @main.command()
 @click.argument("model")
 @click.option("--address", default="127.0.0.1:8500", show_default=True, metavar="HOST:PORT")
@@ -344,11 +369,7 @@ def _in_a_line(row: dict[str, Any]) -> str:
 )
 @click.option("--version", type=int, default=None, metavar="N", help="The model's version.  [default: the newest]")
 @click.option("--timeout", default=10.0, show_default=True, metavar="SECONDS")
-@click.option("--tls", is_flag=True, help="Speak TLS. Each of the options below says so, too.")
-@click.option("--ca", type=click.Path(path_type=Path), help="Trust these authorities.  [default: the system's]")
-@click.option("--certificate", type=click.Path(path_type=Path), help="Show this certificate; with --key.")
-@click.option("--key", type=click.Path(path_type=Path), help="The certificate's private key.")
-@click.option("--server-name", metavar="NAME", help="What the server's certificate must say.  [default: its host]")
+@_tls
 def predict(
     model: str,
     address: str,
@@ -359,7 +380,6 @@ def predict(
     protocol: str | None,
     version: int | None,
     timeout: float,
-    tls: bool,
     **certificates: Any,
 ) -> None:
     """Send one request to MODEL, a name or a task id, and print the answer as JSON.
@@ -374,10 +394,8 @@ def predict(
     if sum(given is not None for given in (data, file, text)) != 1:
         raise click.UsageError("give one of --data, --file and --text")
     payload = _tensors(data, dtype) if data is not None else file.read_bytes() if file is not None else text
-    given = {name: value for name, value in certificates.items() if value is not None}
     try:
-        secured = configs.validated(configs.ClientTls, given, "TLS") if tls or given else None
-        with Client(address, timeout_s=timeout, tls=secured) as client:
+        with Client(address, timeout_s=timeout, tls=_secured(certificates)) as client:
             response = client.predict(model, payload, protocol=protocol, version=version)
     except ConfigError as error:
         _fail(error)
@@ -398,6 +416,112 @@ def _tensors(data: str, dtype: str) -> Any:
         return np.asarray(value, dtype=dtype)
     except (ValueError, TypeError) as error:
         raise click.UsageError(f"--data is no JSON of tensors of dtype {dtype}: {error}") from error
+
+
+def _seconds(text: str) -> float:
+    """ "10s", "500ms", "1m", or a number of seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
+    if found is None:
+        raise click.BadParameter(f'"{text}" is no duration; expected one like 10s, 500ms or 1m')
+    return float(found[1]) * {"ms": 1e-3, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
+
+
+def _numbers(kind: type[int] | type[float]) -> Callable[[str], tuple[float, ...]]:
+    """What reads numbers above zero with commas between them."""
+
+    def read(text: str) -> tuple[float, ...]:
+        try:
+            numbers = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            numbers = ()
+        if not numbers or not all(0 < number < float("inf") for number in numbers):
+            raise click.BadParameter(f'"{text}" is no list of numbers above 0; expected one like 1,8,32')
+        return numbers
+
+    return read
+
+
+@main.command(short_help="Load a server and measure its throughput and latency.")
+@click.argument("address", metavar="HOST:PORT")
+@click.option("--model", metavar="NAME", help="A model's name, or a task id.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["openinference", "tfserving", "seldon"]),
+    default="openinference",
+    show_default=True,
+)
+@click.option("--version", type=int, metavar="N", help="The model's version.  [default: the newest]")
+@click.option(
+    "--input",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='Send the tensors in FILE: .npz, or .json as in {"x": [[1, 2]]}. With seldon any other file as bytes.',
+)
+@click.option("--dtype", help="Of the tensors in JSON, by numpy's name.  [default: the model's, else float32]")
+@click.option("--rows", type=click.IntRange(1), metavar="N", help="Of the tensors that are made.  [default: 1]")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Send FILE as it is, a serialized message; with --method.",
+)
+@click.option("--method", metavar="/PKG.SERVICE/METHOD", help="What to call with --data.")
+@click.option("--in-flight", type=_numbers(int), metavar="N[,…]", help="Closed loop: requests at once.  [default: 1]")
+@click.option("--rate", type=_numbers(float), metavar="R[,…]", help="Open loop: requests per second.")
+@click.option("--poisson", is_flag=True, help="With --rate: due at random, as from many users, not evenly.")
+@click.option("--duration", type=_seconds, default="10s", show_default=True, metavar="TIME", help="Of each load.")
+@click.option("--requests", type=click.IntRange(1), metavar="N", help="Send so many, in place of --duration.")
+@click.option("--warm-up", type=_seconds, default="1s", show_default=True, metavar="TIME", help="Before each load.")
+@click.option("--timeout", type=_seconds, default="10s", show_default=True, metavar="TIME", help="Of one request.")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="That share the load.")
+@click.option("--connections", type=click.IntRange(1), metavar="N", help="Of all together.  [default: one a process]")
+@click.option("--json", "json_file", metavar="FILE", help='Write all figures; "-" is standard output.')
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw latencies.")
+@click.option(
+    "--compare",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Show the ratio to the figures that --json wrote to this file.",
+)
+@_tls
+def bench(address: str, **given: Any) -> None:
+    """Load the server at HOST:PORT (or unix:/path), and print throughput and latency as a table.
+
+    \b
+    As fast as 1, 8 and 32 clients can, each of whom waits for its answer:
+      dl-inference-core bench 127.0.0.1:8500 --model ranking --in-flight 1,8,32
+    500 and then 1000 requests a second, as from many users who do not wait for each other:
+      dl-inference-core bench 127.0.0.1:8500 --model ranking --rate 500,1000 --poisson
+    The request is made from the model's signature, with 64 rows; or it is what you give:
+      dl-inference-core bench 127.0.0.1:8500 --model ranking --rows 64
+      dl-inference-core bench 127.0.0.1:8500 --model ranking --protocol tfserving --input features.json
+      dl-inference-core bench 127.0.0.1:8500 --model digits --protocol seldon --input seven.png
+      dl-inference-core bench 127.0.0.1:8500 --data request.bin --method /package.Service/Method
+    Before and after a change:
+      dl-inference-core bench 127.0.0.1:8500 --model ranking --json before.json
+      dl-inference-core bench 127.0.0.1:8500 --model ranking --compare before.json --plot both.png
+
+    With --rate latency counts from when a request was due, so that a server that stalls is seen by all the requests
+    that would have come meanwhile. The table says so when the client was slower than asked for; more --processes help.
+
+    Exits with 0 if every request was answered well; 1 if any failed or was not sent, or the first one did; 2 if
+    arguments or files cannot be used. docs/bench.md has more.
+    """
+    try:
+        from dl_inference_core.load_testing import command
+
+        if given["plot"] is not None:
+            importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        _fail(ConfigError(f"bench needs the package {error.name}: pip install 'dl-inference-core[bench]'"))
+    wanted = {name: given.pop(name) for name in ("tls", "ca", "certificate", "key", "server_name")}
+    try:
+        good = command.run(address, _secured(wanted), **given)
+    except ConfigError as error:
+        _fail(error)
+    except InferenceError as error:
+        click.echo(f"error: {error.code.name}: {error}", err=True)
+        sys.exit(1)
+    if not good:
+        sys.exit(1)
 
 
 def _config(models: Path | None, config_file: Path | None, nodes: Path | None, flags: dict[str, Any]) -> Config:

@@ -131,7 +131,7 @@ def test_a_message_has_the_size_that_it_is_named_after() -> None:
 
 def test_h2load_is_read() -> None:
     run = load.read(OUTPUT.format(succeeded=4, failed=0, data=2420), LOG, 4, 600)
-    assert run == load.Run(requests_per_s=9756.10, p50_ms=2.5, p99_ms=pytest.approx(4, abs=1))
+    assert run == load.Run(requests_per_s=9756.10, mean_ms=2.5, p50_ms=2.5, p99_ms=pytest.approx(4, abs=1))
 
 
 @pytest.mark.parametrize(

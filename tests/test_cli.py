@@ -40,7 +40,7 @@ def run(*arguments: str | Path) -> Result:
 # Without a server
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["tfserving"], ["plugins"], ["check"], ["predict"]])
+@pytest.mark.parametrize("command", [[], ["serve"], ["tfserving"], ["plugins"], ["check"], ["predict"], ["bench"]])
 def test_help_is_given(command: list[str]) -> None:
     for option in ("--help", "-h"):
         result = run(*command, option)

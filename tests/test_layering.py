@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plugins", "routing", "grpcio_transport", "http_server"),
     ("gateway", "node", "introspection", "joining"),
     ("listener", "client", "builtins", "admin"),
-    ("rest",),
+    ("rest", "load_testing"),
     ("app", "supervisor", "tfserving_command"),
     ("cli", "testing"),
 )

@@ -117,6 +117,23 @@ def encode_metadata(
     return message.SerializeToString()  # type: ignore[no-any-return]
 
 
+def decode_metadata(body: bytes) -> list[Described]:
+    """The inputs that a ModelMetadataResponse tells of; a shape without sizes may be one that is not known.
+
+    Raises:
+        BadRequest: the answer is malformed.
+    """
+    message = messages.parse(messages.ModelMetadataResponse, body)
+    return [
+        (
+            tensor.name,
+            _DATATYPES[tensor.datatype][0] if tensor.datatype in _DATATYPES else None,
+            tuple(None if size < 0 else size for size in tensor.shape),
+        )
+        for tensor in message.inputs
+    ]
+
+
 def decode_response(body: bytes) -> Response:
     message = messages.parse(messages.ModelInferResponse, body)
     return Response(

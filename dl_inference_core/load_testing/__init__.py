@@ -1,0 +1,1 @@
+"""The load tester, `dl-inference-core bench`. What serves never imports it; it needs the extra "bench"."""
