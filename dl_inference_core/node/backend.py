@@ -66,8 +66,7 @@ class Signature:
         """
         if not self.inputs and not self.exact:
             return dict(tensors)
-        wanted = {spec.name for spec in self.inputs}
-        if wanted != tensors.keys():
+        if len(tensors) != len(self.inputs) or any(spec.name not in tensors for spec in self.inputs):
             given = ", ".join(f'"{name}"' for name in sorted(tensors)) or "none"
             expected = f"the inputs {', '.join(map(str, self.inputs))}" if self.inputs else "no inputs"
             raise BadRequest(f"input size does not match signature: expected {expected}; got {given}")
@@ -94,9 +93,12 @@ def _fit(spec: TensorSpec, tensor: Tensor, cast: bool) -> Tensor:
         if not cast or (tensor.size and (tensor.dtype.kind not in "biuf" or spec.dtype.kind == "O")):
             raise BadRequest(f"input {spec} does not take dtype {tensor.dtype.name}")
         tensor = _convert(tensor, spec, spec.dtype)
-    if spec.shape is not None and not (
-        len(spec.shape) == tensor.ndim
-        and all(size is None or size == given for size, given in zip(spec.shape, tensor.shape, strict=True))
+    shape = spec.shape
+    # Nearly always the rows alone are free.
+    if shape is None or (tensor.ndim and shape[:1] == (None,) and shape[1:] == tensor.shape[1:]):
+        return tensor
+    if len(shape) != tensor.ndim or any(
+        size not in (None, given) for size, given in zip(shape, tensor.shape, strict=True)
     ):
         raise BadRequest(f"input {spec} does not take shape {list(tensor.shape)}")
     return tensor
