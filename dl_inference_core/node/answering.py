@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -159,13 +160,17 @@ class LoadedVersion:
             parts: list[Part] = []
             rows = 0
             until = together[0].since + batching.delay_s
+            deadline = math.inf
             asked: _Asked | None = together[0]
             while asked is not None:
                 part = self._part(instance, batching, asked, outbox)
                 if part is not None:
                     parts.append(part)
                     rows += part.rows
-                    if rows >= batching.max_rows:
+                    if asked.call.deadline is not None:
+                        deadline = min(deadline, asked.call.deadline)
+                    # One more would be answered in time, perhaps, but another no longer.
+                    if rows >= batching.max_rows or time.monotonic() + (len(parts) + 1) * worker.each_s > deadline:
                         break
                 asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until)
                 if asked is not None:

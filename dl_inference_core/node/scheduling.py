@@ -12,7 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ _NEW_SHARE = 0.2
 
 class QueueLimits(PluginOptions):
     """How many requests may wait for a version. What is over that is refused with RESOURCE_EXHAUSTED at once, and so is
-    a request whose deadline would pass while it waits, as far as the requests before it tell."""
+    a request that could not be answered before its deadline, by how long recent ones took: else, under too much load,
+    all the work would be done for requests that have given up."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -182,8 +183,10 @@ class _Queue:
         self._calls: list[deque[CallJob]] = [deque()]
         """By priority."""
         self._bytes = 0
-        self._each_s = 0.0
-        """What one request takes of all threads together, on average."""
+        self._in_hand = 0
+        self.each_s = 0.0
+        """For how long a thread works on one request, on average."""
+        self.threads = 1
 
     def configure(self, limits: QueueLimits) -> None:
         """Before the first request."""
@@ -204,7 +207,7 @@ class _Queue:
         priority = limits.priority(job.call) if limits.priorities > 1 else 0
         ousted = None
         with self._lock:
-            if any(self._calls):
+            if self._in_hand or any(self._calls):
                 ousted = self._make_room(job, priority)
             self._calls[priority].append(job)
             self._bytes += job.size
@@ -219,14 +222,15 @@ class _Queue:
             Overloaded: there is none.
         """
         limits = self._limits
-        wait_s = self._each_s * sum(map(len, self._calls[: priority + 1]))
+        before = self._in_hand + sum(map(len, self._calls[: priority + 1]))
+        wait_s = self.each_s * before / self.threads
         deadline = job.call.deadline
-        if deadline is not None and job.since + wait_s > deadline:
-            raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms, beyond its deadline")
+        if deadline is not None and job.since + wait_s + self.each_s > deadline:
+            raise self._full(f"to be answered would take {(wait_s + self.each_s) * 1000:.0f} ms, beyond its deadline")
         if limits.max_wait_ms and wait_s * 1000 > limits.max_wait_ms:
             raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limits.max_wait_ms})")
         count = sum(map(len, self._calls))
-        if count < limits.max_requests and self._bytes + job.size <= limits.max_mb << 20:
+        if not count or (count < limits.max_requests and self._bytes + job.size <= limits.max_mb << 20):
             return None
         for calls in self._calls[:priority:-1]:
             if calls and (
@@ -268,15 +272,18 @@ class _Queue:
                     if calls:
                         job = calls.popleft()
                         self._bytes -= job.size
+                        self._in_hand += 1
                         return job
 
     def end(self, threads: int) -> None:
         for _ in range(threads):
             self._tokens.put(False)
 
-    def took(self, each_s: float) -> None:
-        """Take into account what each of the newest requests took of all threads together. Any thread."""
-        self._each_s += (each_s - self._each_s) * (_NEW_SHARE if self._each_s else 1)
+    def done(self, count: int, seconds: float) -> None:
+        """A thread has had so many requests in hand, for so long. Any thread."""
+        with self._lock:
+            self._in_hand -= count
+            self.each_s += (seconds / count - self.each_s) * (_NEW_SHARE if self.each_s else 1)
 
     def waiting(self) -> int:
         return sum(map(len, self._calls))
@@ -312,8 +319,13 @@ class Worker:
         self._next = job
         return None
 
-    def work(self, colleagues: Sequence[Worker]) -> None:
-        """Do jobs until the end, beside `colleagues`, of whom this is one."""
+    @property
+    def each_s(self) -> float:
+        """The seconds that one request takes, on average."""
+        return self._jobs.each_s
+
+    def work(self) -> None:
+        """Do jobs until the end."""
         seconds = 0.0
         while (job := self._following()) is not None:
             since = time.monotonic()
@@ -324,7 +336,7 @@ class Worker:
             seconds += took_s
             self.spent = seconds, math.inf
             if done:
-                self._jobs.took(took_s / done / len(colleagues))
+                self._jobs.done(done, took_s)
 
     def _following(self) -> Job | None:
         job, self._next = self._next, None
@@ -357,6 +369,7 @@ class Workers:
             worker = Worker(number, self._jobs)
             self._workers.append(worker)
             self._left += 1
+            self._jobs.threads = len(self._workers)
             threading.Thread(target=self._work, args=(worker,), name=f"{self._name}#{number}", daemon=True).start()
 
     def configure(self, limits: QueueLimits) -> None:
@@ -401,7 +414,7 @@ class Workers:
         return self._jobs.waiting()
 
     def _work(self, worker: Worker) -> None:
-        worker.work(self._workers)
+        worker.work()
         with self._lock:
             self._left -= 1
             last = not self._left

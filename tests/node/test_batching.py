@@ -419,26 +419,36 @@ async def test_too_many_bytes_are_refused_at_once(tmp_path: Path) -> None:
 
 async def test_who_would_wait_beyond_a_deadline_is_refused_at_once(tmp_path: Path) -> None:
     async with scene(tmp_path, "[batching]\nmax_rows = 1") as it:
-        it.served._loaded[1]._workers._jobs._each_s = 0.5
+        it.served._loaded[1]._workers._jobs.each_s = 0.5
         async with it.busy():
             waits = asyncio.create_task(it.ask(1, deadline=time.monotonic() + 20))
             await it.queued(1)
-            with pytest.raises(Overloaded, match="500 ms, beyond its deadline"):
-                await it.ask(2, deadline=time.monotonic() + 0.4)
+            with pytest.raises(Overloaded, match="1500 ms, beyond its deadline"):
+                await it.ask(2, deadline=time.monotonic() + 1.4)
             has_time = asyncio.create_task(it.ask(3, deadline=time.monotonic() + 20))
             await it.queued(2)
         assert await asyncio.gather(waits, has_time) == [[2], [6]]
 
 
 async def test_who_would_wait_for_too_long_is_refused_at_once(tmp_path: Path) -> None:
-    async with scene(tmp_path, "[queue]\nmax_wait_ms = 100") as it:
-        it.served._loaded[1]._workers._jobs._each_s = 0.2
+    async with scene(tmp_path, "[queue]\nmax_wait_ms = 300") as it:
+        it.served._loaded[1]._workers._jobs.each_s = 0.2
         async with it.busy():
             first = asyncio.create_task(it.ask(1))
             await it.queued(1)
-            with pytest.raises(Overloaded, match="200 ms"):
+            with pytest.raises(Overloaded, match="400 ms"):
                 await it.ask(2)
         assert await first == [2]
+
+
+async def test_a_batch_takes_in_no_more_than_can_be_answered_in_time(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        async with it.busy():
+            asked = [asyncio.create_task(it.ask(number, deadline=time.monotonic() + 60)) for number in range(5)]
+            await it.queued(5)
+            it.served._loaded[1]._workers._jobs.each_s = 25
+        assert await asyncio.gather(*asked) == [[0], [2], [4], [6], [8]]
+        assert it.model.sizes[1] == 2
 
 
 async def test_how_long_requests_take_is_learned(tmp_path: Path) -> None:
@@ -446,7 +456,7 @@ async def test_how_long_requests_take_is_learned(tmp_path: Path) -> None:
         it.model.sleep_s = 0.02
         for _ in range(3):
             await it.ask(1)
-        assert it.served._loaded[1]._workers._jobs._each_s >= 0.02
+        assert it.served._loaded[1]._workers._jobs.each_s >= 0.02
 
 
 async def test_a_higher_priority_is_served_first_and_takes_a_place_in_a_full_queue(tmp_path: Path) -> None:
