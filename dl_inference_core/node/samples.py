@@ -49,19 +49,19 @@ def read_samples(directory: Path) -> list[dict[str, Tensor]]:
     """The samples in a version's folder: of each of `FILES` that is there, its arrays by input name.
 
     Raises:
-        ModelError: a file is damaged, or holds what no tensor can hold.
+        ModelError: a file is damaged, holds no rows, or holds what no tensor can hold.
     """
     return [_read(path) for name in FILES if (path := directory / name).is_file()]
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: as_tensor(arrays[name]) for name in arrays.files}
     except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise ModelError(f"{path} cannot be read; expected what numpy.savez writes: an array for each input") from error
-    if not found:
-        raise ModelError(f"{path} holds no arrays; expected one for each input")
+    if not found or any(array.shape[:1] == (0,) for array in found.values()):
+        raise ModelError(f"{path} holds no rows; expected an array for each input, with one row or more")
     return found
 
 
@@ -75,7 +75,7 @@ def of_rows(sample: Tensors, rows: int, signature: Signature) -> dict[str, Tenso
 
 
 def _take(array: Tensor, rows: int) -> Tensor:
-    return array if len(array) == rows else np.take(array, np.arange(rows) % max(len(array), 1), axis=0)
+    return array if len(array) == rows else np.take(array, np.arange(rows) % len(array), axis=0)
 
 
 def rows_of(sample: Mapping[str, Any]) -> int:

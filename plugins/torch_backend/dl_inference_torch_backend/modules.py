@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -12,142 +14,327 @@ import numpy as np
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.export.passes import move_to_device_pass
+from torch.export.pt2_archive._package import AOTICompiledModel
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor, mapped
+from dl_inference_torch_backend.devices import Device
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _GUARD = "Guard failed: "  # how the AssertionError of a program's own guards begins
+_MOST_SHAPES = 4096
 
 
 class TorchModel(Model):
-    """What all PyTorch models share: the device, inference mode, and conversions."""
+    """What all PyTorch models share: the device, inference mode, conversions, and the place for another way to run."""
 
-    def __init__(self, native: Any, device: torch.device) -> None:
+    order: tuple[str, ...] = ()
+    """The inputs, in the order in which `core` takes them; none: one, of any name."""
+
+    def __init__(self, native: Any, core: Any, device: Device, run: Callable[..., Any] | None = None) -> None:
+        """Args:
+        native: the framework's own callable.
+        core: a module that takes the tensors of `order`.
+        run: a faster way to call it.
+        """
         self._native = native
-        self._device = device
+        self.core = core
+        self._run: Any = run or core
+        self.device = device
+        self._output_names: Sequence[str | None] | None = None
+        """The names of what `_run` returns, if that is a flat sequence; None is left out."""
+        self._constants: Sequence[tuple[str, Any]] = ()
+        """Outputs that `_run` does not return."""
 
     @property
     def native(self) -> Any:
         return self._native
 
     def session(self) -> AbstractContextManager[Any]:
-        if self._device.type == "cpu":
-            return torch.inference_mode()
-        stack = ExitStack()
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch.cuda.device(self._device))
-        return stack
+        return self.device.session()
 
     def to_native(self, value: Any) -> Any:
-        return mapped(value, np.ndarray, self._from_numpy)
+        return self._from_numpy(value) if isinstance(value, np.ndarray) else mapped(value, np.ndarray, self._from_numpy)
 
     def to_numpy(self, value: Any) -> Any:
-        return mapped(value, torch.Tensor, _to_numpy)
+        return mapped(value, torch.Tensor, self._to_numpy)
+
+    def join(self, parts: Sequence[Any]) -> Any:
+        return torch.cat(list(parts)) if isinstance(parts[0], torch.Tensor) else super().join(parts)
 
     def close(self) -> None:
-        self._native = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._native = self.core = self._run = None
+        self.device.release()
 
-    def _inputs(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
+        return self.outputs(self.named(self.result(self.tensors(inputs))))
+
+    def run_as(self, run: Callable[..., Any], output_names: Sequence[str], constants: Mapping[str, Any]) -> None:
+        """From now on have `run` give those outputs, from the tensors of `order`; `constants` are given beside them."""
+        self._native = self._run = run
+        self.core = None
+        self._output_names = output_names
+        self._constants = tuple(constants.items())
+
+    def require(self, sample: Mapping[str, Tensor]) -> None:
+        """From now on take nothing but the names, dtypes and numbers of dimensions of `sample`, which is in order, and
+        what the signature says besides."""
+        said = {spec.name: spec for spec in self.signature.inputs}
+        specs: list[TensorSpec] = []
+        for name, array in sample.items():
+            shape = said[name].shape if name in said else None
+            free = (None,) * array.ndim if shape is None else shape
+            specs.append(TensorSpec(name=name, dtype=array.dtype, shape=free))
+        self.order = tuple(sample)
+        self.signature = replace(self.signature, inputs=tuple(specs))
+
+    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """`inputs` as tensors on the model's device, whatever device those that are tensors were on."""
         return {
-            name: value.to(self._device) if isinstance(value, torch.Tensor) else self._from_numpy(value)
+            name: self._from_numpy(value) if isinstance(value, np.ndarray) else self.device.place_tensor(value)
             for name, value in inputs.items()
         }
 
+    def arguments(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """`tensors` in the order of `core`.
+
+        Raises:
+            BadRequest: the model does not take them.
+        """
+        if self.order:
+            return [tensors[name] for name in self.order]
+        if len(tensors) != 1:
+            raise BadRequest(f"the model does not name its inputs and takes one tensor, not {len(tensors)}")
+        return list(tensors.values())
+
+    def result(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """What the model returns for `tensors`."""
+        return self._run(*self.arguments(tensors))
+
+    def named(self, result: Any) -> list[tuple[str, Any]]:
+        """What the model returned, by name."""
+        if self._output_names is not None:
+            pairs = zip(self._output_names, result, strict=True)
+            return [*[(name, value) for name, value in pairs if name is not None], *self._constants]
+        if isinstance(result, torch.Tensor):
+            return [("output", result)]
+        return list(named(result))
+
+    def outputs(self, named: Sequence[tuple[str, Any]]) -> dict[str, Tensor]:
+        """As arrays; None is left out.
+
+        Raises:
+            TypeError: something that is no tensor and no number.
+        """
+        tensors = iter(self.device.download([value for _, value in named if isinstance(value, torch.Tensor)]))
+        outputs: dict[str, Tensor] = {}
+        for name, value in named:
+            if isinstance(value, torch.Tensor):
+                outputs[name] = _array(next(tensors))
+            elif isinstance(value, bool | int | float | complex):
+                outputs[name] = np.asarray(value)
+            elif value is not None:
+                kind = type(value).__qualname__
+                raise TypeError(f'output "{name}" is a {kind}, no tensor: only a handler can answer it')
+        return outputs
+
     def _from_numpy(self, array: Tensor) -> torch.Tensor:
         bfloat16 = array.dtype == _BFLOAT16
-        if bfloat16:
-            array = array.view(np.int16)
-        # Writeable: a model that works in place would write into the bytes that came from the wire. Copying 600 KB of
-        # them takes 40 µs.
-        array = np.require(array, array.dtype.newbyteorder("="), ["C", "A", "W"])
         try:
-            tensor = torch.from_numpy(array)
+            tensor = self.device.upload(array.view(np.int16) if bfloat16 else array)
         except TypeError as error:
             dtype = "string" if array.dtype.kind in "OSU" else array.dtype.name
             raise BadRequest(f"torch models take no {dtype} tensors") from error
-        return (tensor.view(torch.bfloat16) if bfloat16 else tensor).to(self._device)
+        return tensor.view(torch.bfloat16) if bfloat16 else tensor
+
+    def _to_numpy(self, tensor: torch.Tensor) -> Tensor:
+        return _array(self.device.download([tensor])[0])
 
 
 class EagerModel(TorchModel):
     """An `nn.Module`; its inputs are the parameters of `forward` that have no default."""
 
-    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
-        super().__init__(module.to(device).eval(), device)
+    def __init__(self, module: torch.nn.Module, device: Device) -> None:
+        module = module.to(device.place).eval()
         parameters = inspect.signature(module.forward).parameters.values()
         required: list[inspect.Parameter] = []
         if not any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters):
             required = [parameter for parameter in parameters if parameter.default is parameter.empty]
-        self.signature = Signature(inputs=tuple(TensorSpec(name=parameter.name) for parameter in required))
-        self._keywords = {parameter.name for parameter in required if parameter.kind is parameter.KEYWORD_ONLY}
+        self.order = tuple(parameter.name for parameter in required)
+        self.signature = Signature(inputs=tuple(TensorSpec(name=name) for name in self.order))
+        keywords = [parameter.name for parameter in required if parameter.kind is parameter.KEYWORD_ONLY]
+        super().__init__(module, _Keywords(module, keywords) if keywords else module, device)
 
-    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
-        tensors = self._inputs(inputs)
-        # Without a signature the names are the client's own, which must not become keyword arguments.
-        names = [spec.name for spec in self.signature.inputs] or list(tensors)
-        if not self.signature.inputs and len(tensors) != 1:
-            raise BadRequest(f"the model does not name its inputs and takes one tensor, not {len(tensors)}")
-        args = [tensors[name] for name in names if name not in self._keywords]
-        return _outputs(self._native(*args, **{name: tensors[name] for name in self._keywords}))
+
+class _Keywords(torch.nn.Module):
+    """A module that takes its keywords as its last arguments."""
+
+    def __init__(self, module: torch.nn.Module, keywords: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self._keywords = tuple(keywords)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        places = len(tensors) - len(self._keywords)
+        return self.module(*tensors[:places], **dict(zip(self._keywords, tensors[places:], strict=True)))
 
 
 class ScriptedModel(TorchModel):
     """A TorchScript module; its inputs are those of its schema that have no default."""
 
-    def __init__(self, module: torch.jit.ScriptModule, device: torch.device) -> None:
-        super().__init__(module.eval(), device)
+    def __init__(self, module: torch.jit.ScriptModule, device: Device) -> None:
         arguments: Any = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]
-        self.signature = Signature(
-            inputs=tuple(TensorSpec(name=argument.name) for argument in arguments if not argument.has_default_value())
-        )
+        required = [argument for argument in arguments if not argument.has_default_value()]
+        self.order = tuple(argument.name for argument in required)
+        self.signature = Signature(inputs=tuple(TensorSpec(name=name) for name in self.order))
+        keywords = [argument.name for argument in required if argument.kwarg_only]
+        super().__init__(module, _Keywords(module.eval(), keywords) if keywords else module.eval(), device)
 
-    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
-        return _outputs(self._native(**self._inputs(inputs)))
+    def result(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        # By name, since a handler may give what has a default as well.
+        return super().result(tensors) if self.core is None else self._native(**tensors)
 
 
 class ExportedModel(TorchModel):
     """A torch.export program; names, dtypes, shapes and their limits are those it was exported with."""
 
-    def __init__(self, program: torch.export.ExportedProgram, device: torch.device) -> None:
+    def __init__(self, program: torch.export.ExportedProgram, device: Device) -> None:
         """Raises:
         ModelError: it takes anything but tensors and constants.
         """
-        program = move_to_device_pass(program, device)
-        super().__init__(program.module(), device)
+        program = move_to_device_pass(program, device.place)
+        module: Any = program.module()
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
         arguments = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
         names = _input_names(program, [argument.name for argument in arguments])
         specs: list[TensorSpec] = []
-        self._flat: list[str | ConstantArgument] = []
+        self._given: list[int | ConstantArgument] = []
+        """What the guards take: places in `order`, and constants."""
         for name, argument in zip(names, arguments, strict=True):
             if isinstance(argument, ConstantArgument):
-                self._flat.append(argument)
+                self._given.append(argument)
             elif isinstance(argument, TensorArgument):
-                self._flat.append(name)
+                self._given.append(len(specs))
                 specs.append(_spec(name, values[argument.name]))
             else:
                 raise ModelError(f'the program takes "{name}" as a number; export it with tensors only')
-        self._in_spec = program.call_spec.in_spec
+        self.order = tuple(spec.name for spec in specs)
+        constants = {index: item.value for index, item in enumerate(self._given) if isinstance(item, ConstantArgument)}
+        self._guards: Callable[..., Any] | None = getattr(module, "_guards_fn", None)
+        self._admitted: set[tuple[torch.Size, ...]] = set()
+        # Its own forward flattens and unflattens Python's containers, which takes 50 µs, and runs the guards, 25 µs.
+        graph = flat_graph(module, constants)
+        super().__init__(module, graph, device, graph.forward)
         self.signature = Signature(inputs=tuple(specs), outputs=_output_specs(program, values))
+        self._output_names = _output_names(program)
 
-    def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
-        tensors = self._inputs(inputs)
-        flat = [tensors[item] if isinstance(item, str) else item.value for item in self._flat]
-        args, kwargs = pytree.tree_unflatten(flat, self._in_spec)
+    def arguments(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        arguments = super().arguments(tensors) if self.order else []
+        if self._guards is not None:
+            shapes = tuple(tensor.shape for tensor in arguments)
+            if shapes not in self._admitted:
+                self._admit(
+                    tensors, [item.value if not isinstance(item, int) else arguments[item] for item in self._given]
+                )
+                if len(self._admitted) >= _MOST_SHAPES:
+                    self._admitted.clear()
+                self._admitted.add(shapes)
+        return arguments
+
+    def _admit(self, tensors: Mapping[str, torch.Tensor], given: Sequence[Any]) -> None:
+        """Raises:
+        BadRequest: shapes that the program was not exported for.
+        """
+        assert self._guards is not None
         try:
-            # Not `__call__`: its check that the inputs have this very structure takes 50 µs.
-            return _outputs(self._native.forward(*args, **kwargs))
+            self._guards(*given)
         except AssertionError as error:
             if not str(error).startswith(_GUARD):
                 raise
-            given = ", ".join(f'"{name}" {list(tensor.shape)}' for name, tensor in tensors.items())
+            shapes = ", ".join(f'"{name}" {list(tensor.shape)}' for name, tensor in tensors.items())
             condition = str(error).removeprefix(_GUARD)
-            raise BadRequest(f"the model only takes inputs with {condition}; got the shapes {given}") from error
+            raise BadRequest(f"the model only takes inputs with {condition}; got the shapes {shapes}") from error
+
+    def close(self) -> None:
+        super().close()
+        self._guards = None
+
+
+class CompiledModel(TorchModel):
+    """An AOTInductor package, which is machine code. It does not say what it takes, so a sample does: names, dtypes and
+    numbers of dimensions."""
+
+    def __init__(self, package: AOTICompiledModel, device: Device, sample: Mapping[str, Tensor]) -> None:
+        """Args:
+        sample: its arrays in the order of the inputs, those given by keyword under their names.
+
+        Raises:
+            ModelError: the package takes others.
+        """
+        in_spec, out_spec = (pytree.treespec_loads(spec) for spec in package.loader.get_call_spec())
+        _, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
+        keywords = [name for name, _ in named(kwargs)]
+        positional = in_spec.num_leaves - len(keywords)
+        if len(sample) != in_spec.num_leaves or list(sample)[positional:] != keywords:
+            names = ", ".join([*["any"] * positional, *keywords])
+            raise ModelError(f"the package takes the inputs {names}; sample.npz has {', '.join(sample)}")
+        super().__init__(package, None, device, CompiledRun(package))
+        self.require(sample)
+        self._output_names = _names_of(out_spec)
+
+
+class CompiledRun:
+    """Runs what an AOTInductor package holds, on flat inputs. It checks sizes and dtypes, but no number of dimensions:
+    a tensor that has another makes it read what is not there."""
+
+    def __init__(self, package: AOTICompiledModel) -> None:
+        self._boxed_run = package.loader.boxed_run  # the package's own call reads its specs anew each time
+        # Without it torch 2.13 deadlocks: who waits for the one runner keeps the GIL, which the runner wants back.
+        self._lock = threading.Lock()
+
+    def __call__(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Raises:
+        BadRequest: a dtype or shape that it was not compiled for.
+        """
+        try:
+            with self._lock:
+                outputs: list[torch.Tensor] = self._boxed_run([_dense(tensor) for tensor in tensors])
+        except RuntimeError as error:
+            if not str(error).startswith("input_handles["):  # its own check
+                raise
+            words = str(error).strip().partition("\n")[0].removeprefix("input_handles")
+            raise BadRequest(f"the model was compiled for other inputs: input {words}") from error
+        return outputs
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` with the strides that compiled code looks for, also where a size of 0 or 1 leaves them open."""
+    tensor = tensor.contiguous()
+    shape = tensor.shape
+    return tensor.reshape(-1).view(shape) if 0 in shape or 1 in shape else tensor
+
+
+def flat_graph(module: Any, constants: Mapping[int, Any]) -> torch.fx.GraphModule:
+    """The graph of a `program.module()` without guards, on flat tensors, returning a flat tuple; it shares the weights.
+
+    Args:
+        constants: the values of inputs that are none, by their place.
+    """
+    graph = torch.fx.Graph()
+    copies: dict[torch.fx.Node, Any] = {}
+    places = iter(range(len(module.graph.nodes)))
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and (place := next(places)) in constants:
+            copies[node] = constants[place]
+        elif node.op == "output":
+            graph.output(torch.fx.node.map_arg(node.args[0], copies.__getitem__))
+        elif not (node.op == "call_module" and node.target == "_guards_fn"):
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.set_codegen(CodeGen())
+    return torch.fx.GraphModule(module, graph)
 
 
 def _input_names(program: torch.export.ExportedProgram, graph_names: list[str]) -> list[str]:
@@ -157,14 +344,26 @@ def _input_names(program: torch.export.ExportedProgram, graph_names: list[str]) 
     return list(names) if len(names) == len(graph_names) else graph_names
 
 
+def _output_names(program: torch.export.ExportedProgram) -> list[str | None]:
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None
+    return _names_of(out_spec)
+
+
+def _names_of(out_spec: pytree.TreeSpec) -> list[str | None]:
+    """The name of each flat output."""
+    names: list[str | None] = [None] * out_spec.num_leaves
+    for name, place in named(pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)):
+        if isinstance(place, int):  # a container of a kind that `named` does not know, otherwise
+            names[place] = name
+    return names
+
+
 def _output_specs(program: torch.export.ExportedProgram, values: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     arguments = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
-    out_spec = program.call_spec.out_spec
-    if out_spec is None or out_spec.num_leaves != len(arguments):
-        return ()
     leaves = [arg.value if isinstance(arg, ConstantArgument) else values.get(arg.name) for arg in arguments]
-    named = _named(pytree.tree_unflatten(leaves, out_spec))
-    return tuple(_spec(name, value) for name, value in named if value is not None)
+    named = zip(_output_names(program), leaves, strict=True)
+    return tuple(_spec(name, value) for name, value in named if name is not None and value is not None)
 
 
 def _spec(name: str, value: Any) -> TensorSpec:
@@ -179,44 +378,28 @@ def _spec(name: str, value: Any) -> TensorSpec:
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
     try:
-        return _to_numpy(torch.empty(0, dtype=dtype)).dtype
+        return _array(torch.empty(0, dtype=dtype)).dtype
     except TypeError:
         return None
 
 
-def _outputs(result: Any) -> dict[str, Tensor]:
-    """What a model returned, by name, as arrays; None is left out.
-
-    Raises:
-        TypeError: something that is no tensor and no number.
-    """
-    outputs: dict[str, Tensor] = {}
-    for name, value in _named(result):
-        if isinstance(value, torch.Tensor):
-            outputs[name] = _to_numpy(value)
-        elif isinstance(value, bool | int | float | complex):
-            outputs[name] = np.asarray(value)
-        elif value is not None:
-            raise TypeError(f'output "{name}" is a {type(value).__qualname__}, no tensor: only a handler can answer it')
-    return outputs
-
-
-def _named(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What a model returned, by name: a dict's own keys, "output" for one value, "output_0", … for several; what lies
+def named(value: Any, name: str = "", word: str = "output") -> Iterator[tuple[str, Any]]:
+    """What a model returned, by name: a dict's own keys, `word` for one value, "output_0", … for several; what lies
     deeper has its place appended, as in "boxes_0"."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _named(item, f"{name}_{key}" if name else str(key))
+            yield from named(item, f"{name}_{key}" if name else str(key), word)
     elif isinstance(value, list | tuple):
         fields = getattr(value, "_fields", None)
         for index, item in enumerate(value):
-            place = fields[index] if fields else f"{'' if name else 'output_'}{index}"
-            yield from _named(item, f"{name}_{place}" if name else place)
+            place = fields[index] if fields else f"{'' if name else f'{word}_'}{index}"
+            yield from named(item, f"{name}_{place}" if name else place, word)
     else:
-        yield name or "output", value
+        yield name or word, value
 
 
-def _to_numpy(tensor: torch.Tensor) -> Tensor:
+def _array(tensor: torch.Tensor) -> Tensor:
+    """A tensor in the host's memory as an array."""
     array: Tensor
     if tensor.dtype == torch.bfloat16:
         array = tensor.detach().resolve_neg().view(torch.int16).numpy(force=True)
