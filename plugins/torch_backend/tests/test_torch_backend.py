@@ -348,8 +348,9 @@ def test_threads_are_set_once_per_process(tmp_path):
         from dl_inference_core.errors import ModelError
         from dl_inference_torch_backend.backend import TorchBackend
 
-        def load(**options):
+        def load(cores=0, **options):
             backend = TorchBackend(TorchBackend.Options(**options))
+            backend.cores = cores
             for _ in range(2):
                 backend.load(pathlib.Path(sys.argv[1]), backend.ModelOptions(), "cpu")
             print(torch.get_num_threads(), torch.get_num_interop_threads())
@@ -357,6 +358,8 @@ def test_threads_are_set_once_per_process(tmp_path):
         load(intra_op_threads=3, inter_op_threads=5)
         load(intra_op_threads=2, inter_op_threads=5)
         load()
+        load(cores=1)
+        load(cores=1, intra_op_threads=2)
         try:
             load(inter_op_threads=6)
         except ModelError as error:
@@ -370,7 +373,7 @@ def test_threads_are_set_once_per_process(tmp_path):
         check=True,
     )
     message = "inter_op_threads is 5 in this process and cannot become 6 any more: restart it"
-    assert ran.stdout.splitlines() == ["3 5", "2 5", "2 5", message]
+    assert ran.stdout.splitlines() == ["3 5", "2 5", "2 5", "1 5", "2 5", message]
 
 
 # Signatures and calls
@@ -603,6 +606,13 @@ def test_containers_keep_their_types(model):
     assert isinstance(value["a"].one, torch.Tensor)
     assert value["b"] == "text"
     np.testing.assert_array_equal(model.to_numpy(value)["a"].two[0], X)
+
+
+def test_rows_of_arrays_and_of_tensors_are_put_together(model):
+    np.testing.assert_array_equal(model.join([X, X[:1]]), np.concatenate([X, X[:1]]))
+    joined = model.join([model.to_native(X), model.to_native(X[:1])])
+    assert isinstance(joined, torch.Tensor)
+    np.testing.assert_array_equal(model.to_numpy(joined), np.concatenate([X, X[:1]]))
 
 
 def test_conjugates_and_negatives_are_resolved(model):
