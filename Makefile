@@ -6,7 +6,7 @@ EDITABLE := -e '.[uvloop,dev]' -e plugins/tf_backend -e plugins/torch_backend -e
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tf test check bench soak faults faults-short simulate protos
+.PHONY: help setup demo demo-tf test check bench bench-peers soak faults faults-short simulate protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,9 @@ check: .venv/ready ## formatting, lint, types
 
 bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs
+
+bench-peers: .venv/ready ## the same models in ours and in other model servers, which it installs first; its part of docs/performance.md
+	$(BIN)/python -m bench.model_servers --docs
 
 soak: .venv/ready ## ten minutes of all that may happen to a gateway: does anything stay behind? writes docs/soak.md
 	$(BIN)/python -m bench.soak --docs

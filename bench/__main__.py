@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import choices, goals, rounds, systems
+from bench import choices, goals, machine, outputs, rounds, systems
 from bench.choices import Choices
 from bench.load import LoadError, require_h2load
 from bench.report import CHART, Report
 from bench.systems import Table
 
-_OUT = Path(__file__).parent / "out" / "bench.json"
-_DOCS = Path(__file__).parents[1] / "docs"
 _NAMES = (*systems.NAMES, goals.CHOICES)
 
 
@@ -93,13 +86,12 @@ def main(
     )
     values = json.dumps(report.values(), indent=2)
     if not quick:
-        _OUT.parent.mkdir(exist_ok=True)
-        _OUT.write_text(values + "\n", encoding="utf-8")
+        outputs.put_figures(report.values(), of_model_servers=False)
     if docs:
         from bench import chart
 
-        (_DOCS / "performance.md").write_text(report.page(), encoding="utf-8")
-        chart.svg(rows, report.titles, _DOCS / CHART)
+        outputs.put_page(report.page(), of_model_servers=False)
+        chart.svg(rows, report.titles, outputs.DOCS / CHART)
     if as_json:
         click.echo(values)
     else:
@@ -132,16 +124,10 @@ def _measured(
 
 
 def _machine(tables: Sequence[Table], turns: int) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    h2load = subprocess.run(["h2load", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     measured = {system.software.name: system.software.version() for table in tables for system in table.systems}
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": measured | {"uvloop": metadata.version("uvloop"), "h2load": h2load.removeprefix("nghttp2/")},
+        **machine.facts(),
+        "versions": measured | {"uvloop": metadata.version("uvloop"), "h2load": machine.h2load_version()},
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "rounds": turns,
         "loads": "; ".join(

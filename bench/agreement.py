@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bench import load
 from bench.contract import METHOD
-from bench.load import Run
+from bench.load import Post, Run
 from bench.processes import announcing
 from bench.rounds import SIZES
 from dl_inference_core.load_testing.processes import Processes, started
@@ -25,7 +25,7 @@ from dl_inference_core.load_testing.results import Load
 
 _MOST = 0.05
 _FIGURES = ("requests_per_s", "mean_ms", "p50_ms")
-_BODY = SIZES[0].message()
+_POST = Post(path=METHOD, message=SIZES[0].message())
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -39,11 +39,11 @@ def main(rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ..
     Ends with status 1 if one of throughput, mean and median latency differs by more than 5 %.
     """
     load.require_h2load()
-    message = Message(method=METHOD, body=_BODY, contents="")
+    message = Message(method=METHOD, body=_POST.message, contents="")
     table = Table("in flight", "figure", "h2load", "bench", "ratio", "of the rounds")
     agree = True
     with announcing(sys.executable, "-m", "bench.servers", "slow", str(delay_ms)) as server:
-        answer = load.ask(server.address, METHOD, _BODY)
+        answer = load.ask(server.address, _POST)
         target = Target(address=server.address)
         with started(target, message, processes=1, connections=1, open_loop=False) as processes:
             for in_flight in in_flights:
@@ -85,7 +85,7 @@ def _in_turns(clients: tuple[Callable[[], Run], Callable[[], Run]], rounds: int)
 
 def _h2load(address: str, answer_bytes: int, in_flight: int, requests: int) -> Callable[[], Run]:
     amount = load.Load(requests=requests, clients=1, streams=in_flight)
-    return lambda: load.run(address, METHOD, _BODY, answer_bytes, amount)
+    return lambda: load.run(address, _POST, answer_bytes, amount)
 
 
 def _ours(processes: Processes, in_flight: int, requests: int) -> Callable[[], Run]:

@@ -8,10 +8,19 @@ from typing import Literal
 
 from bench import choices
 from bench.choices import Choice, Choices
-from bench.rounds import Row
+from bench.rounds import Figures, Row
 
 CHOICES = "choice"
 """What stands in place of a table where a goal is about choices."""
+
+_FIGURES = {
+    "cpu_us_per_request": "CPU",
+    "alone_p50_ms": "p50 alone",
+    "requests_per_s": "requests/s",
+    "p50_ms": "p50",
+    "p99_ms": "p99",
+    "memory_mb": "memory",
+}
 
 Rows = Mapping[str, Mapping[str, Mapping[str, Row]]]
 """By table, load and system."""
@@ -19,16 +28,38 @@ Rows = Mapping[str, Mapping[str, Mapping[str, Row]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """A figure of one system, less that of a third if there is one, is at most `most` times that of another, in one
-    table at one load."""
+    """A figure of one system, less that of a third if there is one, is at most `most` times that of another, and at
+    least `least` times, in one table at one load."""
 
     table: str
     load: str
     system: str
     than: str
-    most: float
+    most: float | None = None
+    least: float | None = None
     less: str = ""
-    figure: Literal["cpu_us_per_request", "alone_p50_ms"] = "cpu_us_per_request"
+    figure: Literal["cpu_us_per_request", "alone_p50_ms", "requests_per_s", "p50_ms", "p99_ms", "memory_mb"] = (
+        "cpu_us_per_request"
+    )
+
+    @property
+    def what(self) -> str:
+        """The ratio, in words."""
+        system = f"({self.system} - {self.less})" if self.less else self.system
+        return f"{self.table}, {self.load}, {_FIGURES[self.figure]}: {system} / {self.than}"
+
+    @property
+    def bound(self) -> str:
+        bounds = {"at most": self.most, "at least": self.least}
+        return " and ".join(f"{bound} {value:.2f}" for bound, value in bounds.items() if value is not None)
+
+    def outcome(self, measured: Mapping[str, Figures | Choice]) -> Outcome | None:
+        """By what was measured at its load, by system; None if one of its systems was not."""
+        if not {self.system, self.than, self.less or self.than} <= measured.keys():
+            return None
+        one, other = (getattr(measured[name], self.figure) for name in (self.system, self.than))
+        less = getattr(measured[self.less], self.figure) if self.less else 0.0
+        return Outcome(goal=self, ratio=(one - less) / other)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +71,11 @@ class Outcome:
 
     @property
     def met(self) -> bool:
-        return self.ratio <= self.goal.most
+        most, least = self.goal.most, self.goal.least
+        return (most is None or self.ratio <= most) and (least is None or self.ratio >= least)
 
     def __str__(self) -> str:
-        goal = self.goal
-        figure = {"cpu_us_per_request": "CPU", "alone_p50_ms": "p50 alone"}[goal.figure]
-        system = f"({goal.system} - {goal.less})" if goal.less else goal.system
-        return (
-            f"{goal.table}, {goal.load}, {figure}: {system} / {goal.than} = {self.ratio:.2f}, "
-            f"at most {goal.most:.2f}: {'met' if self.met else 'NOT met'}"
-        )
+        return f"{self.goal.what} = {self.ratio:.2f}, {self.goal.bound}: {'met' if self.met else 'NOT met'}"
 
 
 GOALS = (
@@ -105,9 +131,7 @@ def outcomes(rows: Rows, chosen: Choices) -> list[Outcome]:
         for strategy in chosen
     ]
     for goal in (*GOALS, *flat):
-        measured = every.get(goal.table, {}).get(goal.load, {})
-        if {goal.system, goal.than, goal.less or goal.than} <= measured.keys():
-            one, other = (getattr(measured[name], goal.figure) for name in (goal.system, goal.than))
-            less = getattr(measured[goal.less], goal.figure) if goal.less else 0.0
-            found.append(Outcome(goal=goal, ratio=(one - less) / other))
+        outcome = goal.outcome(every.get(goal.table, {}).get(goal.load, {}))
+        if outcome:
+            found.append(outcome)
     return found

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import IO
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _PAGE_MB = os.sysconf("SC_PAGE_SIZE") / 1e6
 _START_S, _END_S = 60.0, 15.0
+# In the environment of a server and of all that it starts.
+_MARK = "DL_INFERENCE_BENCH_SERVER"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +89,19 @@ class Server:
 
     def kill(self) -> None:
         """End all its processes at once, as a crash would."""
+        self._signal(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Have all its processes do nothing until `resume`, or until it is ended."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
         for pid in _family(self._pid):
             with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
 
 @contextmanager
@@ -121,14 +134,20 @@ def announcing(
 
 
 @contextmanager
-def listening(address: str, *command: str) -> Iterator[Server]:
+def listening(
+    address: str, *command: str, environment: Mapping[str, str] | None = None, log: IO[str] | None = None
+) -> Iterator[Server]:
     """Run `command` until the block ends; it must take connections on `address`, "host:port".
+
+    Args:
+        environment: what the process has beside the environment of this one.
+        log: takes what it prints; by default its standard error goes to that of this process, the rest nowhere.
 
     Raises:
         RuntimeError: it ended instead, or did not within a minute.
     """
     host, _, port = address.rpartition(":")
-    with _process(command, {}, subprocess.DEVNULL) as process:
+    with _process(command, environment or {}, log or subprocess.DEVNULL, log=log) as process:
         deadline = time.monotonic() + _START_S
         while True:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -137,6 +156,13 @@ def listening(address: str, *command: str) -> Iterator[Server]:
                 break
             time.sleep(0.02)
         yield Server(process.pid, address)
+
+
+@contextmanager
+def piped(*command: str, environment: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run `command`, with its standard input and output as pipes, until the block ends; it ends with its input."""
+    with _process(command, environment or {}, subprocess.PIPE, ends_with_input=True) as process:
+        yield process
 
 
 def free_address(host: str = "127.0.0.1") -> str:
@@ -149,18 +175,21 @@ def free_address(host: str = "127.0.0.1") -> str:
 def _process(
     command: tuple[str, ...],
     environment: Mapping[str, str],
-    stdout: int,
+    stdout: int | IO[str],
     ends_with_input: bool = False,
     log: IO[str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """`command`, running, with a standard input that ends when this process does, however it does."""
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, **environment, _MARK: mark}
     with subprocess.Popen(
-        command, env={**os.environ, **environment}, stdin=subprocess.PIPE, stdout=stdout, stderr=log, text=True
+        command, env=environment, stdin=subprocess.PIPE, stdout=stdout, stderr=log, text=True
     ) as process:
         try:
             yield process
         finally:
             _end(process, ends_with_input)
+            _kill_marked(mark)
 
 
 def _end(process: subprocess.Popen[str], ends_with_input: bool = False) -> None:
@@ -184,6 +213,15 @@ def _end(process: subprocess.Popen[str], ends_with_input: bool = False) -> None:
             select.select([member], [], [])
         os.close(member)
     process.wait()
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill what a server has left behind, whoever its parent is now."""
+    entry = f"{_MARK}={mark}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if entry in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def _family(pid: int) -> dict[int, _Stat]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from bench import load
+from bench.bare import BareCalls
 from bench.contract import METHOD
-from bench.load import Load, LoadError
+from bench.load import Load, LoadError, Post
 from bench.processes import Server
-from bench.saved_models import IMAGE_INPUT, SMALL_INPUT, BareCalls
+from bench.saved_models import IMAGE_INPUT, SMALL_INPUT
 from dl_inference_core.client import build
 from dl_inference_core.wire.protocol import PROTOCOLS
 
@@ -89,11 +90,10 @@ MODEL_SIZES = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One system at one size: medians over the rounds, and the least and most CPU of any round.
+class Figures:
+    """One system at one load: medians over the rounds, and the least and most CPU of any round.
 
     Attributes:
-        alone_p50_ms: of one request at a time.
         memory_mb: resident at the end.
     """
 
@@ -103,8 +103,18 @@ class Row:
     requests_per_s: float
     p50_ms: float
     p99_ms: float
-    alone_p50_ms: float
     memory_mb: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Figures):
+    """One system at one size.
+
+    Attributes:
+        alone_p50_ms: of one request at a time.
+    """
+
+    alone_p50_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,38 +139,44 @@ def measure(
     Raises:
         LoadError: not every request was answered.
     """
-    message = size.message()
+    post = Post(path=METHOD, message=size.message())
     loaded, alone = size.load.part(share), size.alone.part(share)
     samples: dict[str, list[_Sample]] = {name: [] for name in running}
-    answers = {name: _warm(name, server, size, message, loaded) for name, server in running.items()}
-    order = list(running)
-    for turn in range(rounds):
-        for name in order[turn % len(order) :] + order[: turn % len(order)]:
-            with _named(name):
-                samples[name].append(_sample(running[name], size, message, answers[name], loaded, alone))
-            measured()
+    answers = {name: _warm(name, server, size, post, loaded) for name, server in running.items()}
+    for name in turns(list(running), rounds):
+        with named(name):
+            samples[name].append(_sample(running[name], size, post, answers[name], loaded, alone))
+        measured()
     return {name: _row(samples[name], server.memory_mb()) for name, server in running.items()}
 
 
+def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
+    """Each name once in a round, each round in another order."""
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield from (*names[first:], *names[:first])
+
+
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
+    """Has a LoadError in the block say which system it is about."""
     try:
         yield
     except LoadError as error:
         raise LoadError(f"{name}: {error}") from error
 
 
-def _warm(name: str, server: Server, size: Size, message: bytes, loaded: Load) -> int:
+def _warm(name: str, server: Server, size: Size, post: Post, loaded: Load) -> int:
     """Ask for the first time; the length of an answer."""
     few = loaded.part(0.1)
-    with _named(name):
+    with named(name):
         if isinstance(server, BareCalls):
             server.call(size.model, few.requests)
             return 0
-        answer = load.ask(server.address, METHOD, message)
-        if answer != message and not _computed(answer, size):
+        answer = load.ask(server.address, post)
+        if answer != post.message and not _computed(answer, size):
             raise LoadError(f"{server.address} does not answer with what it was sent, nor with what the model gives")
-        load.run(server.address, METHOD, message, len(answer), few)
+        load.run(server.address, post, len(answer), few)
         return len(answer)
 
 
@@ -168,28 +184,32 @@ def _computed(answer: bytes, size: Size) -> bool:
     return size.tensor is not None and PROTOCOLS["tfserving"].codec.decode_response(answer).model == size.model
 
 
-def _sample(server: Server, size: Size, message: bytes, answer_bytes: int, loaded: Load, alone: Load) -> _Sample:
+def _sample(server: Server, size: Size, post: Post, answer_bytes: int, loaded: Load, alone: Load) -> _Sample:
     if isinstance(server, BareCalls):
         calls = server.call(size.model, loaded.requests)
         return _Sample(cpu_us=calls.cpu_us, loaded=calls.run, alone=calls.run)
     before = server.cpu_s()
-    run = load.run(server.address, METHOD, message, answer_bytes, loaded)
+    run = load.run(server.address, post, answer_bytes, loaded)
     return _Sample(
         cpu_us=(server.cpu_s() - before) / loaded.requests * 1e6,
         loaded=run,
-        alone=load.run(server.address, METHOD, message, answer_bytes, alone),
+        alone=load.run(server.address, post, answer_bytes, alone),
     )
 
 
 def _row(samples: list[_Sample], memory_mb: float) -> Row:
-    cpu = [sample.cpu_us for sample in samples]
-    return Row(
-        cpu_us_per_request=statistics.median(cpu),
-        cpu_us_least=min(cpu),
-        cpu_us_most=max(cpu),
-        requests_per_s=statistics.median(sample.loaded.requests_per_s for sample in samples),
-        p50_ms=statistics.median(sample.loaded.p50_ms for sample in samples),
-        p99_ms=statistics.median(sample.loaded.p99_ms for sample in samples),
-        alone_p50_ms=statistics.median(sample.alone.p50_ms for sample in samples),
+    loaded = figures([sample.cpu_us for sample in samples], [sample.loaded for sample in samples], memory_mb)
+    return Row(**asdict(loaded), alone_p50_ms=statistics.median(sample.alone.p50_ms for sample in samples))
+
+
+def figures(cpu_us: Sequence[float], runs: Sequence[load.Run], memory_mb: float) -> Figures:
+    """Of the rounds of one system, its CPU per request and its run in each."""
+    return Figures(
+        cpu_us_per_request=statistics.median(cpu_us),
+        cpu_us_least=min(cpu_us),
+        cpu_us_most=max(cpu_us),
+        requests_per_s=statistics.median(run.requests_per_s for run in runs),
+        p50_ms=statistics.median(run.p50_ms for run in runs),
+        p99_ms=statistics.median(run.p99_ms for run in runs),
         memory_mb=memory_mb,
     )

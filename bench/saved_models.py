@@ -1,60 +1,26 @@
 """The TensorFlow models that nodes are measured with, and what a call of their signatures costs without a server.
 
-`python -m bench.saved_models make FOLDER` writes them; `… call FOLDER` calls them, for each line "MODEL COUNT" on its
-standard input, and tells as a line of JSON what that took.
+`python -m bench.saved_models make FOLDER` writes them; `… call FOLDER` calls them, as `bench.calls` has it.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from bench.load import LoadError, Run
-from bench.processes import Server
+from bench import bare, calls
 
 SMALL_INPUT, IMAGE_INPUT = ("x", (1, 128)), ("image", (1, 224, 224, 3))
 """The one input of each model, float32, by its name and shape: messages of 546 bytes and of 602 KB."""
 CONFIG = "[models]\ndirectory = {folder!r}\n[backends.tensorflow]\nintra_op_threads = 1\n"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calls:
-    """What a number of calls, one after another, came to."""
-
-    cpu_us: float
-    run: Run
-
-
-class BareCalls(Server):
-    """A process that calls signatures when asked."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        super().__init__(process.pid, "")
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._asking: IO[str] = process.stdin
-        self._told: IO[str] = process.stdout
-
-    def call(self, model: str, count: int) -> Calls:
-        """Raises:
-        LoadError: the process has ended.
-        """
-        print(model, count, file=self._asking, flush=True)
-        line = self._told.readline()
-        if not line:
-            raise LoadError("the process that calls signatures has ended")
-        told = json.loads(line)
-        return Calls(cpu_us=told.pop("cpu_us"), run=Run(**told))
 
 
 @contextmanager
@@ -66,13 +32,10 @@ def made() -> Iterator[str]:
 
 
 @contextmanager
-def calling(folder: str) -> Iterator[BareCalls]:
+def calling(folder: str) -> Iterator[bare.BareCalls]:
     """Calls of the models in `folder`, until the block ends."""
-    command = (sys.executable, "-m", "bench.saved_models", "call", folder)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield BareCalls(process)
-        assert process.stdin is not None
-        process.stdin.close()
+    with bare.calling(sys.executable, "-m", "bench.saved_models", "call", folder) as server:
+        yield server
 
 
 def _make(folder: Path) -> None:
@@ -112,25 +75,7 @@ def _call(folder: Path) -> None:
         )
         for name, (tensor, shape) in (("small", SMALL_INPUT), ("image", IMAGE_INPUT))
     }
-    for line in sys.stdin:
-        name, count = line.split()
-        model, inputs = models[name]
-        seconds = []
-        cpu, start = time.process_time(), time.perf_counter()
-        for _ in range(int(count)):
-            begun = time.perf_counter()
-            model(inputs)
-            seconds.append(time.perf_counter() - begun)
-        took = time.perf_counter() - start
-        p50, p99 = np.percentile(seconds, (50, 99)) * 1000
-        told = {
-            "cpu_us": (time.process_time() - cpu) / int(count) * 1e6,
-            "requests_per_s": int(count) / took,
-            "mean_ms": float(np.mean(seconds)) * 1000,
-            "p50_ms": float(p50),
-            "p99_ms": float(p99),
-        }
-        print(json.dumps(told), flush=True)
+    calls.answer({name: partial(model, inputs) for name, (model, inputs) in models.items()})
 
 
 if __name__ == "__main__":

@@ -161,19 +161,19 @@ def _ours(
 ) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
     """`dl-inference-core serve`."""
 
-    @contextmanager
-    def start(behind: Sequence[str]) -> Iterator[Server]:
-        with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "server.toml"
-            config.write_text(
-                f'port = 0\ntransport = "{transport}"\nmessage_bytes = {MESSAGE_BYTES}\n{config_of(behind)}',
-                encoding="utf-8",
-            )
-            command = (sys.executable, "-m", "dl_inference_core.cli", "serve", "--config", str(config))
-            with announcing(*command) as server:
-                yield server
+    return lambda behind: serving(transport, config_of(behind))
 
-    return start
+
+@contextmanager
+def serving(transport: str, config: str) -> Iterator[Server]:
+    """`dl-inference-core serve` on `transport`, with what else its config says, until the block ends."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "server.toml"
+        file.write_text(
+            f'port = 0\ntransport = "{transport}"\nmessage_bytes = {MESSAGE_BYTES}\n{config}', encoding="utf-8"
+        )
+        with announcing(sys.executable, "-m", "dl_inference_core.cli", "serve", "--config", str(file)) as server:
+            yield server
 
 
 _CORE, _GRPCIO, _PLUGIN = _package("dl-inference-core"), _package("grpcio"), _envoy_plugin()

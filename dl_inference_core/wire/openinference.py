@@ -191,7 +191,7 @@ def _decode_tensors(tensors: Sequence[Any], raws: Sequence[bytes], noun: str) ->
         shape = tuple(tensor.shape)
         count = count_of(shape, what)
         if raws:
-            if tensor.HasField("contents"):
+            if tensor.HasField("contents") and tensor.contents.ListFields():  # MLServer sends empty ones
                 raise BadRequest(f"{what} has typed contents beside raw ones; expected one or the other in a message")
             values = _decode_raw(raws[index], tensor.datatype, shape, count, what)
         else:

@@ -1,0 +1,1 @@
+"""Model servers, ours and peers, with the same models in one run: `make bench-peers`."""

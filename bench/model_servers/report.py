@@ -1,0 +1,171 @@
+"""What the model servers came to: for programs, on the terminal, as a section of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from bench.goals import Outcome
+from bench.model_servers import goals
+from bench.model_servers.measuring import Measured
+from bench.model_servers.models import BATCHES, MODELS
+from bench.model_servers.systems import EVERY, TOLERANCE
+from bench.outputs import MODEL_SERVERS, NODE
+from bench.rounds import Figures
+
+CHART = "performance-model-servers.svg"
+_FIGURES = ("requests/s", "CPU µs/request", "least to most", "p50 ms", "p99 ms", "memory MB")
+_HEAD = """\
+# Model servers
+
+The same models in ours and in other model servers, in one run on one machine. Written by `{command}` on {date}:
+{cores} cores of {cpu}; h2load {h2load} on the same machine.
+
+![Requests per second and p99 by requests in flight]({chart})
+
+- Each figure is the median of {rounds} rounds of {seconds:g} s, in which the systems take turns. All of them run; one
+  that takes CPU without a request is stopped (SIGSTOP) while it is not its turn.
+- A request is one row, and every system answers with one copy of the model: the same frozen TorchScript, with the same
+  number of torch's threads ({threads}). No server puts more than {batch} rows together. Each system's answer is
+  compared with the bare model's before it is measured: none is off by more than {tolerance:g}.
+- CPU is the user and system time of all processes of a server, over the requests. Memory is their resident memory at
+  the end; pages that two of the processes share count twice.
+- `bare` is the model in a Python process without a server, called again and again: one row at a time at 1 in flight,
+  else in the batch with which it gets through most rows ({batches}). Its p50 and p99 are of a batch, its memory is what
+  the process holds once it has answered one row.
+- seldon-core is measured on Python 3.10 if there is one, as on a later one its protobuf is pure Python. PyPI has only
+  torch with CUDA for that, which takes more memory than "+cpu", and its processes are many.
+- Each system has the best of its settings, chosen in the same run: for 1 in flight by p50, for the other numbers by
+  requests/s at the most in flight.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """All that one run came to.
+
+    Attributes:
+        machine: where, when, how and with what it was measured.
+        made_of: by system, its release and what it runs on.
+        measured: by model.
+        absent: by system, why it could not be had.
+    """
+
+    machine: Mapping[str, Any]
+    made_of: Mapping[str, str]
+    measured: Mapping[str, Measured]
+    absent: Mapping[str, str]
+
+    @property
+    def rows(self) -> goals.Rows:
+        return {
+            f"{name}@{in_flight}": by_system
+            for name, measured in self.measured.items()
+            for in_flight, by_system in measured.rows.items()
+        }
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return goals.outcomes(self.rows)
+
+    def values(self) -> dict[str, Any]:
+        """What it has of bench.json."""
+        rest = {
+            "machine": dict(self.machine),
+            "systems": dict(self.made_of),
+            "bare": {name: asdict(measured.bare) for name, measured in self.measured.items()},
+            "settings": {name: dict(measured.settings) for name, measured in self.measured.items()},
+            "failed": {name: dict(measured.failed) for name, measured in self.measured.items()},
+            "absent": dict(self.absent),
+            "goals": [asdict(each.goal) | {"ratio": each.ratio, "met": each.met} for each in self.outcomes],
+        }
+        rows = {load: {name: asdict(row) for name, row in by_system.items()} for load, by_system in self.rows.items()}
+        return {NODE: rows, MODEL_SERVERS: rest}
+
+    def show(self, console: Console) -> None:
+        for heading, headings, lines in self._tables():
+            table = Table(*headings, title=heading, title_justify="left", box=SIMPLE_HEAD, padding=0)
+            for line in lines:
+                table.add_row(*line)
+            console.print(table)
+        for line in self._remarks():
+            console.print(line, highlight=False)
+
+    def section(self) -> str:
+        """Its part of docs/performance.md; the chart is in the file `CHART` beside it."""
+        models = [MODELS[name] for name in self.measured]
+        facts = {
+            **self.machine,
+            "chart": CHART,
+            "threads": ", ".join(f"{model.name}: {model.threads}" for model in models),
+            "batch": BATCHES[-1],
+            "batches": ", ".join(f"{name}: {measured.bare.batch}" for name, measured in self.measured.items()),
+            "tolerance": TOLERANCE,
+        }
+        lines = [_HEAD.format_map(facts)]
+        for heading, headings, cells in self._tables():
+            lines += [
+                f"## {heading}\n",
+                f"| {' | '.join(headings)} |",
+                f"| --- |{' --- |' * (len(headings) - 1)}",
+                *(f"| {' | '.join(line)} |" for line in cells),
+                "",
+            ]
+        return "\n".join([*lines, *(f"- {line}" for line in self._remarks())]).rstrip("\n") + "\n"
+
+    def _tables(self) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
+        """Each with its heading, the headings of its columns, and its lines."""
+        goal_lines = [
+            (each.goal.what, f"{each.ratio:.2f}", each.goal.bound, "reached" if each.met else "**not reached**")
+            for each in self.outcomes
+        ]
+        yield "Goals for model servers", ("goal", "ratio", "wanted", ""), goal_lines
+        yield "Systems", ("system", "what it is", *self.measured), [*self._systems()]
+        for name, measured in self.measured.items():
+            for in_flight, by_system in measured.rows.items():
+                heading = f"{MODELS[name].title}: {in_flight} in flight"
+                yield heading, ("system", *_FIGURES), [(system, *_cells(row)) for system, row in by_system.items()]
+
+    def _systems(self) -> Iterator[Sequence[str]]:
+        """Of those that were measured, what they are, and their settings for each model."""
+        for system in EVERY:
+            if system.name not in self.made_of or system.name in self.absent:
+                continue
+            settings = (measured.settings.get(system.name) for measured in self.measured.values())
+            yield system.name, f"{self.made_of[system.name]}: {system.how}", *map(_chosen, settings)
+
+    def _remarks(self) -> Iterator[str]:
+        """What Envoy's stack takes, and who is left out."""
+        by_system = self.rows.get(goals.BUSY, {})
+        if {"ours-envoy", "ours-grpcio"} <= by_system.keys():
+            more = by_system["ours-envoy"].memory_mb - by_system["ours-grpcio"].memory_mb
+            yield f"Envoy adds {more:.0f} MB to a node of ours ({goals.BUSY})."
+        for name, why in self.absent.items():
+            yield f"{name} is left out, as it cannot be had here: {why}"
+        for model, measured in self.measured.items():
+            for name, why in measured.failed.items():
+                yield f"{name} failed with {model}, and is left out from there on: {why}"
+
+
+def _chosen(settings: tuple[str, str] | None) -> str:
+    if settings is None:
+        return "left out"
+    one, many = settings
+    return one if one == many else f"{one}; more in flight: {many}"
+
+
+def _cells(row: Figures) -> tuple[str, ...]:
+    """As `_FIGURES` has them."""
+    return (
+        f"{row.requests_per_s:.0f}" if row.requests_per_s >= 100 else f"{row.requests_per_s:.1f}",
+        f"{row.cpu_us_per_request:.0f}",
+        f"{row.cpu_us_least:.0f} to {row.cpu_us_most:.0f}",
+        f"{row.p50_ms:.2f}",
+        f"{row.p99_ms:.1f}",
+        f"{row.memory_mb:.0f}",
+    )
