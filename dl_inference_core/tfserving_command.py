@@ -196,7 +196,7 @@ def _batching(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if not given["enable_batching"]:
         if given["batching_parameters_file"]:
             raise ConfigError("--batching_parameters_file takes --enable_batching, too")
-        return {"batching": {"enabled": False}}
+        return {"batching": {"enabled": False}, "warm_up": False}
     if not given["batching_parameters_file"]:
         return {}
     from dl_inference_core.node.batching import BatchingConfig  # as in `_models`

@@ -242,7 +242,10 @@ never share a call.
 - A request that is malformed, or for which the handler fails, fails before the others are put together; one that is
   cancelled or too late by then is left out. If the call fails, it is repeated for each request alone, so that only
   those fail whose own rows are at fault.
-- A handler that has a `run_model` of its own gets one request at a time, unless it has a `run_batch`, too.
+- A handler that has a `run_model` of its own gets one request at a time, unless it has a `run_batch`, too. One that has
+  a `preprocess` or `postprocess` of its own shares calls if it says `shares_calls = True`, or `[batching]` is there:
+  `preprocess` is called for several requests before the model, so it may keep nothing of one on `self`, nor give away
+  the same array twice.
 - When a version is loaded, the model is run on samples before it is ready: in every size of `allowed_rows`, or else 1,
   2, 4, … rows. They are the arrays in `warm_up.npz` or `sample.npz` beside it (written by `numpy.savez`, by input), or
   made from the signature. Where a row's answer is another among others than alone, the model does not batch, and one

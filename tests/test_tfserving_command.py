@@ -51,7 +51,7 @@ FLAGS = [
 ]
 
 NEWEST = {"versions": "newest", "keep_versions": 1}
-DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "batching": {"enabled": False}}
+DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "batching": {"enabled": False}, "warm_up": False}
 BATCHED = {
     "threads": 3,
     "batching": {"enabled": "auto", "max_rows": 64, "max_delay_us": 500, "allowed_rows": [64]},

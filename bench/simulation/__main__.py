@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,8 @@ def main(scenarios: tuple[str, ...], names: tuple[str, ...], docs: bool, as_json
     """
     if docs and (scenarios or names):
         raise click.BadParameter("it takes all scenarios and strategies", param_hint="--docs")
-    logging.getLogger("dl_inference_core").setLevel(logging.CRITICAL)  # what befalls nodes is meant to
-    results = _simulated(scenarios or tuple(BY_NAME), names or strategies())
+    with _silence():
+        results = _simulated(scenarios or tuple(BY_NAME), names or strategies())
     values = report.values(results)
     if docs:
         EXPECTED.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -52,6 +54,18 @@ def main(scenarios: tuple[str, ...], names: tuple[str, ...], docs: bool, as_json
     if different := _different(values):
         Console(stderr=True).print(f"not as in {EXPECTED.name}: {'; '.join(different)}", style="bold red")
         sys.exit(1)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What befalls nodes is meant to: nobody need be told."""
+    logger = logging.getLogger("dl_inference_core")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _simulated(scenarios: tuple[str, ...], names: tuple[str, ...]) -> report.Results:

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -99,7 +100,7 @@ class LoadedVersion:
         self._work: Work
         self._workers = Workers(f"{model_name}/{number}")
         self._loaded: Loaded | None = None
-        self._batching: Batching | None = None
+        self._complained = False
 
     async def load(self, load: Callable[[], Loaded]) -> None:
         """Fill this version with what `load` gives. Whatever comes of that, cancellation too, `close` must follow.
@@ -110,11 +111,14 @@ class LoadedVersion:
 
         def job() -> None:
             self._loaded = loaded = load()
-            self._batching = loaded.batching
+            batching = loaded.batching
+            if batching is None:
+                self._workers.configure(loaded.queue)
+            else:
+                self._workers.configure(loaded.queue, batching.max_rows, holds=batching.delay_s > 0)
             self._work = self._meter.watch(self._workers.worked, len(loaded.instances) * loaded.threads)
 
         await self._workers.run(job)
-        self._workers.configure(self.loaded.queue)
         self._workers.grow(len(self.loaded.instances) * self.loaded.threads)
 
     @property
@@ -149,34 +153,52 @@ class LoadedVersion:
         instances = self.loaded.instances
         return instances[worker.number % len(instances)]
 
-    def answer_together(self, together: list[_Asked], worker: Worker, outbox: Outbox) -> None:
-        """Answer the one in `together` and, where requests share batches, those that come in time, which are added."""
+    def answer_together(self, together: list[_Asked], worker: Worker, outbox: Outbox) -> int:
+        """Answer the one in `together` and, where requests share batches, those that come in time, which are added.
+        Returns how many came as far as the model."""
         instance = self._instance(worker)
-        batching = self._batching
+        batching = self.loaded.batching
         with instance.model.session():
             if batching is None:
-                self._answer_alone(instance, together[0], outbox)
-                return
-            parts: list[Part] = []
-            rows = 0
-            until = together[0].since + batching.delay_s
-            deadline = math.inf
-            asked: _Asked | None = together[0]
-            while asked is not None:
-                part = self._part(instance, batching, asked, outbox)
-                if part is not None:
-                    parts.append(part)
-                    rows += part.rows
-                    if asked.call.deadline is not None:
-                        deadline = min(deadline, asked.call.deadline)
-                    # One more would be answered in time, perhaps, but another no longer.
-                    if rows >= batching.max_rows or time.monotonic() + (len(parts) + 1) * worker.each_s > deadline:
-                        break
-                asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until)
-                if asked is not None:
-                    together.append(asked)
+                return self._answer_alone(instance, together[0], outbox)
+            parts = self._gather(instance, batching, together, worker, outbox)
+            worker.closed()
             for batch in batching.batches(parts):
                 self._answer_batch(instance, batching, batch, outbox)
+        return len(parts)
+
+    def _gather(
+        self, instance: Instance, batching: Batching, together: list[_Asked], worker: Worker, outbox: Outbox
+    ) -> list[Part]:
+        """What requests bring: that of the one in `together` and of those that come in time, which are added. Those
+        that need no model are answered."""
+        parts: list[Part] = []
+        rows = answered = 0
+        until = together[0].since + batching.delay_s
+        soonest = math.inf
+        asked: _Asked | None = together[0]
+        while asked is not None:
+            part = self._part(instance, batching, asked, outbox)
+            if part is None:
+                outbox.send()
+                answered += 1
+            else:
+                parts.append(part)
+                rows += part.rows
+                deadline = asked.call.deadline
+                if deadline is not None and time.monotonic() + worker.takes_s(1) <= deadline:
+                    soonest = min(soonest, deadline)
+                    until = min(until, (asked.since + deadline) / 2)
+                # One more would be answered in time, perhaps, but another no longer.
+                late = soonest < math.inf and time.monotonic() + worker.takes_s(len(parts) + 1) > soonest
+                if late or not part.rows:
+                    break
+            if rows + answered >= batching.max_rows:
+                break
+            asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until)
+            if asked is not None:
+                together.append(asked)
+        return parts
 
     def answer_all(self, asked: CallJob, requests: Sequence[Request], worker: Worker, outbox: Outbox) -> None:
         """Answer a MultiInference call."""
@@ -201,10 +223,7 @@ class LoadedVersion:
             return None
         try:
             inputs = self._stage("preprocess", instance.handler.preprocess, request)
-            part = batching.part(asked, request, inputs)
-            if part is None:
-                outputs = self._stage("run_model", instance.handler.run_model, instance.model, inputs, request)
-                outbox.put(asked.future, self._finish(instance, asked.protocol, request, outputs))
+            part: Part = self._stage("batching", batching.part, asked, request, inputs)
         except InferenceError as error:
             outbox.put(asked.future, None, error)
             return None
@@ -223,16 +242,16 @@ class LoadedVersion:
         try:
             shares = self._stage("run_model", batching.run, batch, model)
         except InferenceError as error:
+            if isinstance(error.__cause__, NotRowwise):
+                self._complain(error.__cause__)
             if len(batch) == 1:
                 outbox.put(batch[0].asked.future, None, error)
                 return
-            if isinstance(error.__cause__, NotRowwise):
-                self._stop_batching(error.__cause__)
             for part in batch:
                 self._answer_batch(instance, batching, [part], outbox)
             return
-        if self._metrics is not None:
-            self._metrics.batch(self._model_name, sum(part.rows for part in batch))
+        if self._metrics is not None and (rows := sum(part.rows for part in batch)):
+            self._metrics.batch(self._model_name, rows)
         for part, outputs in zip(batch, shares, strict=True):
             try:
                 answer = self._finish(instance, part.asked.protocol, part.request, outputs)
@@ -242,25 +261,28 @@ class LoadedVersion:
                 outbox.put(part.asked.future, answer)
         outbox.send()
 
-    def _stop_batching(self, why: NotRowwise) -> None:
-        if self._batching is not None:
-            self._batching = None
+    def _complain(self, why: NotRowwise) -> None:
+        """Say, once, that requests share calls for nothing."""
+        if not self._complained:
+            self._complained = True
             _log.error(
-                'model "%s" version %d is run for one request at a time from now on, for %s: '
-                "say max_rows = 1 under [batching] in model.toml",
+                'model "%s" version %d is called again for each request of a batch, for %s: '
+                "say enabled = false under [batching] in model.toml",
                 self._model_name,
                 self.number,
                 why,
             )
 
-    def _answer_alone(self, instance: Instance, asked: _Asked, outbox: Outbox) -> None:
+    def _answer_alone(self, instance: Instance, asked: _Asked, outbox: Outbox) -> int:
+        """Returns whether it came as far as the model, as a number."""
         request = self._request(asked, outbox)
         if request is None:
-            return
+            return 0
         try:
             outbox.put(asked.future, self._answer_one(instance, asked.protocol, request))
         except InferenceError as error:
             outbox.put(asked.future, None, error)
+        return 1
 
     def _answer_one(self, instance: Instance, protocol: Protocol, request: Request) -> bytes:
         """The answer to one request, on one of the threads and in the model's session.
@@ -333,8 +355,9 @@ class LoadedVersion:
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             self._meter.forget(self._work)
-            for instance in loaded.instances:
-                instance.model.close()
+            with ExitStack() as stack:  # each, whatever becomes of another
+                for instance in loaded.instances:
+                    stack.callback(instance.model.close)
 
 
 class _Asked(CallJob):
@@ -356,14 +379,14 @@ class _Asked(CallJob):
         self.request = request
 
     def run(self, worker: Worker) -> int:
-        outbox, together = Outbox(), [self]
+        outbox, together, requests = Outbox(), [self], 0
         try:
-            self._version.answer_together(together, worker, outbox)
+            requests = self._version.answer_together(together, worker, outbox)
         except BaseException as error:  # a model's session, say: whatever it is, everybody is answered
             for asked in together:
                 outbox.put(asked.future, None, as_failure(error))
         outbox.send()
-        return len(together)
+        return requests
 
 
 class _AskedForEach(CallJob):
@@ -385,7 +408,7 @@ class _AskedForEach(CallJob):
         except BaseException as error:
             outbox.put(self.future, None, as_failure(error))
         outbox.send()
-        return 1
+        return 0
 
 
 class ServedModel:

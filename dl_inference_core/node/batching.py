@@ -28,7 +28,8 @@ class NotRowwise(Exception):
 
 
 class Bucket(PluginOptions):
-    """How inputs of several lengths may share a batch: each is padded to the next of some lengths."""
+    """How inputs of several lengths may share a batch: each numpy array is padded to the next of some lengths; the
+    framework's own tensors stay as they are."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -49,8 +50,8 @@ class BatchingConfig(PluginOptions):
 
     enabled: bool | Literal["auto"] = True
     """whether they do; "auto", which holds where there is no table, is where the first dimension of every input and
-    output is free, the handler takes batches, and samples show that a row's answer is the same alone and among
-    others"""
+    output is free, samples show that a row's answer is the same alone and among others, and the handler's methods are
+    the default's, or it says that it may be (`shares_calls`, or a `run_batch` of its own)"""
     max_rows: int = Field(default=64, ge=1)
     """rows of a batch at most; a request that has more is answered in several calls, or, with "auto", in one of its
     own"""
@@ -83,6 +84,7 @@ class Part:
 
     Attributes:
         asked: who asks.
+        rows: 0 if it can share none.
         cut: by output the dimension and the length to which it is cut.
     """
 
@@ -119,13 +121,14 @@ class Batching:
             return self._allowed
         return (*(2**n for n in range(self.max_rows.bit_length()) if 2**n < self.max_rows), self.max_rows)
 
-    def part(self, asked: Any, request: Request, inputs: Any) -> Part | None:
-        """What may share a batch with others; None if these inputs cannot."""
+    def part(self, asked: Any, request: Request, inputs: Any) -> Part:
+        """What a request brings, whose `inputs` are what the handler made of it."""
+        alone = Part(asked, request, inputs, (asked,), 0, {})
         signature = request.signature or DEFAULT_SIGNATURE
         if self.signatures is not None and signature not in self.signatures:
-            return None
+            return alone
         if not isinstance(inputs, Mapping) or not inputs:
-            return None
+            return alone
         cut: Mapping[str, tuple[int, int]] = {}
         if self._buckets:
             inputs, cut = self._bucketed(inputs)
@@ -135,12 +138,12 @@ class Batching:
             for name, value in inputs.items():
                 count, *row = value.shape
                 if rows not in (-1, count):
-                    return None
+                    return alone
                 rows = count
                 key += (name, value.dtype, tuple(row))
         except (AttributeError, TypeError, ValueError):  # no array, or one without dimensions
-            return None
-        return Part(asked, request, inputs, tuple(key), rows, cut) if rows > 0 else None
+            return alone
+        return Part(asked, request, inputs, tuple(key), rows, cut) if rows else alone
 
     def _bucketed(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, int]]]:
         padded = dict(inputs)
@@ -199,7 +202,7 @@ class Batching:
 
     def _is_remade(self, rows: int) -> bool:
         """Whether inputs of so many rows, of one request, are split or padded."""
-        return self._splits if rows > self.max_rows else bool(self._allowed) and rows not in self._allowed
+        return self._splits if rows > self.max_rows else bool(self._allowed and rows) and rows not in self._allowed
 
     def _in_pieces(self, inputs: Mapping[str, Any], rows: int, model: Callable[[Any], Any]) -> Any:
         pieces = []

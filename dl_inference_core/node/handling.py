@@ -59,6 +59,10 @@ class Handler:
     """
 
     name: ClassVar[str] = "default"
+    shares_calls: ClassVar[bool] = False
+    """Whether requests may share calls of the model without being told to by `[batching]`, though `preprocess` or
+    `postprocess` is not the default's: both are called for all of them then before the next step, so neither may keep
+    anything of one request on `self`, nor give away the same array twice."""
     Options: ClassVar[type[PluginOptions]] = PluginOptions
 
     def __init__(self, options: PluginOptions) -> None:
@@ -131,9 +135,16 @@ class Handler:
 
     @property
     def takes_batches(self) -> bool:
-        """Whether requests may share a call of the model."""
+        """Whether requests can share a call of the model."""
+        own = next(cls for cls in type(self).__mro__ if not {"run_batch", "run_model"}.isdisjoint(vars(cls)))
+        return "run_batch" in vars(own)
+
+    @property
+    def takes_batches_untold(self) -> bool:
+        """Whether they may without being told to."""
         cls = type(self)
-        return cls.run_batch is not Handler.run_batch or cls.run_model is Handler.run_model
+        plain = cls.preprocess is Handler.preprocess and cls.postprocess is Handler.postprocess
+        return self.takes_batches and (plain or cls.shares_calls or cls.run_batch is not Handler.run_batch)
 
     def postprocess(self, outputs: Any, request: Request) -> Payload:
         """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values."""

@@ -61,6 +61,9 @@ class ModelConfig(PluginOptions):
     """how often the model is loaded for each device; every copy has threads and a handler of its own"""
     threads: int = Field(default=1, ge=1, le=1024)
     """how many requests, or batches, each copy works on at a time"""
+    warm_up: bool = True
+    """whether the model is run on samples before it is ready; false for one that counts its calls, which then batches
+    only if it is told to"""
     batching: BatchingConfig = BatchingConfig(enabled="auto")
     """how requests share a call of the model"""
     queue: QueueLimits = QueueLimits()
@@ -133,8 +136,9 @@ class Loader:
                 instances.append(Instance(model=backend.load(folder, options, device), handler=handler))
                 with instances[-1].model.session():
                     handler.load(instances[-1].model, folder)
-            batching, *_ = [
-                warm_up(folder, instance.model, instance.handler, config.batching) for instance in instances
+            batchings = [
+                warm_up(folder, instance.model, instance.handler, config.batching, samples=config.warm_up)
+                for instance in instances
             ]
         except BaseException:
             for instance in instances:
@@ -144,7 +148,7 @@ class Loader:
             instances=tuple(instances),
             platform=backend.name,
             threads=config.threads,
-            batching=batching,
+            batching=min(batchings, key=lambda batching: batching.max_rows if batching is not None else 0),
             queue=config.queue,
         )
 

@@ -26,8 +26,10 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_NEW_SHARE = 0.2
-"""Of the newest measurement in the average of what a request takes."""
+_KEPT = 0.9
+"""Of what was known, with each new measurement."""
+_LEAST_VARIANCE = 1e-3
+"""Of the numbers of requests, over the mean of their squares, for a slope to be known."""
 
 
 class QueueLimits(PluginOptions):
@@ -88,7 +90,7 @@ class Job(ABC):
     @abstractmethod
     def run(self, worker: Worker) -> int:
         """Do it and settle the future; it may have `worker` take others, and do them too. Returns how many requests
-        were answered."""
+        came as far as the model: to refuse one takes no time that tells of the next."""
 
 
 class _FunctionJob(Job):
@@ -163,10 +165,38 @@ def as_failure(error: BaseException, what: str = "") -> InferenceError:
 
 def in_short(error: BaseException) -> str:
     """The type and the first line of `error`, for a status message."""
-    text = str(error).strip().partition("\n")[0]
+    try:
+        text = str(error).strip().partition("\n")[0]
+    except Exception:  # a handler's own, that cannot even say what it is
+        text = ""
     if len(text) > 200:
         text = f"{text[:199]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class Effort:
+    """How long a thread works on so many requests at once: `a + b * requests`, fitted to what it took by least squares
+    with weights that fade. As long as all were equally many it is taken to be the same for any number: that lets more
+    come at once, by which the rest is learned. One thread at a time writes."""
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5
+        self._line = (0.0, 0.0)
+
+    def learn(self, requests: int, seconds: float) -> None:
+        new = (1, requests, seconds, requests * requests, requests * seconds)
+        self._sums = [_KEPT * old + each for old, each in zip(self._sums, new, strict=True)]
+        weight, *sums = self._sums
+        mean, mean_s, square, product = (each / weight for each in sums)
+        variance = square - mean * mean
+        slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
+        slope = min(max(slope, 0.0), mean_s / mean)
+        self._line = mean_s - slope * mean, slope
+
+    def seconds(self, requests: float) -> float:
+        """0 as long as nothing is known. Any thread."""
+        fixed, each = self._line
+        return fixed + each * requests
 
 
 class _Queue:
@@ -183,14 +213,20 @@ class _Queue:
         self._calls: list[deque[CallJob]] = [deque()]
         """By priority."""
         self._bytes = 0
-        self._in_hand = 0
-        self.each_s = 0.0
-        """For how long a thread works on one request, on average."""
+        self._busy = 0
         self.threads = 1
+        self.at_once = 1
+        """How many requests a thread takes at once at most."""
+        self.effort = Effort()
+        self.holds = False
+        """Whether threads wait for company, of which one at a time gathers: else each would hold a part of it."""
+        self.gathering = threading.Lock()
 
-    def configure(self, limits: QueueLimits) -> None:
+    def configure(self, limits: QueueLimits, at_once: int, *, holds: bool) -> None:
         """Before the first request."""
         self._limits = limits
+        self.at_once = at_once
+        self.holds = holds
         self._calls = [deque() for _ in range(limits.priorities)]
 
     def put(self, job: Job) -> None:
@@ -207,13 +243,25 @@ class _Queue:
         priority = limits.priority(job.call) if limits.priorities > 1 else 0
         ousted = None
         with self._lock:
-            if self._in_hand or any(self._calls):
-                ousted = self._make_room(job, priority)
+            if self._busy >= self.threads or any(self._calls):
+                try:
+                    ousted = self._make_room(job, priority)
+                except Overloaded:
+                    if not self._drop_cancelled():
+                        raise
+                    ousted = self._make_room(job, priority)
             self._calls[priority].append(job)
             self._bytes += job.size
         self._tokens.put(True)
         if ousted is not None and not ousted.future.done():
             ousted.future.set_exception(self._full("a request of a higher priority has taken its place"))
+
+    def _drop_cancelled(self) -> bool:
+        """Let go of those that nobody waits for. Returns whether there were any; event loop only."""
+        before = self._bytes, self.waiting()
+        self._calls = [deque(job for job in calls if not job.future.done()) for calls in self._calls]
+        self._bytes = sum(job.size for calls in self._calls for job in calls)
+        return before != (self._bytes, self.waiting())
 
     def _make_room(self, job: CallJob, priority: int) -> CallJob | None:
         """Returns whose place it takes.
@@ -222,20 +270,19 @@ class _Queue:
             Overloaded: there is none.
         """
         limits = self._limits
-        before = self._in_hand + sum(map(len, self._calls[: priority + 1]))
-        wait_s = self.each_s * before / self.threads
+        before = sum(map(len, self._calls[: priority + 1]))
+        wait_s = self._wait_s(before)
+        takes_s = wait_s + self.effort.seconds(min(before + 1, self.at_once))
         deadline = job.call.deadline
-        if deadline is not None and job.since + wait_s + self.each_s > deadline:
-            raise self._full(f"to be answered would take {(wait_s + self.each_s) * 1000:.0f} ms, beyond its deadline")
+        if deadline is not None and job.since + takes_s > deadline:
+            raise self._full(f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline")
         if limits.max_wait_ms and wait_s * 1000 > limits.max_wait_ms:
             raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limits.max_wait_ms})")
         count = sum(map(len, self._calls))
         if not count or (count < limits.max_requests and self._bytes + job.size <= limits.max_mb << 20):
             return None
         for calls in self._calls[:priority:-1]:
-            if calls and (
-                count == limits.max_requests or self._bytes - calls[-1].size + job.size <= limits.max_mb << 20
-            ):
+            if calls and self._bytes - calls[-1].size + job.size <= limits.max_mb << 20:
                 ousted = calls.pop()
                 self._bytes -= ousted.size
                 return ousted
@@ -244,6 +291,13 @@ class _Queue:
         raise self._full(
             f"requests of {self._bytes} bytes wait, and this one has {job.size} (max_mb is {limits.max_mb})"
         )
+
+    def _wait_s(self, before: int) -> float:
+        """Until a thread takes up a request behind so many: for half of what they have in hand, and for those that it
+        does not take together with them."""
+        full = self.effort.seconds(self.at_once)
+        rounds = before // self.at_once // self.threads
+        return (full / 2 if self._busy >= self.threads else 0.0) + full * rounds
 
     def _full(self, why: str) -> Overloaded:
         return Overloaded(f"model {self._name} takes no more requests for now: {why}")
@@ -272,18 +326,23 @@ class _Queue:
                     if calls:
                         job = calls.popleft()
                         self._bytes -= job.size
-                        self._in_hand += 1
                         return job
 
     def end(self, threads: int) -> None:
         for _ in range(threads):
             self._tokens.put(False)
 
-    def done(self, count: int, seconds: float) -> None:
-        """A thread has had so many requests in hand, for so long. Any thread."""
+    def begun(self) -> None:
+        """A thread is busy. Any thread."""
         with self._lock:
-            self._in_hand -= count
-            self.each_s += (seconds / count - self.each_s) * (_NEW_SHARE if self.each_s else 1)
+            self._busy += 1
+
+    def done(self, requests: int, seconds: float) -> None:
+        """A thread is busy no more, and has worked on so many requests for so long. Any thread."""
+        with self._lock:
+            self._busy -= 1
+            if requests:
+                self.effort.learn(requests, seconds)
 
     def waiting(self) -> int:
         return sum(map(len, self._calls))
@@ -303,40 +362,55 @@ class Worker:
         self._jobs = jobs
         self._next: Job | None = None
         self._ends = False
+        self._gathers = False
 
     def take(self, kind: type[T], until: float) -> T | None:
         """Another job of that kind to be done with the one of now, if one comes until then, by `time.monotonic`. One of
         another kind is done after it, and ends what can be taken."""
         if self._ends or self._next is not None:
             return None
+        since = time.monotonic()
         try:
             job = self._jobs.take(until)
         except StopIteration:
             self._ends = True
             return None
+        finally:
+            if until > since:
+                self._held(since)
         if job is None or isinstance(job, kind):
             return job
         self._next = job
         return None
 
-    @property
-    def each_s(self) -> float:
-        """The seconds that one request takes, on average."""
-        return self._jobs.each_s
+    def _held(self, since: float) -> None:
+        """To wait for others is no work."""
+        seconds, began = self.spent
+        self.spent = seconds, began + time.monotonic() - since
+
+    def takes_s(self, requests: int) -> float:
+        """How long this thread would work on so many requests together."""
+        return self._jobs.effort.seconds(requests)
+
+    def closed(self) -> None:
+        """It takes no more for now: another may begin to."""
+        if self._gathers:
+            self._gathers = False
+            self._jobs.gathering.release()
 
     def work(self) -> None:
         """Do jobs until the end."""
         seconds = 0.0
         while (job := self._following()) is not None:
-            since = time.monotonic()
-            self.spent = seconds, since
-            done = job.run(self)
+            self._jobs.begun()
+            self.spent = seconds, time.monotonic()
+            requests = job.run(self)
             del job  # or its request would live until the next one
-            took_s = time.monotonic() - since
+            self.closed()
+            took_s = time.monotonic() - self.spent[1]
             seconds += took_s
             self.spent = seconds, math.inf
-            if done:
-                self._jobs.done(done, took_s)
+            self._jobs.done(requests, took_s)
 
     def _following(self) -> Job | None:
         job, self._next = self._next, None
@@ -344,9 +418,13 @@ class Worker:
             return job
         if self._ends:
             return None
+        if self._jobs.holds:
+            self._jobs.gathering.acquire()
+            self._gathers = True
         try:
             return self._jobs.take(math.inf)
         except StopIteration:
+            self.closed()
             return None
 
 
@@ -372,9 +450,14 @@ class Workers:
             self._jobs.threads = len(self._workers)
             threading.Thread(target=self._work, args=(worker,), name=f"{self._name}#{number}", daemon=True).start()
 
-    def configure(self, limits: QueueLimits) -> None:
-        """Before the first `answer`."""
-        self._jobs.configure(limits)
+    def configure(self, limits: QueueLimits, at_once: int = 1, *, holds: bool = False) -> None:
+        """Before the first `submit`.
+
+        Args:
+            at_once: how many requests one thread takes together at most.
+            holds: whether it waits for them to come.
+        """
+        self._jobs.configure(limits, at_once, holds=holds)
 
     async def run(self, function: Callable[[], T]) -> T:
         """The result of `function` on one of the threads. If the caller is cancelled before its turn, it never runs.

@@ -10,6 +10,7 @@ import logging
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from dl_inference_core.errors import InferenceError, ModelError
 from dl_inference_core.node.backend import Model, Signature
 from dl_inference_core.node.batching import Batching, BatchingConfig
 from dl_inference_core.node.handling import Handler
-from dl_inference_core.node.samples import of_rows, read_samples, rows_of, samples
-from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
+from dl_inference_core.node.samples import of_rows, read_samples, rows_of
+from dl_inference_core.node.samples import samples as made_samples
+from dl_inference_core.tensors import Form, Request, Tensor
 from dl_inference_core.wire import messages, tfserving_examples
 from dl_inference_core.wire.protocol import PROTOCOLS
 
@@ -31,6 +33,8 @@ _ROWS = 3
 """Of the samples by which rows alone and together are compared."""
 _LONGEST_RUN_S = 1.0
 """After a call that takes longer than this no larger batches are tried."""
+_MOST_BYTES = 64 << 20
+"""Of the samples of one call."""
 
 # A record of a TFRecord file: its length and a checksum of that, its bytes and a checksum of those.
 _HEAD = struct.Struct("<QI")
@@ -39,8 +43,13 @@ _CHECKSUM = 4
 _log = logging.getLogger(__name__)
 
 
-def warm_up(directory: Path, model: Model, handler: Handler, config: BatchingConfig) -> Batching | None:
+def warm_up(
+    directory: Path, model: Model, handler: Handler, config: BatchingConfig, *, samples: bool = True
+) -> Batching | None:
     """Run the model on what lies beside it and on samples in every size of batch. Outside its session.
+
+    Args:
+        samples: if not, only recorded requests are answered, and what batches must be told to.
 
     Returns:
         how its requests share calls, None if they do not.
@@ -52,37 +61,46 @@ def warm_up(directory: Path, model: Model, handler: Handler, config: BatchingCon
     """
     with model.session():
         _answer_recorded(directory, model, handler)
-        batching = _batching(directory, model, handler, config)
-        if not handler.takes_batches:
+        batching = _batching(directory, model, handler, config, samples=samples)
+        if not samples or not handler.takes_batches:
             return batching
-        largest = _run_sizes(directory, model, handler, batching.sizes if batching is not None else (1,))
-    if batching is None or largest == batching.max_rows:
+        names = model.signatures if batching is None or batching.signatures is None else batching.signatures
+        sizes = batching.sizes if batching is not None else (1,)
+        runs = [_run_sizes(directory, model, handler, name, sizes) for name in names]
+    if batching is None:
+        return None
+    run = min(runs, key=lambda run: run.largest)
+    if run.failure is None or (run.largest == 0 and config.enabled is True):  # those that are made may fit no model
         return batching
     if config.enabled is True:
         raise ModelError(
-            f"[batching]: the model fails for the next size above {largest} of {list(batching.sizes)} rows"
-        )
-    if not largest:
+            f"[batching]: the model takes {run.largest} rows, but not the next of {sizes}"
+        ) from run.failure
+    if not run.largest:
         return None
-    fewer = {"max_rows": largest, "allowed_rows": tuple(size for size in config.allowed_rows if size <= largest)}
-    return Batching(config.model_copy(update=fewer), model.join, batching.signatures)
+    fewer = tuple(size for size in config.allowed_rows if size <= run.largest)
+    limited = config.model_copy(update={"max_rows": run.largest, "allowed_rows": fewer})
+    return Batching(limited, model.join, batching.signatures)
 
 
-def _batching(directory: Path, model: Model, handler: Handler, config: BatchingConfig) -> Batching | None:
+def _batching(
+    directory: Path, model: Model, handler: Handler, config: BatchingConfig, *, samples: bool
+) -> Batching | None:
     if config.enabled is False:
         return None
-    if not handler.takes_batches:
-        if config.enabled == "auto":
-            return None
-        raise ModelError(
-            f'[batching]: handler "{handler.name}" takes one request at a time: its run_model is its own. Give it a '
-            "run_batch, too, or say enabled = false"
-        )
     batching = Batching(config, model.join)
     if config.enabled is True:
-        if why := _differs(model, handler, batching, DEFAULT_SIGNATURE, directory):
-            raise ModelError(f"[batching]: {why}")
+        if not handler.takes_batches:
+            raise ModelError(
+                f'[batching]: handler "{handler.name}" takes one request at a time: its run_model is its own. Give it '
+                "a run_batch, too, or say enabled = false"
+            )
+        for name in model.signatures if samples else ():
+            if why := _differs(model, handler, batching, name, directory):
+                raise ModelError(f'[batching]: signature "{name}": {why}')
         return batching
+    if not handler.takes_batches_untold or not samples:
+        return None
     may = []
     for name in [name for name, signature in model.signatures.items() if _is_rowwise(signature)]:
         why = _differs(model, handler, batching, name, directory)
@@ -102,8 +120,7 @@ def _is_rowwise(signature: Signature) -> bool:
 def _differs(model: Model, handler: Handler, batching: Batching, name: str, directory: Path) -> str | None:
     """How the answers to some rows together differ from those to the same rows alone; "" if they do not, None if that
     cannot be told: there are no samples, or the model fails for them."""
-    signature = model.signatures.get(name, model.signature)
-    rows = _sample(signature, _ROWS, directory)
+    rows = _sample(model.signatures[name], _ROWS, directory)
     if rows is None:
         return None
     request = Request(payload=rows, form=Form.TENSORS, signature=name)
@@ -114,7 +131,7 @@ def _differs(model: Model, handler: Handler, batching: Batching, name: str, dire
             raise ModelError("they do not have the same number of rows")
         return batching.run([part], lambda inputs: handler.run_batch(model, inputs, [request]))[0]
 
-    count = len(next(iter(rows.values())))
+    count = rows_of(rows)
     try:
         alone = [run({key: value[row : row + 1] for key, value in rows.items()}) for row in range(count)]
     except Exception as error:
@@ -132,11 +149,13 @@ def _difference(alone: Sequence[Mapping[str, Tensor]], together: Mapping[str, Te
         if not np.ndim(value) or len(value) != len(alone):
             return f'output "{name}" has the shape {list(np.shape(value))} for {len(alone)} rows'
         for row, answer in enumerate(alone):
-            expected, got = answer[name][0], value[row]
-            if np.asarray(expected).dtype.kind not in "fc":
+            expected, got = np.asarray(answer[name][0]), np.asarray(value[row])
+            if expected.dtype.kind == "V":  # bfloat16 and its like
+                expected, got = expected.astype(np.float32), got.astype(np.float32)
+            if expected.dtype.kind not in "fc":
                 same = np.array_equal(expected, got)
             else:
-                scale = float(np.max(np.abs(expected), initial=0))
+                scale = float(np.max(np.abs(expected), initial=0, where=np.isfinite(expected)))
                 same = np.allclose(expected, got, rtol=0, atol=tolerance * scale, equal_nan=True)
             if not same:
                 return f'output "{name}" of a row is another alone than among others'
@@ -151,34 +170,48 @@ def _sample(signature: Signature, rows: int, directory: Path) -> dict[str, Tenso
     if stored and rows_of(stored[-1]) > 1:
         return of_rows(stored[-1], rows, signature)
     of_arrays = any(spec.shape for spec in signature.inputs)
-    made = samples(signature, rows, np.random.default_rng(0)) if of_arrays else None
+    made = made_samples(signature, rows, np.random.default_rng(0)) if of_arrays else None
     return of_rows(stored[-1], rows, signature) if made is None and stored else made
 
 
-def _run_sizes(directory: Path, model: Model, handler: Handler, sizes: Sequence[int]) -> int:
-    """Run the model on samples of these sizes, until one takes long. Returns the largest size, or the last one before
-    the model fails; 0 is none. The largest if there are no samples.
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What came of running a model in several sizes.
+
+    Attributes:
+        largest: the largest size that it has answered; 0 is none.
+        failure: why it has not answered the next.
+    """
+
+    largest: int
+    failure: Exception | None = None
+
+
+def _run_sizes(directory: Path, model: Model, handler: Handler, name: str, sizes: Sequence[int]) -> _Run:
+    """Run a signature on samples of these sizes, until one takes long or much memory.
 
     Raises:
         ModelError: it fails for a single one of the samples that lie beside it.
     """
-    before = 0
+    signature = model.signatures[name]
+    largest = 0
     for size in sizes:
-        inputs = _sample(model.signature, size, directory)
+        inputs = _sample(signature, size, directory)
         if inputs is None:
             break
         began = time.monotonic()
         try:
-            handler.run_batch(model, inputs, [Request(payload=inputs, form=Form.TENSORS)])
+            handler.run_batch(model, inputs, [Request(payload=inputs, form=Form.TENSORS, signature=name)])
         except Exception as error:
-            if not before and read_samples(directory):
+            if not largest and read_samples(directory):
                 raise ModelError("the model fails for the samples beside it") from error
-            _log.info("%s: the model fails for %d rows of samples: %r", directory, size, error)
-            return before
-        before = size
-        if time.monotonic() - began > _LONGEST_RUN_S:
+            _log.info('%s: signature "%s" fails for %d rows of samples: %r', directory, name, size, error)
+            return _Run(largest, error)
+        largest = size
+        taken = sum(array.nbytes for array in inputs.values())
+        if time.monotonic() - began > _LONGEST_RUN_S or 2 * taken > _MOST_BYTES:
             break
-    return max(sizes)
+    return _Run(max(sizes))
 
 
 def _answer_recorded(directory: Path, model: Model, handler: Handler) -> None:

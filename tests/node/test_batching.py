@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,6 +25,7 @@ from dl_inference_core.node.batching import Batching, BatchingConfig, NotRowwise
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import Loader
 from dl_inference_core.node.repository import Repository
+from dl_inference_core.node.scheduling import Effort
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.transport import Call
@@ -70,11 +72,12 @@ class HeldBackend(FakeBackend):
 class Scene:
     """A model "m" on one thread, and what it was called with after it was loaded."""
 
-    def __init__(self, served: ServedModel, model: HeldModel) -> None:
+    def __init__(self, served: ServedModel, *models: HeldModel) -> None:
         self.served = served
-        self.model = model
-        model.calls.clear()
-        model.entered = threading.Semaphore(0)
+        self.model = models[0]
+        for model in models:
+            model.calls.clear()
+            model.entered = threading.Semaphore(0)
 
     async def ask(self, *rows: float, name: str = "x", dtype: Any = np.float32, wide: int = 1, **more: Any) -> Any:
         """The answer to a request of those rows, each so many times the same number."""
@@ -106,6 +109,15 @@ class Scene:
             await self.queued(len(tasks))
         return await asyncio.gather(*tasks, return_exceptions=True)
 
+    def takes(self, seconds: float) -> None:
+        """From now on it is known that a request takes so long."""
+        self.jobs.effort = Effort()
+        self.jobs.effort.learn(1, seconds)
+
+    @property
+    def jobs(self) -> Any:
+        return self.served._loaded[1]._workers._jobs
+
     async def queued(self, count: int) -> None:
         version = self.served._loaded[1]
         async with asyncio.timeout(10):
@@ -115,9 +127,9 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    folder: Path, toml: str = "", handler: type[Handler] = Handler, shape: Sequence[int | None] = (None, None)
+    folder: Path, toml: str = "", handler: type[Handler] = Handler, shape: Sequence[int | None] | None = (None, None)
 ) -> AsyncIterator[Scene]:
-    specs = {"x": ["float32", list(shape)]}
+    specs = {"x": ["float32", list(shape)]} if shape is not None else {}
     FakeBackend.write(folder / "m" / "1", inputs=specs)
     (folder / "m" / "model.toml").write_text(f'handler = "it"\n{toml}', encoding="utf-8")
     backend = HeldBackend()
@@ -202,13 +214,13 @@ def test_what_requests_of_one_batch_have_in_common() -> None:
 
     def key(name: str = "x", dtype: Any = np.float32, wide: int = 2, signature: str = "") -> Any:
         request = Request(payload={}, form=Form.TENSORS, signature=signature)
-        part = batching.part(None, request, {name: np.zeros((3, wide), dtype)})
-        return None if part is None else part.key
+        part = batching.part(object(), request, {name: np.zeros((3, wide), dtype)})
+        return part.key
 
     assert key() == key() == key(signature="serving_default")
     others = [key("y"), key(dtype=np.float64), key(wide=3), key(signature="other")]
     assert len({key(), *others}) == 5
-    assert key(signature="none of those") is None
+    assert key(signature="none of those") != key(signature="none of those")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +238,9 @@ def test_what_requests_of_one_batch_have_in_common() -> None:
 )
 def test_what_has_no_common_rows_is_run_alone(inputs: Any) -> None:
     batching = Batching(BatchingConfig(), np.concatenate)
-    assert batching.part(None, Request(payload={}, form=Form.TENSORS), inputs) is None
+    parts = [batching.part(object(), Request(payload={}, form=Form.TENSORS), inputs) for _ in range(2)]
+    assert list(batching.batches(parts)) == [[parts[0]], [parts[1]]]
+    assert batching.run(parts[:1], lambda given: (given,)) == [(inputs,)]
 
 
 async def test_allowed_rows_are_reached_by_padding_that_nobody_sees(tmp_path: Path) -> None:
@@ -343,6 +357,8 @@ async def test_a_poisonous_request_fails_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
 async def test_a_request_that_its_handler_fails_for_never_touches_its_batch_mates(tmp_path: Path, stage: str) -> None:
     class Picky(Handler):
+        shares_calls = True
+
         def preprocess(self, request: Request) -> Any:
             if stage == "preprocess" and request.id == "bad":
                 raise SystemExit(3)
@@ -371,7 +387,7 @@ async def test_a_session_that_fails_is_answered_and_the_thread_lives(
         assert await it.ask(1) == [2]
 
 
-async def test_outputs_that_cannot_be_taken_apart_end_batching_and_no_request(
+async def test_outputs_that_cannot_be_taken_apart_cost_a_call_each_and_no_request(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Mean(Handler):
@@ -386,9 +402,104 @@ async def test_outputs_that_cannot_be_taken_apart_end_batching_and_no_request(
         assert await it.together(it.ask(1), it.ask(2), it.ask(3)) == [[2], [4], [6]]
         (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
         assert 'output "x" has the shape [1, 1] for inputs of 3 rows' in error.getMessage()
-        it.model.calls.clear()
-        await it.together(it.ask(1), it.ask(2))
-        assert it.model.sizes == [1, 1, 1]
+        assert it.model.sizes == [1, 3, 1, 1, 1]
+        assert await it.together(it.ask(1), it.ask(2)) == [[2], [4]]
+        assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 1
+
+
+async def test_answers_that_share_no_call_wait_for_no_others(tmp_path: Path) -> None:
+    first_is_answered = threading.Event()
+
+    class Alone(Handler):
+        shares_calls = True
+
+        def preprocess(self, request: Request) -> Any:
+            return {**super().preprocess(request), "y": np.zeros((7, 1))}
+
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            assert request.id != "second" or first_is_answered.wait(10)
+            return super().postprocess(outputs, request)
+
+    async with scene(tmp_path, handler=Alone) as it:
+        async with it.busy():
+            first, second = (asyncio.create_task(it.ask(1, id=name)) for name in ("first", "second"))
+            await it.queued(2)
+        assert await first == [2]
+        first_is_answered.set()
+        assert await second == [2]
+
+
+async def test_what_needs_no_model_is_told_at_once_while_others_are_held(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000\nmax_rows = 3") as it:
+        held = asyncio.create_task(it.ask(1))
+        await asyncio.sleep(0.01)
+        with pytest.raises(BadRequest):
+            async with asyncio.timeout(5):
+                await it.ask(1, name="y")
+        assert await it.ask(2) == [4]
+        assert await held == [2]
+
+
+async def test_a_request_is_not_held_beyond_its_deadline(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
+        assert await it.ask(1, deadline=time.monotonic() + 1) == [2]
+
+
+async def test_to_be_held_is_no_work(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 200_000") as it:
+        before = it.served._loaded[1]._workers.worked()
+        await it.ask(1)
+        assert it.jobs.effort.seconds(1) < 0.1
+        assert it.served._loaded[1]._workers.worked() - before < 0.1
+
+
+async def test_threads_do_not_share_out_what_is_held(tmp_path: Path) -> None:
+    async with scene(tmp_path, "threads = 4\n[batching]\nmax_delay_us = 9_000_000\nmax_rows = 4") as it:
+        answers = await asyncio.gather(*(it.ask(number) for number in range(8)))
+        assert answers == [[2 * number] for number in range(8)]
+        assert it.model.sizes == [4, 4]
+
+
+async def test_a_padding_that_an_input_cannot_hold_harms_no_other(tmp_path: Path) -> None:
+    toml = "[batching.buckets.x]\nto = [4]\nvalue = -1"
+    async with scene(tmp_path, toml, shape=None) as it:
+        good, bad = await it.together(it.ask(1), it.ask(2, dtype=np.uint8))
+        assert good == [2]
+        assert isinstance(bad, HandlerFailed)
+
+
+async def test_an_error_that_cannot_be_told_is_told(tmp_path: Path) -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    class Failing(Handler):
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            raise Mute
+
+    async with scene(tmp_path, handler=Failing) as it:
+        with pytest.raises(HandlerFailed, match="postprocess failed: Mute"):
+            await it.ask(1)
+
+
+async def test_a_free_thread_refuses_nothing(tmp_path: Path) -> None:
+    async with scene(tmp_path, "threads = 2") as it, it.busy():
+        it.takes(0.9)
+        it.model.hold.set()
+        assert await it.ask(1, deadline=time.monotonic() + 1) == [2]
+
+
+async def test_what_was_cancelled_takes_no_room(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[queue]\nmax_requests = 2") as it:
+        async with it.busy():
+            gone = [asyncio.create_task(it.ask(number)) for number in (1, 2)]
+            await it.queued(2)
+            for task in gone:
+                task.cancel()
+            await asyncio.sleep(0)
+            asked = asyncio.create_task(it.ask(3))
+            await it.queued(1)
+        assert await asked == [6]
 
 
 # Bounds.
@@ -419,24 +530,24 @@ async def test_too_many_bytes_are_refused_at_once(tmp_path: Path) -> None:
 
 async def test_who_would_wait_beyond_a_deadline_is_refused_at_once(tmp_path: Path) -> None:
     async with scene(tmp_path, "[batching]\nmax_rows = 1") as it:
-        it.served._loaded[1]._workers._jobs.each_s = 0.5
+        it.takes(0.5)
         async with it.busy():
             waits = asyncio.create_task(it.ask(1, deadline=time.monotonic() + 20))
             await it.queued(1)
-            with pytest.raises(Overloaded, match="1500 ms, beyond its deadline"):
-                await it.ask(2, deadline=time.monotonic() + 1.4)
+            with pytest.raises(Overloaded, match="1250 ms, beyond its deadline"):
+                await it.ask(2, deadline=time.monotonic() + 1.2)
             has_time = asyncio.create_task(it.ask(3, deadline=time.monotonic() + 20))
             await it.queued(2)
         assert await asyncio.gather(waits, has_time) == [[2], [6]]
 
 
 async def test_who_would_wait_for_too_long_is_refused_at_once(tmp_path: Path) -> None:
-    async with scene(tmp_path, "[queue]\nmax_wait_ms = 300") as it:
-        it.served._loaded[1]._workers._jobs.each_s = 0.2
+    async with scene(tmp_path, "[batching]\nmax_rows = 1\n[queue]\nmax_wait_ms = 250") as it:
+        it.takes(0.2)
         async with it.busy():
             first = asyncio.create_task(it.ask(1))
             await it.queued(1)
-            with pytest.raises(Overloaded, match="400 ms"):
+            with pytest.raises(Overloaded, match="300 ms"):
                 await it.ask(2)
         assert await first == [2]
 
@@ -446,9 +557,39 @@ async def test_a_batch_takes_in_no_more_than_can_be_answered_in_time(tmp_path: P
         async with it.busy():
             asked = [asyncio.create_task(it.ask(number, deadline=time.monotonic() + 60)) for number in range(5)]
             await it.queued(5)
-            it.served._loaded[1]._workers._jobs.each_s = 25
+            for number in (1, 2) * 50:
+                it.jobs.effort.learn(number, 20 * number)
         assert await asyncio.gather(*asked) == [[0], [2], [4], [6], [8]]
-        assert it.model.sizes[1] == 2
+        assert it.model.sizes[1] in (2, 3)
+
+
+def test_the_effort_for_a_number_of_requests() -> None:
+    effort = Effort()
+    assert effort.seconds(7) == 0
+    for _ in range(50):
+        effort.learn(4, 2.0)
+    assert [effort.seconds(number) for number in (1, 4, 64)] == [pytest.approx(2.0)] * 3, "more may cost no more"
+    for number in (1, 8, 16) * 20:
+        effort.learn(number, 1.0 + 0.25 * number)
+    assert [effort.seconds(number) for number in (1, 4, 64)] == pytest.approx([1.25, 2.0, 17.0], rel=0.01)
+
+
+async def test_calls_that_cost_the_same_for_any_number_grow_large(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        it.model.sleep_s = 0.05
+
+        async def client() -> int:
+            answered = 0
+            for _ in range(6):
+                try:
+                    answered += await it.ask(1, deadline=time.monotonic() + 0.3) == [2]
+                except (Overloaded, DeadlineExceeded):
+                    await asyncio.sleep(0.01)
+            return answered
+
+        answered = sum(await asyncio.gather(*(client() for _ in range(16))))
+        assert answered > 16 * 6 / 2
+        assert max(it.model.sizes) > 8
 
 
 async def test_how_long_requests_take_is_learned(tmp_path: Path) -> None:
@@ -456,7 +597,7 @@ async def test_how_long_requests_take_is_learned(tmp_path: Path) -> None:
         it.model.sleep_s = 0.02
         for _ in range(3):
             await it.ask(1)
-        assert it.served._loaded[1]._workers._jobs.each_s >= 0.02
+        assert it.jobs.effort.seconds(1) >= 0.02
 
 
 async def test_a_higher_priority_is_served_first_and_takes_a_place_in_a_full_queue(tmp_path: Path) -> None:
@@ -493,9 +634,8 @@ async def test_every_instance_works_with_a_model_of_its_own(tmp_path: Path) -> N
     repository = Repository(tmp_path, backends={"held": backend}, handlers={})
     await repository.start()
     models = [model for model in backend.models if isinstance(model, HeldModel)]
-    it = Scene(repository.models["m"], models[0])
+    it = Scene(repository.models["m"], *models)
     for model in models:
-        model.calls.clear()
         model.hold.clear()
     asked = [asyncio.create_task(it.ask(number)) for number in range(1, 5)]
     async with asyncio.timeout(10):
@@ -512,7 +652,13 @@ async def test_every_instance_works_with_a_model_of_its_own(tmp_path: Path) -> N
 # Which models batch by themselves.
 
 
-def load(folder: Path, model: Callable[[Mapping[str, Any]], dict[str, Tensor]], toml: str = "", **spec: Any) -> Any:
+def load(
+    folder: Path,
+    model: Callable[[Mapping[str, Any]], dict[str, Tensor]],
+    toml: str = "",
+    handler: type[Handler] = Handler,
+    **spec: Any,
+) -> Any:
     """What becomes of a model with a free first dimension that answers as `model`."""
 
     class Answering(HeldModel):
@@ -525,8 +671,9 @@ def load(folder: Path, model: Callable[[Mapping[str, Any]], dict[str, Tensor]], 
             return Answering(Signature(inputs=specs, outputs=specs))
 
     FakeBackend.write(folder)
-    (folder / "model.toml").write_text(toml, encoding="utf-8")
-    return Loader(backends={"fake": Backend()}, handlers={}).load(NamedModel(path=folder), folder)
+    source = "" if handler is Handler else 'handler = "it"'
+    (folder / "model.toml").write_text(f"{source}\n{toml}", encoding="utf-8")
+    return Loader(backends={"fake": Backend()}, handlers={"it": handler}).load(NamedModel(path=folder), folder)
 
 
 def double(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -570,7 +717,7 @@ def test_a_model_that_takes_so_many_rows_and_no_more_gets_no_more(tmp_path: Path
 
     batching = load(tmp_path, at_most_four).batching
     assert batching.max_rows == 4
-    with pytest.raises(ModelError, match=r"above 4 of \[1, 2, 4, 8\] rows"):
+    with pytest.raises(ModelError, match=r"takes 4 rows, but not the next of \(1, 2, 4, 8\)"):
         load(tmp_path, at_most_four, "[batching]\nmax_rows = 8")
 
 
@@ -599,6 +746,84 @@ def test_a_handler_of_one_request_cannot_be_told_to_batch(tmp_path: Path) -> Non
     with pytest.raises(ModelError, match="takes one request at a time"):
         load(tmp_path, double, "[batching]\nmax_rows = 8")
     assert load(tmp_path, double).batching is None
+
+
+class Before(Handler):
+    def preprocess(self, request: Request) -> Any:
+        return super().preprocess(request)
+
+
+class Untold(Before):
+    shares_calls = True
+
+
+class Together(Before):
+    def run_batch(self, model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
+        return super().run_batch(model, inputs, requests)
+
+
+class OneAgain(Together):
+    def run_model(self, model: Any, inputs: Any, request: Request) -> Any:
+        return super().run_model(model, inputs, request)
+
+
+@pytest.mark.parametrize(
+    ("handler", "untold", "told"),
+    [
+        (Handler, True, True),
+        (Before, False, True),
+        (Untold, True, True),
+        (Together, True, True),
+        (OneAgain, False, False),
+    ],
+)
+def test_a_handler_says_whether_requests_may_share_calls(
+    tmp_path: Path, handler: type[Handler], untold: bool, told: bool
+) -> None:
+    assert (load(tmp_path, double, handler=handler).batching is not None) is untold
+    if told:
+        assert load(tmp_path, double, "[batching]", handler).batching is not None
+    else:
+        with pytest.raises(ModelError, match="takes one request at a time"):
+            load(tmp_path, double, "[batching]", handler)
+
+
+def test_without_warm_up_the_model_is_not_run(tmp_path: Path) -> None:
+    def never(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        raise AssertionError("it was run")
+
+    assert load(tmp_path, never, "warm_up = false").batching is None
+    assert load(tmp_path, never, "warm_up = false\n[batching]\nmax_rows = 8").batching.max_rows == 8
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("noise", [1e-4, 0.1])
+def test_answers_may_differ_by_the_tolerance(tmp_path: Path, dtype: Any, noise: float) -> None:
+    def noisy(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": (np.ones_like(inputs["x"]) * (1 + noise * (len(inputs["x"]) > 1))).astype(dtype)}
+
+    toml = "[batching]\nenabled = 'auto'\nmax_rows = 4\ntolerance = 0.02"
+    assert (load(tmp_path, noisy, toml).batching is not None) is (noise < 0.02)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_alone_is_none_among_others(tmp_path: Path, value: float) -> None:
+    def odd(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": np.where(inputs["x"] > 0, inputs["x"], value).astype(np.float32)}
+
+    def odd_and_centred(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": np.where(inputs["x"] > 0, centred(inputs)["x"], value).astype(np.float32)}
+
+    assert load(tmp_path, odd).batching is not None
+    assert load(tmp_path, odd_and_centred).batching is None
+
+
+def test_samples_that_fit_no_model_do_not_keep_one_that_is_told_to_from_batching(tmp_path: Path) -> None:
+    def picky(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        raise ValueError("no vocabulary has that")
+
+    assert load(tmp_path, picky).batching is None
+    assert load(tmp_path, picky, "[batching]\nmax_rows = 8").batching.max_rows == 8
 
 
 def test_every_size_of_batch_is_run_before_the_model_is_ready(tmp_path: Path) -> None:
@@ -655,7 +880,7 @@ def test_answers_equal_those_of_each_request_alone(shapes: list[tuple[int, int]]
     request = Request(payload={}, form=Form.TENSORS)
     parts = [batching.part(index, request, {"x": x}) for index, x in enumerate(given)]
     answers: dict[int, Any] = {}
-    for batch in batching.batches([part for part in parts if part is not None]):
+    for batch in batching.batches(parts):
         assert len({part.key for part in batch}) == 1
         for part, outputs in zip(batch, batching.run(batch, model), strict=True):
             answers[part.asked] = outputs
@@ -671,7 +896,7 @@ def test_answers_equal_those_of_each_request_alone(shapes: list[tuple[int, int]]
 def test_outputs_must_have_the_rows_of_the_inputs() -> None:
     batching = Batching(BatchingConfig(), np.concatenate)
     request = Request(payload={}, form=Form.TENSORS)
-    parts = [part for part in (batching.part(n, request, {"x": np.ones((2, 1))}) for n in range(2)) if part is not None]
+    parts = [batching.part(number, request, {"x": np.ones((2, 1))}) for number in range(2)]
     for outputs in ({"y": np.ones(3)}, {"y": np.float32(1)}, np.ones(4), {"y": 1}):
         with pytest.raises(NotRowwise):
             batching.run(parts, lambda _, outputs=outputs: outputs)  # type: ignore[misc]

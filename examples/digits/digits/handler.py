@@ -20,6 +20,7 @@ class Digits(Handler):
     """A PNG, or tensors as the model takes them, in; `digit` (int64 [n]) and `confidence` (float32 [n]) out."""
 
     name = "digits"
+    shares_calls = True
 
     class Options(PluginOptions):
         """Attributes:
