@@ -97,7 +97,7 @@ class _Sender:
         self._answered = self._done = self._unsent = 0
 
     async def run(self, tell: Callable[[int], None]) -> Row:
-        while (left_ns := self._part.start_ns - time.monotonic_ns()) > 0:  # a sleep may end a little early
+        while (left_ns := self._part.start_ns - time.monotonic_ns()) > 0:  # noqa: ASYNC110 - a sleep may end early
             await asyncio.sleep(left_ns / 1e9)
         cpu_s, began_s = time.thread_time(), time.monotonic()
         sending = asyncio.create_task(self._closed() if self._load.rate is None else self._open())
