@@ -524,6 +524,83 @@ def bench(address: str, **given: Any) -> None:
         sys.exit(1)
 
 
+@main.command(short_help="Find the settings at which a model answers most within a p99.")
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--p99", type=_seconds, required=True, metavar="TIME", help="Within that 99 % of requests are answered.")
+@click.option("--budget", type=_seconds, default="2m", show_default=True, metavar="TIME", help="For all of it.")
+@click.option(
+    "--in-flight",
+    type=_numbers(int),
+    default="1,8,32,128",
+    show_default=True,
+    metavar="N[,…]",
+    help="Requests at once, that each setting is loaded with.",
+)
+@click.option("--rows", type=click.IntRange(1), metavar="N", help="Of the tensors that are made.  [default: 1]")
+@click.option(
+    "--input",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='Send the tensors in FILE: .npz, or .json as in {"x": [[1, 2]]}. With seldon any other file as bytes.',
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["openinference", "tfserving", "seldon"]),
+    default="openinference",
+    show_default=True,
+)
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="That share the load.")
+@click.option("--transport", metavar="NAME", help="The network stack.  [default: the config's, else auto]")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The server's: backends, models.defaults, transport and message_bytes hold here, too.",
+)
+@click.option("--dry-run", is_flag=True, help="Leave model.toml as it is.")
+@click.option("--json", "json_file", metavar="FILE", help='Write all figures; "-" is standard output.')
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw all of them.")
+def tune(model: Path, **given: Any) -> None:
+    """Find the settings at which the model in the folder MODEL answers the most requests a second, 99 % of them within
+    --p99, and write them into its model.toml.
+
+    MODEL is a model's folder, whose newest version is tuned, or a version's. It is served on this machine, once for
+    each of the settings: batching.max_rows, batching.max_delay_us, instances, and the backend's intra_op_threads, which
+    belong to the server's config, so that they are said and not written.
+
+    \b
+    Most requests of one row:
+      dl-inference-core tune models/ranking --p99 20ms
+    Of 16 rows, looked at for ten minutes; draw what was tried, and write nothing:
+      dl-inference-core tune models/ranking --p99 20ms --rows 16 --budget 10m --plot tried.png --dry-run
+    With a request of your own, and your server's config:
+      dl-inference-core tune models/digits --p99 50ms --protocol seldon --input seven.png --config server.toml
+
+    The best and what the model had are then measured in turns; model.toml is written only if the gain is more than what
+    the turns differ by, comments and all other keys in it stay. A server that has the model takes it up by itself.
+
+    Exits with 0 if any of the settings reach the p99, whether or not they are better; 1 if none do, or the model cannot
+    be served; 2 if arguments or files cannot be used. docs/tuning.md has more.
+    """
+    try:
+        from dl_inference_core.tuning import command
+
+        if given["plot"] is not None:
+            importlib.import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        _fail(ConfigError(f"tune needs the package {error.name}: pip install 'dl-inference-core[bench]'"))
+    try:
+        reached = command.run(model, **given)
+    except ConfigError as error:
+        _fail(error)
+    except InferenceError as error:
+        click.echo(f"error: {error.code.name}: {error}", err=True)
+        sys.exit(1)
+    if not reached:
+        sys.exit(1)
+
+
 def _config(models: Path | None, config_file: Path | None, nodes: Path | None, flags: dict[str, Any]) -> Config:
     try:
         config = configs.load(config_file) if config_file is not None else Config()

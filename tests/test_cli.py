@@ -40,7 +40,9 @@ def run(*arguments: str | Path) -> Result:
 # Without a server
 
 
-@pytest.mark.parametrize("command", [[], ["serve"], ["tfserving"], ["plugins"], ["check"], ["predict"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["tfserving"], ["plugins"], ["check"], ["predict"], ["bench"], ["tune"]]
+)
 def test_help_is_given(command: list[str]) -> None:
     for option in ("--help", "-h"):
         result = run(*command, option)

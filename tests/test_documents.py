@@ -48,7 +48,7 @@ def test_every_make_target_that_a_document_names_exists() -> None:
     assert named & {"setup", "demo", "test", "check", "bench", "protos", "faults"} <= targets
 
 
-@pytest.mark.parametrize("command", ["serve", "plugins", "check", "predict", "bench"])
+@pytest.mark.parametrize("command", ["serve", "plugins", "check", "predict", "bench", "tune"])
 def test_the_readme_shows_only_options_that_exist(command: str) -> None:
     from click.testing import CliRunner
 

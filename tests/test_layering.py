@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gateway", "node", "introspection", "joining"),
     ("listener", "client", "builtins", "admin"),
     ("rest", "load_testing"),
-    ("app", "supervisor", "tfserving_command"),
+    ("app", "supervisor", "tfserving_command", "tuning"),
     ("cli", "testing"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -54,9 +54,7 @@ def run(
         raise ConfigError(f"--connections {connections} is below --processes {processes}; each needs one")
     if in_flight and max(in_flight) < processes:
         raise ConfigError(f"--in-flight {max(in_flight)} is below --processes {processes}; each needs one")
-    for written in (Path(json_file) if json_file not in (None, "-") else None, plot):
-        if written is not None and not written.parent.is_dir():
-            raise ConfigError(f"{written}: there is no folder {written.parent}")
+    check_outputs(json_file, plot)
     before = Results.read(compare) if compare is not None else None
     if (data is None) != (method is None) or (data is not None and (file is not None or rows is not None)):
         raise ConfigError("--data and --method go together, and stand alone for what is sent")
@@ -86,7 +84,7 @@ def run(
         rows=measured,
     )
     if json_file is not None:
-        _write(json_file, results.model_dump_json(indent=2) + "\n")
+        write(json_file, results.model_dump_json(indent=2) + "\n")
     if plot is not None:
         _drawn(results, before, plot)
     report.show(results, before, report.console(stderr=json_file == "-"))
@@ -144,7 +142,23 @@ def _message(
     return question.from_file(file, dtype)
 
 
-def _write(file: str, text: str) -> None:
+def check_outputs(json_file: str | None, plot: Path | None) -> None:
+    """Before anything is measured.
+
+    Raises:
+        ConfigError: a file that is to be written has no folder.
+    """
+    for written in (Path(json_file) if json_file is not None and json_file != "-" else None, plot):
+        if written is not None and not written.parent.is_dir():
+            raise ConfigError(f"{written}: there is no folder {written.parent}")
+
+
+def write(file: str, text: str) -> None:
+    """Put `text` into a file; "-" is standard output.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     if file == "-":
         sys.stdout.write(text)
         return

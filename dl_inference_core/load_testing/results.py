@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ class Row(_Kept):
         return self.answered / self.seconds if self.seconds else 0.0
 
     @computed_field  # type: ignore[prop-decorator]
-    @property
+    @cached_property
     def latency_ms(self) -> dict[str, float]:
         """ "mean", "p50" and so on, "max"; empty where no request was answered."""
         return _figures(self.latency)
