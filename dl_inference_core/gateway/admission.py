@@ -128,8 +128,9 @@ class Admission:
                     raise self._refused("no_time", "none had room in time")
                 waiter.look = asyncio.get_running_loop().create_future()
                 found = self.room(tried)
-                if not found:
-                    self.wake()  # what was there has gone, but perhaps not for everybody
+                if not found or self._next() is not waiter:
+                    found = ()  # it has gone, or is for who came before and can have it, or something else
+                    self.wake()
             return found
         finally:
             timer.cancel()

@@ -451,6 +451,13 @@ class Crowd:
 # Retries that wait for a node left out: those who come later have the others, and it has its turn.
 @example(nodes=2, per_node=1, queue=1, steps=[("turn", 0), ("retry", 1), ("retry", 1), ("come", 0)])
 @example(nodes=2, per_node=1, queue=2, steps=[("turn", 0), ("retry", 1), ("retry", 1), ("end", 0)])
+# Two nodes have room at once, one of which is all that a retry may have: who comes after it has the other.
+@example(
+    nodes=2,
+    per_node=1,
+    queue=3,
+    steps=[*[("come", 0)] * 4, ("retry", 0), ("end", 0), ("end", 0), ("come", 0), ("come", 0), ("several", 206)],
+)
 @settings(max_examples=150, deadline=None)
 @given(
     nodes=st.integers(1, 3),
