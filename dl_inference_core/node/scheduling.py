@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 _KEPT = 0.9
 """Of what was known, with each new measurement."""
+_MARGIN = 1.1
+"""Of the time that a request is expected to take: an answer that comes a little too late was worth nothing."""
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares, for a slope to be known."""
 
@@ -182,12 +184,15 @@ class Effort:
     def __init__(self) -> None:
         self._sums = [0.0] * 5
         self._line = (0.0, 0.0)
+        self.mean_s = 0.0
+        """Of what it was lately."""
 
     def learn(self, requests: int, seconds: float) -> None:
         new = (1, requests, seconds, requests * requests, requests * seconds)
         self._sums = [_KEPT * old + each for old, each in zip(self._sums, new, strict=True)]
         weight, *sums = self._sums
         mean, mean_s, square, product = (each / weight for each in sums)
+        self.mean_s = mean_s
         variance = square - mean * mean
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
@@ -274,7 +279,7 @@ class _Queue:
         wait_s = self._wait_s(before)
         takes_s = wait_s + self.effort.seconds(min(before + 1, self.at_once))
         deadline = job.call.deadline
-        if deadline is not None and job.since + takes_s > deadline:
+        if deadline is not None and job.since + _MARGIN * takes_s > deadline:
             raise self._full(f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline")
         if limits.max_wait_ms and wait_s * 1000 > limits.max_wait_ms:
             raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limits.max_wait_ms})")
@@ -293,11 +298,11 @@ class _Queue:
         )
 
     def _wait_s(self, before: int) -> float:
-        """Until a thread takes up a request behind so many: for half of what they have in hand, and for those that it
-        does not take together with them."""
+        """Until a thread takes up a request behind so many: for what they have in hand, and for those that it does not
+        take together with them."""
         full = self.effort.seconds(self.at_once)
         rounds = before // self.at_once // self.threads
-        return (full / 2 if self._busy >= self.threads else 0.0) + full * rounds
+        return (self.effort.mean_s if self._busy >= self.threads else 0.0) + full * rounds
 
     def _full(self, why: str) -> Overloaded:
         return Overloaded(f"model {self._name} takes no more requests for now: {why}")
