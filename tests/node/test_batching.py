@@ -93,6 +93,7 @@ class Scene:
     @asynccontextmanager
     async def busy(self) -> AsyncIterator[None]:
         """Meanwhile the thread has a request in hand, alone."""
+        self.model.entered = threading.Semaphore(0)
         self.model.hold.clear()
         first = asyncio.create_task(self.ask(0))
         await asyncio.to_thread(self.model.entered.acquire)
