@@ -394,14 +394,8 @@ def predict(
     if sum(given is not None for given in (data, file, text)) != 1:
         raise click.UsageError("give one of --data, --file and --text")
     payload = _tensors(data, dtype) if data is not None else file.read_bytes() if file is not None else text
-    try:
-        with Client(address, timeout_s=timeout, tls=_secured(certificates)) as client:
-            response = client.predict(model, payload, protocol=protocol, version=version)
-    except ConfigError as error:
-        _fail(error)
-    except InferenceError as error:
-        click.echo(f"error: {error.code.name}: {error}", err=True)
-        sys.exit(1)
+    with _told_failures(), Client(address, timeout_s=timeout, tls=_secured(certificates)) as client:
+        response = client.predict(model, payload, protocol=protocol, version=version)
     answer = {"model": response.model, "version": response.version, "answer": as_json(response.payload)}
     click.echo(json.dumps(answer))
 
@@ -505,21 +499,11 @@ def bench(address: str, **given: Any) -> None:
     Exits with 0 if every request was answered well; 1 if any failed or was not sent, or the first one did; 2 if
     arguments or files cannot be used. docs/bench.md has more.
     """
-    try:
+    with _extra("bench", given["plot"]):
         from dl_inference_core.load_testing import command
-
-        if given["plot"] is not None:
-            importlib.import_module("matplotlib")
-    except ModuleNotFoundError as error:
-        _fail(ConfigError(f"bench needs the package {error.name}: pip install 'dl-inference-core[bench]'"))
     wanted = {name: given.pop(name) for name in ("tls", "ca", "certificate", "key", "server_name")}
-    try:
+    with _told_failures():
         good = command.run(address, _secured(wanted), **given)
-    except ConfigError as error:
-        _fail(error)
-    except InferenceError as error:
-        click.echo(f"error: {error.code.name}: {error}", err=True)
-        sys.exit(1)
     if not good:
         sys.exit(1)
 
@@ -583,21 +567,34 @@ def tune(model: Path, **given: Any) -> None:
     Exits with 0 if any of the settings reach the p99, whether or not they are better; 1 if none do, or the model cannot
     be served; 2 if arguments or files cannot be used. docs/tuning.md has more.
     """
-    try:
+    with _extra("tune", given["plot"]):
         from dl_inference_core.tuning import command
+    with _told_failures():
+        reached = command.run(model, **given)
+    if not reached:
+        sys.exit(1)
 
-        if given["plot"] is not None:
+
+@contextlib.contextmanager
+def _extra(command: str, plot: Path | None) -> Iterator[None]:
+    """While a command's own packages are imported; and what draws, if there is something to be drawn."""
+    try:
+        yield
+        if plot is not None:
             importlib.import_module("matplotlib")
     except ModuleNotFoundError as error:
-        _fail(ConfigError(f"tune needs the package {error.name}: pip install 'dl-inference-core[bench]'"))
+        _fail(ConfigError(f"{command} needs the package {error.name}: pip install 'dl-inference-core[bench]'"))
+
+
+@contextlib.contextmanager
+def _told_failures() -> Iterator[None]:
+    """Ends with 2 for what cannot be used, and with 1 for a server's error, in a line each."""
     try:
-        reached = command.run(model, **given)
+        yield
     except ConfigError as error:
         _fail(error)
     except InferenceError as error:
         click.echo(f"error: {error.code.name}: {error}", err=True)
-        sys.exit(1)
-    if not reached:
         sys.exit(1)
 
 

@@ -109,7 +109,7 @@ class Batching:
         self.tolerance = config.tolerance
         self.preferred = frozenset((*config.preferred_rows, config.max_rows))
         self._allowed = tuple(sorted(config.allowed_rows))
-        self._buckets = config.buckets
+        self._buckets = {name: (bucket, sorted(bucket.to)) for name, bucket in config.buckets.items()}
         self._splits = config.enabled is True
         self._join = join
         self.signatures = None if signatures is None else frozenset(signatures)
@@ -148,12 +148,11 @@ class Batching:
     def _bucketed(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, int]]]:
         padded = dict(inputs)
         cut: dict[str, tuple[int, int]] = {}
-        for name, bucket in self._buckets.items():
+        for name, (bucket, sizes) in self._buckets.items():
             array = inputs.get(name)
             if not isinstance(array, np.ndarray) or array.ndim <= bucket.axis:
                 continue
             length = array.shape[bucket.axis]
-            sizes = sorted(bucket.to)
             index = bisect_left(sizes, length)
             if index == len(sizes):
                 continue

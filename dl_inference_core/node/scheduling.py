@@ -283,7 +283,7 @@ class _Queue:
             raise self._full(f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline")
         if limits.max_wait_ms and wait_s * 1000 > limits.max_wait_ms:
             raise self._full(f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limits.max_wait_ms})")
-        count = sum(map(len, self._calls))
+        count = self.waiting()
         if not count or (count < limits.max_requests and self._bytes + job.size <= limits.max_mb << 20):
             return None
         for calls in self._calls[:priority:-1]:

@@ -11,6 +11,7 @@ import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,15 @@ def warm_up(
             fails for the samples beside it. What `config` asks for cannot be: the handler takes one request at a time,
             or a row's answer is not the same alone and among others.
     """
+    beside = _Samples(directory)
     with model.session():
         _answer_recorded(directory, model, handler)
-        batching = _batching(directory, model, handler, config, samples=samples)
+        batching = _batching(beside if samples else None, model, handler, config)
         if not samples or not handler.takes_batches:
             return batching
         names = model.signatures if batching is None or batching.signatures is None else batching.signatures
         sizes = batching.sizes if batching is not None else (1,)
-        runs = [_run_sizes(directory, model, handler, name, sizes) for name in names]
+        runs = [_run_sizes(beside, model, handler, name, sizes) for name in names]
     if batching is None:
         return None
     run = min(runs, key=lambda run: run.largest)
@@ -83,9 +85,7 @@ def warm_up(
     return Batching(limited, model.join, batching.signatures)
 
 
-def _batching(
-    directory: Path, model: Model, handler: Handler, config: BatchingConfig, *, samples: bool
-) -> Batching | None:
+def _batching(samples: _Samples | None, model: Model, handler: Handler, config: BatchingConfig) -> Batching | None:
     if config.enabled is False:
         return None
     batching = Batching(config, model.join)
@@ -95,19 +95,19 @@ def _batching(
                 f'[batching]: handler "{handler.name}" takes one request at a time: its run_model is its own. Give it '
                 "a run_batch, too, or say enabled = false"
             )
-        for name in model.signatures if samples else ():
-            if why := _differs(model, handler, batching, name, directory):
+        for name in model.signatures:
+            if samples is not None and (why := _differs(model, handler, batching, name, samples)):
                 raise ModelError(f'[batching]: signature "{name}": {why}')
         return batching
-    if not handler.takes_batches_untold or not samples:
+    if not handler.takes_batches_untold or samples is None:
         return None
     may = []
     for name in [name for name, signature in model.signatures.items() if _is_rowwise(signature)]:
-        why = _differs(model, handler, batching, name, directory)
+        why = _differs(model, handler, batching, name, samples)
         if why == "":
             may.append(name)
         elif why:
-            _log.warning('%s: requests for signature "%s" do not share batches: %s', directory, name, why)
+            _log.warning('%s: requests for signature "%s" do not share batches: %s', samples.directory, name, why)
     return Batching(config, model.join, may) if may else None
 
 
@@ -117,25 +117,23 @@ def _is_rowwise(signature: Signature) -> bool:
     return bool(signature.inputs and signature.outputs) and all(spec.shape and spec.shape[0] is None for spec in specs)
 
 
-def _differs(model: Model, handler: Handler, batching: Batching, name: str, directory: Path) -> str | None:
+def _differs(model: Model, handler: Handler, batching: Batching, name: str, samples: _Samples) -> str | None:
     """How the answers to some rows together differ from those to the same rows alone; "" if they do not, None if that
     cannot be told: there are no samples, or the model fails for them."""
-    rows = _sample(model.signatures[name], _ROWS, directory)
+    rows = samples.of(model.signatures[name], _ROWS)
     if rows is None:
         return None
     request = Request(payload=rows, form=Form.TENSORS, signature=name)
 
     def run(inputs: Mapping[str, Any]) -> Any:
         part = batching.part(None, request, inputs)
-        if part is None:
-            raise ModelError("they do not have the same number of rows")
         return batching.run([part], lambda inputs: handler.run_batch(model, inputs, [request]))[0]
 
     count = rows_of(rows)
     try:
         alone = [run({key: value[row : row + 1] for key, value in rows.items()}) for row in range(count)]
     except Exception as error:
-        _log.info("%s: the model fails for samples: %r", directory, error)
+        _log.info("%s: the model fails for samples: %r", samples.directory, error)
         return None
     try:
         together = run(rows)
@@ -162,16 +160,25 @@ def _difference(alone: Sequence[Mapping[str, Tensor]], together: Mapping[str, Te
     return ""
 
 
-def _sample(signature: Signature, rows: int, directory: Path) -> dict[str, Tensor] | None:
-    """Inputs of so many rows: what lies beside the model, or made from the signature; None if neither can be. A single
-    row, whose copies tell less than rows that differ, comes last. None are made of scalars alone: who takes those may
-    count them."""
-    stored = sorted(read_samples(directory), key=rows_of)
-    if stored and rows_of(stored[-1]) > 1:
-        return of_rows(stored[-1], rows, signature)
-    of_arrays = any(spec.shape for spec in signature.inputs)
-    made = made_samples(signature, rows, np.random.default_rng(0)) if of_arrays else None
-    return of_rows(stored[-1], rows, signature) if made is None and stored else made
+class _Samples:
+    """Inputs to run a model with: what lies beside it, or made from a signature. A single row, whose copies tell less
+    than rows that differ, comes last. None are made of scalars alone: who takes those may count them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @cached_property
+    def stored(self) -> Sequence[dict[str, Tensor]]:
+        """What lies beside the model, that with the most rows last; read when it is first asked for."""
+        return sorted(read_samples(self.directory), key=rows_of)
+
+    def of(self, signature: Signature, rows: int) -> dict[str, Tensor] | None:
+        """So many rows; None if there are none to be had."""
+        if self.stored and rows_of(self.stored[-1]) > 1:
+            return of_rows(self.stored[-1], rows, signature)
+        of_arrays = any(spec.shape for spec in signature.inputs)
+        made = made_samples(signature, rows, np.random.default_rng(0)) if of_arrays else None
+        return of_rows(self.stored[-1], rows, signature) if made is None and self.stored else made
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +194,7 @@ class _Run:
     failure: Exception | None = None
 
 
-def _run_sizes(directory: Path, model: Model, handler: Handler, name: str, sizes: Sequence[int]) -> _Run:
+def _run_sizes(samples: _Samples, model: Model, handler: Handler, name: str, sizes: Sequence[int]) -> _Run:
     """Run a signature on samples of these sizes, until one takes long or much memory.
 
     Raises:
@@ -196,16 +203,16 @@ def _run_sizes(directory: Path, model: Model, handler: Handler, name: str, sizes
     signature = model.signatures[name]
     largest = 0
     for size in sizes:
-        inputs = _sample(signature, size, directory)
+        inputs = samples.of(signature, size)
         if inputs is None:
             break
         began = time.monotonic()
         try:
             handler.run_batch(model, inputs, [Request(payload=inputs, form=Form.TENSORS, signature=name)])
         except Exception as error:
-            if not largest and read_samples(directory):
+            if not largest and samples.stored:
                 raise ModelError("the model fails for the samples beside it") from error
-            _log.info('%s: signature "%s" fails for %d rows of samples: %r', directory, name, size, error)
+            _log.info('%s: signature "%s" fails for %d rows of samples: %r', samples.directory, name, size, error)
             return _Run(largest, error)
         largest = size
         taken = sum(array.nbytes for array in inputs.values())
