@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,21 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 def _event_loop_runner(config: pytest.Config) -> Any:
     """What runs coroutines where Envoy hosts the tests (`dl_inference_envoy_transport.testing`); else None."""
     return config.pluginmanager.get_plugin("event-loop-runner")
+
+
+def pytest_collection_finish() -> None:
+    """What pytest holds of some thousand tests is nobody's garbage: else the collector looks through it for longer than
+    the deadlines of requests are, while gateways, nodes and clients in this process wait."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_pauses() -> Iterator[None]:
+    """Likewise what the tests of a file leave behind."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
