@@ -73,6 +73,8 @@ class Request:
         tags: Seldon's `meta.tags`, as Python values.
         parameters: the Open Inference Protocol's request parameters.
         id: the client's own id of the request (Open Inference `id`, Seldon `meta.puid`), to be echoed.
+        template: the same in requests to one version of a model that are known to differ in the values of their tensors
+            alone; None if it is not known of this one.
     """
 
     payload: Payload
@@ -87,6 +89,7 @@ class Request:
     tags: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
+    template: Any = field(default=None, repr=False, compare=False)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -27,10 +27,11 @@ from dl_inference_core.node.batching import Batching, NotRowwise, Part
 from dl_inference_core.node.handling import Handler, narrow
 from dl_inference_core.node.load import LoadMeter, Work
 from dl_inference_core.node.scheduling import CallJob, Outbox, QueueLimits, Worker, Workers, as_failure
-from dl_inference_core.tensors import Request, Response
+from dl_inference_core.tensors import Request
 from dl_inference_core.transport import Call
 from dl_inference_core.wire import openinference, tfserving_examples, tfserving_models
 from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, Protocol
+from dl_inference_core.wire.templates import Templates
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class LoadedVersion:
         self._work: Work
         self._workers = Workers(f"{model_name}/{number}")
         self._loaded: Loaded | None = None
+        self._templates: dict[str, Templates] = {}
         self._complained = False
 
     async def load(self, load: Callable[[], Loaded]) -> None:
@@ -210,7 +212,7 @@ class LoadedVersion:
             with instance.model.session():
                 for request in requests:
                     protocol = PROTOCOLS[f"tfserving_{request.method.name.lower()}"]
-                    answers.append(self._answer_one(instance, protocol, request))
+                    answers.append(self._answer_one(instance, self._codec(protocol), request))
             encoded = self._stage("encoding the answer", tfserving_examples.encode_multi_inference, requests, answers)
             outbox.put(asked.future, encoded)
         except InferenceError as error:
@@ -222,7 +224,7 @@ class LoadedVersion:
         if request is None:
             return None
         try:
-            inputs = self._stage("preprocess", instance.handler.preprocess, request)
+            inputs = self._inputs(instance, request)
             part: Part = self._stage("batching", batching.part, asked, request, inputs)
         except InferenceError as error:
             outbox.put(asked.future, None, error)
@@ -254,7 +256,7 @@ class LoadedVersion:
             self._metrics.batch(self._model_name, rows)
         for part, outputs in zip(batch, shares, strict=True):
             try:
-                answer = self._finish(instance, part.asked.protocol, part.request, outputs)
+                answer = self._finish(instance, self._codec(part.asked.protocol), part.request, outputs)
             except InferenceError as error:
                 outbox.put(part.asked.future, None, error)
             else:
@@ -279,20 +281,39 @@ class LoadedVersion:
         if request is None:
             return 0
         try:
-            outbox.put(asked.future, self._answer_one(instance, asked.protocol, request))
+            outbox.put(asked.future, self._answer_one(instance, self._codec(asked.protocol), request))
         except InferenceError as error:
             outbox.put(asked.future, None, error)
         return 1
 
-    def _answer_one(self, instance: Instance, protocol: Protocol, request: Request) -> bytes:
+    def _answer_one(self, instance: Instance, codec: Templates, request: Request) -> bytes:
         """The answer to one request, on one of the threads and in the model's session.
 
         Raises:
             InferenceError: HandlerFailed for what is none.
         """
-        inputs = self._stage("preprocess", instance.handler.preprocess, request)
+        inputs = self._inputs(instance, request)
         outputs = self._stage("run_model", instance.handler.run_model, instance.model, inputs, request)
-        return self._finish(instance, protocol, request, outputs)
+        return self._finish(instance, codec, request, outputs)
+
+    def _inputs(self, instance: Instance, request: Request) -> Any:
+        """What the model takes: what `preprocess` returns, which is not asked where it is known to change nothing."""
+        template, handler = request.template, instance.handler
+        if template is not None and template.as_they_are:
+            return request.payload
+        inputs = self._stage("preprocess", handler.preprocess, request)
+        if template is not None and template.as_they_are is None:
+            template.as_they_are = handler.takes_what_fits and _are_the_same(inputs, request.payload)
+        return inputs
+
+    def _codec(self, protocol: Protocol) -> Templates:
+        """What decodes requests for this version, and encodes its answers."""
+        templates = self._templates.get(protocol.name)
+        if templates is None:
+            templates = Templates(protocol.codec, self._model_name, self.number)
+            if PROTOCOLS.get(protocol.name) is protocol:  # and not one of a single URL
+                self._templates[protocol.name] = templates
+        return templates
 
     def _request(self, asked: _Asked, outbox: Outbox) -> Request | None:
         """What is asked for; None if there is nothing more to be done, for this version at least."""
@@ -302,12 +323,13 @@ class LoadedVersion:
             return asked.request
         try:
             request: Request = self._stage(
-                "decoding a request", asked.protocol.codec.decode_request, asked.call.request
+                "decoding a request", self._codec(asked.protocol).decode_request, asked.call.request
             )
         except InferenceError as error:
             outbox.put(asked.future, None, error)
             return None
         if request.version not in (None, self.number) or request.label:
+            request.template = None  # which is this version's
             outbox.put(asked.future, request)
             return None
         return request
@@ -321,19 +343,9 @@ class LoadedVersion:
             return False
         return not asked.future.cancelled()
 
-    def _finish(self, instance: Instance, protocol: Protocol, request: Request, outputs: Any) -> bytes:
+    def _finish(self, instance: Instance, codec: Templates, request: Request, outputs: Any) -> bytes:
         payload = self._stage("postprocess", instance.handler.postprocess, outputs, request)
-        return self._stage("encoding the answer", self._encoded, protocol, request, payload)  # type: ignore[no-any-return]
-
-    def _encoded(self, protocol: Protocol, request: Request, payload: Any) -> bytes:
-        response = Response(
-            payload=narrow(payload, request),
-            model=self._model_name,
-            version=self.number,
-            tags=request.tags,
-            id=request.id,
-        )
-        return protocol.codec.encode_response(response, request)
+        return self._stage("encoding the answer", _encoded, codec, request, payload)  # type: ignore[no-any-return]
 
     def _stage(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -358,6 +370,17 @@ class LoadedVersion:
             with ExitStack() as stack:  # each, whatever becomes of another
                 for instance in loaded.instances:
                     stack.callback(instance.model.close)
+
+
+def _encoded(codec: Templates, request: Request, payload: Any) -> bytes:
+    return codec.encode_response(narrow(payload, request), request)
+
+
+def _are_the_same(inputs: Any, payload: Any) -> bool:
+    """Whether both are the same arrays by the same names."""
+    if not isinstance(inputs, Mapping) or not isinstance(payload, Mapping) or len(inputs) != len(payload):
+        return False
+    return all(name in payload and payload[name] is value for name, value in inputs.items())
 
 
 class _Asked(CallJob):

@@ -123,6 +123,19 @@ class Batching:
 
     def part(self, asked: Any, request: Request, inputs: Any) -> Part:
         """What a request brings, whose `inputs` are what the handler made of it."""
+        template = request.template
+        if template is None or not template.as_they_are or self._buckets:
+            return self._part(asked, request, inputs)
+        if template.shared is None:
+            part = self._part(asked, request, inputs)
+            template.shared = (part.key, part.rows) if part.rows else ()
+            return part
+        if not template.shared:
+            return Part(asked, request, inputs, (asked,), 0, {})
+        key, rows = template.shared
+        return Part(asked, request, inputs, key, rows, {})
+
+    def _part(self, asked: Any, request: Request, inputs: Any) -> Part:
         alone = Part(asked, request, inputs, (asked,), 0, {})
         signature = request.signature or DEFAULT_SIGNATURE
         if self.signatures is not None and signature not in self.signatures:

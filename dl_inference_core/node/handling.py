@@ -146,6 +146,13 @@ class Handler:
         plain = cls.preprocess is Handler.preprocess and cls.postprocess is Handler.postprocess
         return self.takes_batches and (plain or cls.shares_calls or cls.run_batch is not Handler.run_batch)
 
+    @property
+    def takes_what_fits(self) -> bool:
+        """Whether `preprocess` is the default's, which looks at nothing but names, dtypes and shapes where it does not
+        convert numbers."""
+        cls = type(self)
+        return cls.preprocess is Handler.preprocess and cls.signature_for is Handler.signature_for
+
     def postprocess(self, outputs: Any, request: Request) -> Payload:
         """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values."""
         return outputs  # type: ignore[no-any-return]

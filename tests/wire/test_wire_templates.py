@@ -1,0 +1,205 @@
+"""What is read and written by a template is what the codec reads and writes, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from dl_inference_core.errors import InferenceError
+from dl_inference_core.tensors import Form, Request, Response
+from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.templates import Templates
+
+FORMS = [
+    ("openinference", Form.TENSORS_RAW),
+    ("openinference", Form.TENSORS),
+    ("tfserving", Form.TENSORS),
+    ("seldon", Form.TENSOR),
+    ("seldon", Form.TFTENSOR),
+    ("seldon", Form.NDARRAY),
+]
+DTYPES = ["float32", "float64", "float16", "int64", "int32", "uint8", "int8", "bool"]
+SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple)
+
+
+def tensors(draw: Any, name: str, form: Form) -> Any:
+    """The payload of a request in that form, and one of the same shapes."""
+    if name == "seldon":
+        shape = draw(SHAPES.filter(bool))
+        dtype = draw(st.sampled_from(DTYPES)) if form is Form.TFTENSOR else "float64"
+        return [draw(arrays.arrays(dtype, shape)) for _ in range(2)]
+    described = draw(st.dictionaries(st.text(max_size=3), st.tuples(st.sampled_from(DTYPES), SHAPES), max_size=3))
+    if form is Form.TENSORS and name == "openinference":  # which has float16 as raw contents only
+        described = {key: value for key, value in described.items() if value[0] != "float16"}
+    return [{key: draw(arrays.arrays(dtype, shape)) for key, (dtype, shape) in described.items()} for _ in range(2)]
+
+
+def meaning(decode: Any, body: bytes) -> Any:
+    """What `decode` makes of `body`, to be compared with another."""
+    try:
+        decoded = decode(body)
+    except InferenceError as error:
+        return type(error), str(error)
+    named = decoded.payload if isinstance(decoded.payload, Mapping) else {None: decoded.payload}
+    values = {
+        name: (value.dtype, value.shape, value.tolist() if value.dtype.kind == "O" else value.tobytes())
+        if isinstance(value, np.ndarray)
+        else value
+        for name, value in named.items()
+    }
+    return values, replace(decoded, payload=None)
+
+
+def knows(templates: Templates, body: bytes) -> bool:
+    """Whether `body` is read by a template."""
+    return templates.decode_request(body).template is not None
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_a_request_means_the_same(name: str, form: Form, data: st.DataObject) -> None:
+    codec = PROTOCOLS[name].codec
+    templates = Templates(codec, "m", 1)
+    first, second = (
+        codec.encode_request(Request(payload=payload, form=form, model="m", id="7", outputs=("y",)))
+        for payload in tensors(data.draw, name, form)
+    )
+    for body in (first, first, second, second):
+        assert meaning(templates.decode_request, body) == meaning(codec.decode_request, body)
+    damaged = bytearray(second)
+    if damaged:
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at] = data.draw(st.integers(0, 255))
+    assert meaning(templates.decode_request, bytes(damaged)) == meaning(codec.decode_request, bytes(damaged))
+
+
+@pytest.mark.parametrize(("name", "form"), FORMS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_an_answer_is_written_the_same(name: str, form: Form, data: st.DataObject) -> None:
+    codec = PROTOCOLS[name].codec
+    templates = Templates(codec, "m", 1)
+    shape = (1, 2)
+    asked: Any = np.ones(shape) if name == "seldon" else {"x": np.array([[1.25, -3.5]], np.float32)}
+    body = codec.encode_request(Request(payload=asked, form=form, model="m", id="7", tags={"a": "b"}))
+    templates.decode_request(body)
+    request = templates.decode_request(body)
+    for payload in (*tensors(data.draw, name, form), np.zeros(3, np.float32), {"y": np.array([np.nan, -0.0])}):
+        expected = codec.encode_response(
+            Response(payload=payload, model="m", version=1, tags=request.tags, id=request.id), request
+        )
+        for _ in range(2):
+            answer = templates.encode_response(payload, request)
+            assert len(answer) == len(expected)
+            assert meaning(codec.decode_response, answer) == meaning(codec.decode_response, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "dtype"),
+    [
+        ("openinference", Form.TENSORS_RAW, "float32"),
+        ("openinference", Form.TENSORS_RAW, "int64"),
+        ("openinference", Form.TENSORS, "float32"),
+        ("openinference", Form.TENSORS, "float64"),
+        ("tfserving", Form.TENSORS, "float32"),
+        ("tfserving", Form.TENSORS, "int64"),
+        ("seldon", Form.TENSOR, "float64"),
+        ("seldon", Form.TFTENSOR, "float32"),
+    ],
+)
+def test_what_clients_send_is_known(name: str, form: Form, dtype: str) -> None:
+    """Requests and their answers, of float32, by templates of which both tensors are part."""
+    codec = PROTOCOLS[name].codec
+    templates = Templates(codec, "m", 1)
+    numbers = np.arange(6, dtype=dtype).reshape(2, 3) + 300
+    payload: Any = numbers if name == "seldon" else {"x": numbers, "longer": numbers[:, :2] + 7}
+    body, other = (
+        codec.encode_request(Request(payload=values, form=form, model="m"))
+        for values in (payload, numbers * 2 if name == "seldon" else {key: value * 2 for key, value in payload.items()})
+    )
+    assert not knows(templates, body)
+    assert knows(templates, body)
+    request = templates.decode_request(other)
+    assert request.template is templates.decode_request(body).template
+    assert not knows(templates, codec.encode_request(Request(payload=payload, form=form, model="another")))
+    outputs = {"y": np.ones((2, 1), np.float32)}
+    templates.encode_response(outputs, request)
+    assert list(request.template.answers.values()) != [None]
+
+
+def test_numbers_as_varints_are_not_known() -> None:
+    """A byte is its own varint up to 127."""
+    codec = PROTOCOLS["openinference"].codec
+    templates = Templates(codec, "m", 1)
+    small = codec.encode_request(Request(payload={"x": np.array([[5, 9, 77]], np.uint8)}, form=Form.TENSORS, model="m"))
+    templates.decode_request(small)
+    assert not knows(templates, small)
+
+
+def test_equal_numbers_in_two_tensors_are_told_apart_later() -> None:
+    codec = PROTOCOLS["openinference"].codec
+    templates = Templates(codec, "m", 1)
+    zeros = np.zeros((1, 4), np.float32)
+
+    def body(second: Any) -> bytes:
+        return codec.encode_request(Request(payload={"a": zeros, "b": second}, form=Form.TENSORS_RAW, model="m"))
+
+    templates.decode_request(body(zeros))
+    assert not knows(templates, body(zeros))
+    templates.decode_request(body(zeros + 1))
+    request = templates.decode_request(body(zeros))
+    assert request.template is not None
+    assert request.payload["b"].tolist() == [[0, 0, 0, 0]]
+
+
+def test_ids_that_are_never_the_same_are_soon_learnt_no_more() -> None:
+    codec = PROTOCOLS["openinference"].codec
+    asked = 0
+
+    class Counting:
+        def decode_request(self, body: bytes) -> Request:
+            nonlocal asked
+            asked += 1
+            return codec.decode_request(body)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(codec, name)
+
+    templates = Templates(Counting(), "m", 1)
+    numbers = np.arange(4, dtype=np.float32)
+    for number in range(4000):
+        payload = {"x": numbers + number}
+        templates.decode_request(
+            codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", id=str(number)))
+        )
+    assert 4000 < asked < 4000 + 40
+
+
+def test_who_writes_in_a_requests_tags_writes_in_no_other() -> None:
+    codec = PROTOCOLS["seldon"].codec
+    templates = Templates(codec, "m", 1)
+    body = codec.encode_request(Request(payload=np.arange(3.0), form=Form.TENSOR, model="m", tags={"user": "a"}))
+    for _ in range(3):
+        request = templates.decode_request(body)
+        assert request.tags["user"] == "a"
+        request.tags["user"] = "b"  # type: ignore[index]
+
+
+def test_there_are_only_so_many_templates() -> None:
+    codec = PROTOCOLS["openinference"].codec
+    templates = Templates(codec, "m", 1)
+    for count in range(1, 700):
+        payload = {"x": np.arange(count, dtype=np.float32)}
+        body = codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m"))
+        for _ in range(20):  # which pays for the next
+            templates.decode_request(body)
+        assert knows(templates, body)
+    assert sum(map(len, templates._by_size.values())) <= 256
