@@ -53,7 +53,7 @@ class LoopbackConformance(PluginConformance):
     """Makes the transport, and runs tests that are coroutines."""
 
     transport_class: ClassVar[type[Transport]]
-    prompt_s: ClassVar[float] = 1.0
+    prompt_s: ClassVar[float] = 2.0
     """How many seconds something may take that is to happen at once."""
 
     @pytest.fixture
