@@ -190,14 +190,16 @@ class LoadedVersion:
                 deadline = asked.call.deadline
                 if deadline is not None and time.monotonic() + worker.takes_s(1) <= deadline:
                     soonest = min(soonest, deadline)
-                    until = min(until, (asked.since + deadline) / 2)
+                    until = min(until, asked.held_until)
                 # One more would be answered in time, perhaps, but another no longer.
                 late = soonest < math.inf and time.monotonic() + worker.takes_s(len(parts) + 1) > soonest
                 if late or not part.rows:
                     break
             if rows + answered >= batching.max_rows:
                 break
-            asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until)
+            each = max(rows / len(parts), 1.0) if parts else 1.0
+            enough = math.ceil((batching.next_size(rows) - rows) / each)
+            asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until, enough)
             if asked is not None:
                 together.append(asked)
         return parts

@@ -5,7 +5,7 @@ The first dimension of every input and output is rows. A batch is counted in row
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -108,6 +108,7 @@ class Batching:
         self.delay_s = config.max_delay_us / 1e6
         self.tolerance = config.tolerance
         self.preferred = frozenset((*config.preferred_rows, config.max_rows))
+        self._preferred = sorted(self.preferred)
         self._allowed = tuple(sorted(config.allowed_rows))
         self._buckets = {name: (bucket, sorted(bucket.to)) for name, bucket in config.buckets.items()}
         self._splits = config.enabled is True
@@ -120,6 +121,10 @@ class Batching:
         if self._allowed:
             return self._allowed
         return (*(2**n for n in range(self.max_rows.bit_length()) if 2**n < self.max_rows), self.max_rows)
+
+    def next_size(self, rows: int) -> int:
+        """The next size that is not held, of more than so many rows, which are fewer than `max_rows`."""
+        return self._preferred[bisect_right(self._preferred, rows)]
 
     def part(self, asked: Any, request: Request, inputs: Any) -> Part:
         """What a request brings, whose `inputs` are what the handler made of it."""

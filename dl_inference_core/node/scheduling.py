@@ -30,6 +30,8 @@ _KEPT = 0.9
 """Of what was known, with each new measurement."""
 _MARGIN = 1.1
 """Of the time that a request is expected to take: an answer that comes a little too late was worth nothing."""
+_REST_S = 0.005
+"""After which a thread that waits for company looks at what has come: some of it may need no model."""
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares, for a slope to be known."""
 
@@ -119,14 +121,16 @@ class CallJob(Job):
 
     Attributes:
         size: of its message, in bytes.
+        held_until: when it is to be worked on, by `time.monotonic`, whoever may come: half the time to its deadline.
     """
 
-    __slots__ = ("call", "size")
+    __slots__ = ("call", "held_until", "size")
 
     def __init__(self, call: Call, future: asyncio.Future[Any]) -> None:
         super().__init__(future)
         self.call = call
         self.size = len(call.request)
+        self.held_until = math.inf if call.deadline is None else (self.since + call.deadline) / 2
 
 
 class Outbox:
@@ -219,6 +223,7 @@ class _Queue:
         """By priority."""
         self._bytes = 0
         self._busy = 0
+        self._ending = False
         self.threads = 1
         self.at_once = 1
         """How many requests a thread takes at once at most."""
@@ -226,6 +231,12 @@ class _Queue:
         self.holds = False
         """Whether threads wait for company, of which one at a time gathers: else each would hold a part of it."""
         self.gathering = threading.Lock()
+        self._rests = False
+        self._until = math.inf
+        self._enough = 0
+        self._alarm = threading.Lock()
+        """Held, but for the moment between the end of a rest and who rested."""
+        self._alarm.acquire()
 
     def configure(self, limits: QueueLimits, at_once: int, *, holds: bool) -> None:
         """Before the first request."""
@@ -237,6 +248,7 @@ class _Queue:
     def put(self, job: Job) -> None:
         with self._lock:
             self._own.append(job)
+            self._wake()
         self._tokens.put(True)
 
     def put_call(self, job: CallJob) -> None:
@@ -257,6 +269,8 @@ class _Queue:
                     ousted = self._make_room(job, priority)
             self._calls[priority].append(job)
             self._bytes += job.size
+            if self._rests and (self.waiting() >= self._enough or job.held_until < self._until):
+                self._wake()
         self._tokens.put(True)
         if ousted is not None and not ousted.future.done():
             ousted.future.set_exception(self._full("a request of a higher priority has taken its place"))
@@ -333,7 +347,33 @@ class _Queue:
                         self._bytes -= job.size
                         return job
 
+    def rest(self, until: float, enough: int) -> None:
+        """Wait until then, by `time.monotonic`, but not if so many calls wait, or one that cannot for so long, or
+        anything else. A thread that woke for each of them would do so between two steps of the event loop."""
+        left_s = until - time.monotonic()
+        with self._lock:
+            if left_s <= 0 or self._own or self._ending or self.waiting() >= enough:
+                return
+            if any(job.held_until < until for calls in self._calls for job in calls):
+                return
+            self._rests, self._until, self._enough = True, until, enough
+        if not self._alarm.acquire(timeout=left_s):
+            with self._lock:
+                if self._rests:
+                    self._rests = False
+                else:  # woken just now
+                    self._alarm.acquire()
+
+    def _wake(self) -> None:
+        """With the lock."""
+        if self._rests:
+            self._rests = False
+            self._alarm.release()
+
     def end(self, threads: int) -> None:
+        with self._lock:
+            self._ending = True
+            self._wake()
         for _ in range(threads):
             self._tokens.put(False)
 
@@ -369,29 +409,25 @@ class Worker:
         self._ends = False
         self._gathers = False
 
-    def take(self, kind: type[T], until: float) -> T | None:
-        """Another job of that kind to be done with the one of now, if one comes until then, by `time.monotonic`. One of
-        another kind is done after it, and ends what can be taken."""
+    def take(self, kind: type[T], until: float, enough: int = 1) -> T | None:
+        """Another job of that kind to be done with the one of now. If there is none, waits until then, by
+        `time.monotonic`, or for so many. One of another kind is done after it, and ends what can be taken."""
         if self._ends or self._next is not None:
             return None
-        since = time.monotonic()
         try:
-            job = self._jobs.take(until)
+            job = self._jobs.take(0.0)
+            while job is None and until > (since := time.monotonic()):
+                self._jobs.rest(min(until, since + _REST_S), enough)
+                seconds, began = self.spent
+                self.spent = seconds, began + time.monotonic() - since  # to wait for others is no work
+                job = self._jobs.take(0.0)
         except StopIteration:
             self._ends = True
             return None
-        finally:
-            if until > since:
-                self._held(since)
         if job is None or isinstance(job, kind):
             return job
         self._next = job
         return None
-
-    def _held(self, since: float) -> None:
-        """To wait for others is no work."""
-        seconds, began = self.spent
-        self.spent = seconds, began + time.monotonic() - since
 
     def takes_s(self, requests: int) -> float:
         """How long this thread would work on so many requests together."""

@@ -446,6 +446,23 @@ async def test_a_request_is_not_held_beyond_its_deadline(tmp_path: Path) -> None
         assert await it.ask(1, deadline=time.monotonic() + 1) == [2]
 
 
+async def test_who_cannot_be_held_ends_it_for_all(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
+        held = asyncio.create_task(it.ask(1))
+        await asyncio.sleep(0.02)
+        assert await it.ask(2, deadline=time.monotonic() + 1) == [4]
+        assert await held == [2]
+
+
+async def test_what_is_held_is_answered_before_the_version_goes(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
+        held = asyncio.create_task(it.ask(1))
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(5):
+            await it.served._loaded[1].close()
+        assert await held == [2]
+
+
 async def test_to_be_held_is_no_work(tmp_path: Path) -> None:
     async with scene(tmp_path, "[batching]\nmax_delay_us = 200_000") as it:
         before = it.served._loaded[1]._workers.worked()
