@@ -164,7 +164,7 @@ class LoadedVersion:
             if batching is None:
                 return self._answer_alone(instance, together[0], outbox)
             parts = self._gather(instance, batching, together, worker, outbox)
-            worker.closed()
+            worker.closed(len(parts))
             for batch in batching.batches(parts):
                 self._answer_batch(instance, batching, batch, outbox)
         return len(parts)

@@ -32,6 +32,9 @@ _MARGIN = 1.1
 """Of the time that a request is expected to take: an answer that comes a little too late was worth nothing."""
 _REST_S = 0.005
 """After which a thread that waits for company looks at what has come: some of it may need no model."""
+_OVERHEAD = 0.125
+"""What a call may take besides its requests, over what these take, for more of them not to be worth it."""
+_MANY = 1 << 20
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares, for a slope to be known."""
 
@@ -188,19 +191,20 @@ class Effort:
     def __init__(self) -> None:
         self._sums = [0.0] * 5
         self._line = (0.0, 0.0)
-        self.mean_s = 0.0
-        """Of what it was lately."""
+        self.worthwhile = 1
+        """How many are worth to be taken at once: of more, each takes hardly less time."""
 
     def learn(self, requests: int, seconds: float) -> None:
         new = (1, requests, seconds, requests * requests, requests * seconds)
         self._sums = [_KEPT * old + each for old, each in zip(self._sums, new, strict=True)]
         weight, *sums = self._sums
         mean, mean_s, square, product = (each / weight for each in sums)
-        self.mean_s = mean_s
         variance = square - mean * mean
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
-        self._line = mean_s - slope * mean, slope
+        fixed = mean_s - slope * mean
+        self._line = fixed, slope
+        self.worthwhile = max(1, math.ceil(fixed / (_OVERHEAD * slope))) if slope > _OVERHEAD * fixed / _MANY else _MANY
 
     def seconds(self, requests: float) -> float:
         """0 as long as nothing is known. Any thread."""
@@ -222,7 +226,8 @@ class _Queue:
         self._calls: list[deque[CallJob]] = [deque()]
         """By priority."""
         self._bytes = 0
-        self._busy = 0
+        self._free_at: dict[int, float] = {}
+        """By number of a worker that is busy, when it should have done what it has in hand, by `time.monotonic`."""
         self._ending = False
         self.threads = 1
         self.at_once = 1
@@ -260,7 +265,7 @@ class _Queue:
         priority = limits.priority(job.call) if limits.priorities > 1 else 0
         ousted = None
         with self._lock:
-            if self._busy >= self.threads or any(self._calls):
+            if len(self._free_at) >= self.threads or any(self._calls):
                 try:
                     ousted = self._make_room(job, priority)
                 except Overloaded:
@@ -290,8 +295,8 @@ class _Queue:
         """
         limits = self._limits
         before = sum(map(len, self._calls[: priority + 1]))
-        wait_s = self._wait_s(before)
-        takes_s = wait_s + self.effort.seconds(min(before + 1, self.at_once))
+        wait_s, together = self._wait(before)
+        takes_s = wait_s + self.effort.seconds(together)
         deadline = job.call.deadline
         if deadline is not None and job.since + _MARGIN * takes_s > deadline:
             raise self._full(f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline")
@@ -311,12 +316,14 @@ class _Queue:
             f"requests of {self._bytes} bytes wait, and this one has {job.size} (max_mb is {limits.max_mb})"
         )
 
-    def _wait_s(self, before: int) -> float:
-        """Until a thread takes up a request behind so many: for what they have in hand, and for those that it does not
-        take together with them."""
-        full = self.effort.seconds(self.at_once)
-        rounds = before // self.at_once // self.threads
-        return (self.effort.mean_s if self._busy >= self.threads else 0.0) + full * rounds
+    def _wait(self, before: int) -> tuple[float, int]:
+        """How long until a thread takes up a request behind so many, and how many it then takes: while few wait, all of
+        them; else as many as make good use of it, since those that have waited for long leave no time for more."""
+        worthwhile = min(self.effort.worthwhile, self.at_once)
+        rounds, rest = divmod(before, worthwhile)
+        free_s = min(self._free_at.values()) - time.monotonic() if len(self._free_at) >= self.threads else 0.0
+        wait_s = max(free_s, 0.0) + self.effort.seconds(worthwhile) * (rounds // self.threads)
+        return wait_s, worthwhile if rounds else rest + 1
 
     def _full(self, why: str) -> Overloaded:
         return Overloaded(f"model {self._name} takes no more requests for now: {why}")
@@ -377,15 +384,15 @@ class _Queue:
         for _ in range(threads):
             self._tokens.put(False)
 
-    def begun(self) -> None:
-        """A thread is busy. Any thread."""
+    def has(self, worker: int, requests: int) -> None:
+        """A worker is busy with so many. Any thread."""
         with self._lock:
-            self._busy += 1
+            self._free_at[worker] = time.monotonic() + self.effort.seconds(requests)
 
-    def done(self, requests: int, seconds: float) -> None:
-        """A thread is busy no more, and has worked on so many requests for so long. Any thread."""
+    def done(self, worker: int, requests: int, seconds: float) -> None:
+        """It is busy no more, and has worked on so many requests for so long. Any thread."""
         with self._lock:
-            self._busy -= 1
+            del self._free_at[worker]
             if requests:
                 self.effort.learn(requests, seconds)
 
@@ -433,8 +440,12 @@ class Worker:
         """How long this thread would work on so many requests together."""
         return self._jobs.effort.seconds(requests)
 
-    def closed(self) -> None:
-        """It takes no more for now: another may begin to."""
+    def closed(self, requests: int) -> None:
+        """It takes no more for now than so many: another may begin to."""
+        self._jobs.has(self.number, requests)
+        self._let_gather()
+
+    def _let_gather(self) -> None:
         if self._gathers:
             self._gathers = False
             self._jobs.gathering.release()
@@ -443,15 +454,15 @@ class Worker:
         """Do jobs until the end."""
         seconds = 0.0
         while (job := self._following()) is not None:
-            self._jobs.begun()
+            self._jobs.has(self.number, 1)
             self.spent = seconds, time.monotonic()
             requests = job.run(self)
             del job  # or its request would live until the next one
-            self.closed()
+            self._let_gather()
             took_s = time.monotonic() - self.spent[1]
             seconds += took_s
             self.spent = seconds, math.inf
-            self._jobs.done(requests, took_s)
+            self._jobs.done(self.number, requests, took_s)
 
     def _following(self) -> Job | None:
         job, self._next = self._next, None
@@ -465,7 +476,7 @@ class Worker:
         try:
             return self._jobs.take(math.inf)
         except StopIteration:
-            self.closed()
+            self._let_gather()
             return None
 
 
