@@ -169,10 +169,12 @@ def _model(path: Path, content: bytes, options: TorchBackend.ModelOptions, place
     trusted = bool(options.sha256) and not options.allow_classes
     device = device_for(place)
     if path.suffix == ".pt2":
-        if options.execution in ("auto", "aoti") and files.is_compiled(content):
-            files.refuse_unsafe(path, content, trusted=trusted)
+        from dl_inference_torch_backend import pt2
+
+        if options.execution in ("auto", "aoti") and pt2.is_compiled(content):
+            pt2.refuse_unsafe(path, content, trusted=trusted)
             return _compiled(path, content, device)
-        return modules.ExportedModel(files.load_exported(path, content, trusted=trusted), device)
+        return modules.ExportedModel(pt2.load_exported(path, content, trusted=trusted), device)
     if path.suffix == ".safetensors":
         return modules.EagerModel(_from_state(path, options, files.load_safetensors(content)), device)
     if files.is_torchscript(content):
@@ -186,7 +188,7 @@ def _model(path: Path, content: bytes, options: TorchBackend.ModelOptions, place
 
 
 def _compiled(path: Path, content: bytes, device: Device) -> TorchModel:
-    from dl_inference_torch_backend import files, modules
+    from dl_inference_torch_backend import modules, pt2
 
     samples = read_samples(path.parent)
     if not samples:
@@ -194,7 +196,7 @@ def _compiled(path: Path, content: bytes, device: Device) -> TorchModel:
             f"{path} holds compiled code, which does not say what it takes; expected a sample.npz beside it, as "
             "numpy.savez writes it, with an array for each input in their order"
         )
-    model = modules.CompiledModel(files.load_compiled(content, device.place), device, samples[0])
+    model = modules.CompiledModel(pt2.load_compiled(content, device.place), device, samples[0])
     for sample in samples:
         try:
             with model.session():

@@ -10,22 +10,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch._inductor import aoti_compile_and_package
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Signature
 from dl_inference_core.node.samples import of_rows, read_samples, rows_of, samples
 from dl_inference_core.tensors import Tensor
 from dl_inference_torch_backend.backend import TorchBackend
-from dl_inference_torch_backend.files import load_compiled
-from dl_inference_torch_backend.modules import CompiledRun, ExportedModel, ScriptedModel, TorchModel, flat_graph
+from dl_inference_torch_backend.modules import ExportedModel, ScriptedModel, TorchModel
 
 ModelOptions: TypeAlias = TorchBackend.ModelOptions
 
@@ -34,7 +29,7 @@ _TOLERANCE = {None: 1e-4, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
+class Trial:
     """Inputs in the model's order, and what it gave for them as it was loaded."""
 
     inputs: Mapping[str, Tensor]
@@ -65,13 +60,13 @@ def prepare(model: TorchModel, options: ModelOptions, directory: Path) -> None:
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"the model cannot be run with {_said(options)}") from error
+            raise ModelError(f"the model cannot be run with {in_words(options)}") from error
         _compare(model, options, trials)
 
 
-def _trials(model: TorchModel, directory: Path, wanted: Sequence[int]) -> list[_Trial]:
+def _trials(model: TorchModel, directory: Path, wanted: Sequence[int]) -> list[Trial]:
     """The first has more than one row, where the model takes that: of one, tracers and compilers make a constant."""
-    trials: dict[Any, _Trial] = {}
+    trials: dict[Any, Trial] = {}
     failure: Exception | None = None
     for inputs, required in _inputs(model.signature, directory, wanted):
         shapes = tuple(array.shape for array in inputs.values())
@@ -81,7 +76,7 @@ def _trials(model: TorchModel, directory: Path, wanted: Sequence[int]) -> list[_
             bound = model.signature.bind(inputs)
             result = model.result(model.tensors(bound))
             raw = [(name, value) for name, value in model.named(result) if value is not None]
-            trials[shapes] = _Trial(bound, model.outputs(raw), raw)
+            trials[shapes] = Trial(bound, model.outputs(raw), raw)
         except Exception as error:
             failure = error
             if required:
@@ -117,10 +112,10 @@ def _inputs(
         yield made, rows in wanted
 
 
-class _Flat(torch.nn.Module):
+class Flat(torch.nn.Module):
     """A model on tensors in order, which returns tensors alone, of the dtypes that they had when it was loaded."""
 
-    def __init__(self, core: torch.nn.Module, trial: _Trial, options: ModelOptions) -> None:
+    def __init__(self, core: torch.nn.Module, trial: Trial, options: ModelOptions) -> None:
         super().__init__()
         self.core = core
         self._dtypes = [value.dtype for _, value in trial.raw if isinstance(value, torch.Tensor)]
@@ -149,18 +144,20 @@ def _gathered(value: Any) -> list[torch.Tensor]:
     return [tensor for item in items for tensor in _gathered(item)]
 
 
-def _change(model: TorchModel, options: ModelOptions, trials: Sequence[_Trial]) -> None:
+def _change(model: TorchModel, options: ModelOptions, trials: Sequence[Trial]) -> None:
     first = trials[0]
     numbers = {name: value for name, value in first.raw if not isinstance(value, torch.Tensor)}
     if numbers and not isinstance(model, ExportedModel):  # whose numbers are constants
-        raise ModelError(f'with {_said(options)} a model gives tensors only, but output "{min(numbers)}" is a number')
+        raise ModelError(
+            f'with {in_words(options)} a model gives tensors only, but output "{min(numbers)}" is a number'
+        )
     core = model.core
     if options.dtype:
         core.to(getattr(torch, options.dtype))
     if options.channels_last:
         core.to(memory_format=torch.channels_last)
-    flat = _Flat(core, first, options)
-    run: Callable[..., Any] = _WAYS[options.execution](model, flat.eval(), trials, options)
+    flat = Flat(core, first, options)
+    run = _way(options.execution)(model, flat.eval(), trials, options)
     model.device.settle()
     if options.cuda_graphs:
         recorded = [trial for trial in trials if trial.rows in options.cuda_graphs]
@@ -169,11 +166,11 @@ def _change(model: TorchModel, options: ModelOptions, trials: Sequence[_Trial]) 
     model.run_as(run, names, numbers)
 
 
-def _run_eager(model: TorchModel, flat: _Flat, trials: Sequence[_Trial], options: ModelOptions) -> Callable[..., Any]:
+def _run_eager(model: TorchModel, flat: Flat, trials: Sequence[Trial], options: ModelOptions) -> Callable[..., Any]:
     return flat.forward
 
 
-def _freeze(model: TorchModel, flat: _Flat, trials: Sequence[_Trial], options: ModelOptions) -> Callable[..., Any]:
+def _freeze(model: TorchModel, flat: Flat, trials: Sequence[Trial], options: ModelOptions) -> Callable[..., Any]:
     """TorchScript is frozen as it is, an exported program as TorchScript of its graph; a module is traced, conversions
     and all."""
     if isinstance(model, ExportedModel | ScriptedModel):
@@ -207,70 +204,15 @@ def _scriptable(core: torch.nn.Module) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(core, graph)
 
 
-def _compile(model: TorchModel, flat: _Flat, trials: Sequence[_Trial], options: ModelOptions) -> Callable[..., Any]:
-    # torch.compile itself would look the sources of a module up by name, long after `imports_from` has ended, and take
-    # those of another version for them. A graph has none.
-    graph = flat_graph(_exported(model, flat, trials, options).module(), {})
-    compiled: Callable[..., Any] = torch.compile(graph, mode=options.compile_mode)
-    tensors = model.arguments(model.tensors(trials[0].inputs))
-    for tensor, places in zip(tensors, _free(model, tensors), strict=True):
-        for place in places:
-            torch._dynamo.maybe_mark_dynamic(tensor, place)
-    compiled(*tensors)
-    return compiled
+def _way(execution: str) -> Callable[[TorchModel, Flat, Sequence[Trial], ModelOptions], Callable[..., Any]]:
+    if execution in ("compile", "aoti"):
+        from dl_inference_torch_backend import compiling  # and 70 MB of compilers
+
+        return compiling.compile_now if execution == "compile" else compiling.compile_ahead
+    return _freeze if execution == "frozen" else _run_eager
 
 
-def _compile_ahead(
-    model: TorchModel, flat: _Flat, trials: Sequence[_Trial], options: ModelOptions
-) -> Callable[..., Any]:
-    program = _exported(model, flat, trials, options)
-    # It would take 2 rows or more only, as if it had been written for no fewer.
-    settings = {"aot_inductor.check_lowerbound": False}
-    with TemporaryDirectory() as folder:
-        package = str(Path(folder, "model.pt2"))
-        path = aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
-        run = CompiledRun(load_compiled(Path(path).read_bytes(), model.device.place))
-    model.require(trials[0].inputs)
-    return run
-
-
-def _exported(
-    model: TorchModel, flat: _Flat, trials: Sequence[_Trial], options: ModelOptions
-) -> torch.export.ExportedProgram:
-    """`flat` as a graph, with the sizes free that may change.
-
-    Raises:
-        ModelError: there is no C++ compiler for it; it is TorchScript.
-    """
-    if isinstance(model, ScriptedModel):
-        raise ModelError(
-            f'TorchScript cannot be run with {_said(options)}; expected "eager" or "frozen", or another kind of file'
-        )
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise ModelError(
-            f"{_said(options)} needs a C++ compiler and there is none: install g++, or name one in the "
-            "environment variable CXX"
-        ) from error
-    tensors = model.arguments(model.tensors(trials[0].inputs))
-    free = tuple(dict.fromkeys(places, torch.export.Dim.AUTO) for places in _free(model, tensors))
-    with torch.inference_mode(False), torch.no_grad():
-        # What was made in inference mode cannot be exported.
-        inputs = tuple([tensor.clone() for tensor in tensors])
-        return torch.export.export(flat, inputs, dynamic_shapes=(free,))
-
-
-_WAYS: Mapping[str, Callable[[TorchModel, _Flat, Sequence[_Trial], ModelOptions], Callable[..., Any]]] = {
-    "auto": _run_eager,
-    "eager": _run_eager,
-    "frozen": _freeze,
-    "compile": _compile,
-    "aoti": _compile_ahead,
-}
-
-
-def _said(options: ModelOptions) -> str:
+def in_words(options: ModelOptions) -> str:
     """What of `options` changes how a model runs, as it stands in a `model.toml`."""
     words = [] if options.execution in ("auto", "eager") else [f'execution = "{options.execution}"']
     words += [f'dtype = "{options.dtype}"'] if options.dtype else []
@@ -278,7 +220,7 @@ def _said(options: ModelOptions) -> str:
     return ", ".join(words or [f"cuda_graphs = {list(options.cuda_graphs)}"])
 
 
-def _free(model: TorchModel, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+def free_places(model: TorchModel, tensors: Sequence[torch.Tensor]) -> list[list[int]]:
     """The places of the sizes of each input that may change: those that the signature leaves free, or the first."""
     shapes = {spec.name: spec.shape for spec in model.signature.inputs}
     free: list[list[int]] = []
@@ -291,19 +233,19 @@ def _free(model: TorchModel, tensors: Sequence[torch.Tensor]) -> list[list[int]]
     return free
 
 
-def _compare(model: TorchModel, options: ModelOptions, trials: Sequence[_Trial]) -> None:
+def _compare(model: TorchModel, options: ModelOptions, trials: Sequence[Trial]) -> None:
     tolerance = _TOLERANCE[options.dtype] if options.tolerance is None else options.tolerance
     for trial in trials:
         try:
             outputs = model(model.signature.bind(trial.inputs))
         except Exception as error:
             raise ModelError(
-                f"with {_said(options)} the model fails on {trial.rows} rows, which it takes as it was loaded"
+                f"with {in_words(options)} the model fails on {trial.rows} rows, which it takes as it was loaded"
             ) from error
         for name, expected in trial.outputs.items():
             if (words := _difference(outputs[name], expected, tolerance)) is not None:
                 raise ModelError(
-                    f'with {_said(options)} the model answers otherwise than as it was loaded: output "{name}" of '
+                    f'with {in_words(options)} the model answers otherwise than as it was loaded: output "{name}" of '
                     f"{trial.rows} rows {words}; the tolerance, relative and absolute, is {tolerance:g}: if that is "
                     "close enough, set a larger `tolerance` under [options] in model.toml"
                 )

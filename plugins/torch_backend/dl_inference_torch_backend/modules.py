@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.export.passes import move_to_device_pass
-from torch.export.pt2_archive._package import AOTICompiledModel
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -22,6 +21,9 @@ from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor, mapped
 from dl_inference_torch_backend.devices import Device
+
+if TYPE_CHECKING:
+    from torch.export.pt2_archive._package import AOTICompiledModel
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _GUARD = "Guard failed: "  # how the AssertionError of a program's own guards begins

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from dl_inference_torch_backend import devices, execution
+from dl_inference_torch_backend import compiling, devices, execution
 from dl_inference_torch_backend.backend import TorchBackend
 from dl_inference_torch_backend.devices import Accelerator
 from torch.export import Dim
@@ -407,19 +409,33 @@ class Package(NamedTuple):
     plain: Model
 
 
+@pytest.mark.parametrize("way", ["eager", "frozen"])
+def test_what_needs_no_compiler_imports_none(tmp_path: Path, way: str) -> None:
+    """Torch's own take 70 MB."""
+    program = (
+        "import pathlib, sys, warnings\n"
+        "from dl_inference_torch_backend.backend import TorchBackend\n"
+        "warnings.simplefilter('ignore')\n"
+        "options = TorchBackend.ModelOptions(execution=sys.argv[2])\n"
+        "TorchBackend(TorchBackend.Options()).load(pathlib.Path(sys.argv[1]), options, 'cpu')\n"
+        "assert not {'torch._dynamo', 'torch._inductor', 'sympy'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(write_scripted(tmp_path)), way], check=True, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Package:
     """A program that was compiled when it was loaded, and what the compiler made."""
     directory = write_exported(tmp_path_factory.mktemp("model"))
     contents: list[bytes] = []
-    load_compiled = execution.load_compiled
+    load_compiled = compiling.load_compiled
 
     def keep(content: bytes, device: torch.device) -> Any:
         contents.append(content)
         return load_compiled(content, device)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "load_compiled", keep)
+        patch.setattr(compiling, "load_compiled", keep)
         model = load(directory, execution="aoti")
     return Package(*contents, model, load(directory))
 
