@@ -257,7 +257,7 @@ class Serving:
 def _settle() -> None:
     """What is there once everything has started stays: the garbage collector passes over it, and comes so seldom that
     requests have ended before. By Python's own settings it looks at each of them several times, which takes a tenth of
-    a busy server's time."""
+    a busy server's time. What a model of now leaves in a cycle once another takes its place stays, too."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])

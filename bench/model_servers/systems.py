@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 _READY_S = 120.0
 _BATCH = BATCHES[-1]
+_DELAYS_US = (0, 100, 1000, 2000)
+"""For which a batch may be held, of those who can be told."""
 # For all that speak gRPC: a deadline is part of the work.
 _DEADLINE = ("grpc-timeout: 60S",)
 
@@ -332,7 +334,7 @@ OURS = tuple(
         start=_ours(transport),
         post=_POST_OPEN_INFERENCE,
         read=_read_open_inference,
-        settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in (0, 100)),
+        settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in _DELAYS_US),
     )
     for transport in ("grpcio", "envoy")
 )
@@ -343,7 +345,7 @@ PEERS = (
         start=_triton,
         post=_POST_OPEN_INFERENCE,
         read=_read_open_inference,
-        settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in (0, 100, 1000)),
+        settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in _DELAYS_US),
         environment=environments.TRITON,
     ),
     System(

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -164,7 +164,7 @@ class LoadedVersion:
             if batching is None:
                 return self._answer_alone(instance, together[0], outbox)
             parts = self._gather(instance, batching, together, worker, outbox)
-            worker.closed(len(parts))
+            worker.closed(len(parts), sum(part.rows for part in parts))
             for batch in batching.batches(parts):
                 self._answer_batch(instance, batching, batch, outbox)
         return len(parts)
@@ -301,11 +301,12 @@ class LoadedVersion:
     def _inputs(self, instance: Instance, request: Request) -> Any:
         """What the model takes: what `preprocess` returns, which is not asked where it is known to change nothing."""
         template, handler = request.template, instance.handler
-        if template is not None and template.as_they_are:
-            return request.payload
+        if template is not None and template.inputs:
+            payload: Any = request.payload
+            return {name: payload[name] for name in template.inputs}
         inputs = self._stage("preprocess", handler.preprocess, request)
-        if template is not None and template.as_they_are is None:
-            template.as_they_are = handler.takes_what_fits and _are_the_same(inputs, request.payload)
+        if template is not None and template.inputs is None:
+            template.inputs = _unchanged(inputs, request.payload) if handler.takes_what_fits else ()
         return inputs
 
     def _codec(self, protocol: Protocol) -> Templates:
@@ -331,8 +332,7 @@ class LoadedVersion:
             outbox.put(asked.future, None, error)
             return None
         if request.version not in (None, self.number) or request.label:
-            request.template = None  # which is this version's
-            outbox.put(asked.future, request)
+            outbox.put(asked.future, replace(request, template=None))  # which is this version's
             return None
         return request
 
@@ -378,11 +378,12 @@ def _encoded(codec: Templates, request: Request, payload: Any) -> bytes:
     return codec.encode_response(narrow(payload, request), request)
 
 
-def _are_the_same(inputs: Any, payload: Any) -> bool:
-    """Whether both are the same arrays by the same names."""
+def _unchanged(inputs: Any, payload: Any) -> tuple[str, ...]:
+    """The names of `inputs`, if they are the arrays of `payload` by the same names; else none."""
     if not isinstance(inputs, Mapping) or not isinstance(payload, Mapping) or len(inputs) != len(payload):
-        return False
-    return all(name in payload and payload[name] is value for name, value in inputs.items())
+        return ()
+    same = all(name in payload and payload[name] is value for name, value in inputs.items())
+    return tuple(inputs) if same else ()
 
 
 class _Asked(CallJob):

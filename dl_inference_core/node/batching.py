@@ -129,7 +129,7 @@ class Batching:
     def part(self, asked: Any, request: Request, inputs: Any) -> Part:
         """What a request brings, whose `inputs` are what the handler made of it."""
         template = request.template
-        if template is None or not template.as_they_are or self._buckets:
+        if template is None or not template.inputs or self._buckets:
             return self._part(asked, request, inputs)
         if template.shared is None:
             part = self._part(asked, request, inputs)

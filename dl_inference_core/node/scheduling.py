@@ -231,7 +231,9 @@ class _Queue:
         self._ending = False
         self.threads = 1
         self.at_once = 1
-        """How many requests a thread takes at once at most."""
+        """How many rows a thread takes at once at most."""
+        self._rows_each = 1.0
+        """How many a request had lately."""
         self.effort = Effort()
         self.holds = False
         """Whether threads wait for company, of which one at a time gathers: else each would hold a part of it."""
@@ -319,7 +321,7 @@ class _Queue:
     def _wait(self, before: int) -> tuple[float, int]:
         """How long until a thread takes up a request behind so many, and how many it then takes: while few wait, all of
         them; else as many as make good use of it, since those that have waited for long leave no time for more."""
-        worthwhile = min(self.effort.worthwhile, self.at_once)
+        worthwhile = max(1, min(self.effort.worthwhile, int(self.at_once / self._rows_each)))
         rounds, rest = divmod(before, worthwhile)
         free_s = min(self._free_at.values()) - time.monotonic() if len(self._free_at) >= self.threads else 0.0
         wait_s = max(free_s, 0.0) + self.effort.seconds(worthwhile) * (rounds // self.threads)
@@ -368,8 +370,8 @@ class _Queue:
             with self._lock:
                 if self._rests:
                     self._rests = False
-                else:  # woken just now
-                    self._alarm.acquire()
+                else:
+                    self._alarm.acquire(blocking=False)  # woken just now
 
     def _wake(self) -> None:
         """With the lock."""
@@ -384,9 +386,11 @@ class _Queue:
         for _ in range(threads):
             self._tokens.put(False)
 
-    def has(self, worker: int, requests: int) -> None:
-        """A worker is busy with so many. Any thread."""
+    def has(self, worker: int, requests: int, rows: int = 0) -> None:
+        """A worker is busy with so many, which have so many rows, if that is known. Any thread."""
         with self._lock:
+            if requests and rows:
+                self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
             self._free_at[worker] = time.monotonic() + self.effort.seconds(requests)
 
     def done(self, worker: int, requests: int, seconds: float) -> None:
@@ -440,9 +444,9 @@ class Worker:
         """How long this thread would work on so many requests together."""
         return self._jobs.effort.seconds(requests)
 
-    def closed(self, requests: int) -> None:
-        """It takes no more for now than so many: another may begin to."""
-        self._jobs.has(self.number, requests)
+    def closed(self, requests: int, rows: int) -> None:
+        """It takes no more for now than so many, with so many rows: another may begin to."""
+        self._jobs.has(self.number, requests, rows)
         self._let_gather()
 
     def _let_gather(self) -> None:
@@ -503,10 +507,10 @@ class Workers:
             threading.Thread(target=self._work, args=(worker,), name=f"{self._name}#{number}", daemon=True).start()
 
     def configure(self, limits: QueueLimits, at_once: int = 1, *, holds: bool = False) -> None:
-        """Before the first `submit`.
+        """Before the first `submit`, on the one thread that there is.
 
         Args:
-            at_once: how many requests one thread takes together at most.
+            at_once: how many rows one thread takes together at most.
             holds: whether it waits for them to come.
         """
         self._jobs.configure(limits, at_once, holds=holds)

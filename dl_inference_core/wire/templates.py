@@ -30,10 +30,10 @@ _MOST, _MOST_OF_A_SIZE, _MOST_ANSWERS = 256, 8, 16
 # Whose ids are never the same twice is not to pay for what is never used again: learning costs, each hit and, a little,
 # each miss pays.
 _CREDIT = 4096
-_PRICE, _HIT, _MISS = 256, 16, 1
+_PRICE, _HIT, _MISS = 256, 8, 1
 
-# The bytes of numbers that are tried. A varint goes on after each of the larger ones, and ends with each of the smaller
-# ones: a byte that is one now and then would be found out. No float of either is a NaN.
+# The bytes of numbers that are tried. A varint goes on after each of the larger ones and ends with each of the smaller
+# ones: what is a number's only byte in some of them is found out by the others. No float of either is a NaN.
 _LARGER, _SMALLER = range(0x80, 0xC0), range(0x40)
 
 _Key: TypeAlias = "str | None"
@@ -55,11 +55,13 @@ class Template:
     """Requests that differ in the values of their tensors alone.
 
     Attributes:
-        as_they_are: whether a model takes their tensors as they are; None as long as nobody has found out.
+        inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not,
+            None as long as nobody has found out.
         shared: what `Batching` knows of them.
+        used: whether one has come since this was last looked at.
     """
 
-    __slots__ = ("_around", "_holes", "_parameters", "_said", "_tags", "answers", "as_they_are", "shared")
+    __slots__ = ("_around", "_holes", "_parameters", "_said", "_tags", "answers", "inputs", "shared", "used")
 
     def __init__(self, body: bytes, request: Request, holes: Sequence[_Hole]) -> None:
         self._around = tuple(
@@ -80,7 +82,8 @@ class Template:
             "id": request.id,
             "template": self,
         }
-        self.as_they_are: bool | None = None
+        self.inputs: tuple[str, ...] | None = None
+        self.used = False
         self.shared: Any = None
         self.answers: dict[Any, _Answer | None] = {}
 
@@ -91,8 +94,20 @@ class Template:
                 return False
         return True
 
+    def says(self, request: Request) -> bool:
+        """Whether what an answer repeats of `request` is what it came with: a handler may have written in it."""
+        said = self._said
+        return bool(
+            request.tags == self._tags
+            and request.id == said["id"]
+            and request.form is said["form"]
+            and request.model == said["model"]
+            and request.signature == said["signature"]
+        )
+
     def request(self, body: bytes) -> Request:
         """The request in `body`, which matches."""
+        self.used = True
         payload: Any = {
             name: np.frombuffer(body[start:stop], dtype).reshape(shape)
             for name, start, stop, dtype, shape in self._holes
@@ -159,7 +174,7 @@ class Templates:
             TypeError: as the codec.
         """
         template = request.template
-        if template is None:
+        if template is None or not template.says(request):
             return self._encode(payload, request)
         key: list[Any] = []
         for name, array in _named(payload).items():
@@ -187,20 +202,34 @@ class Templates:
         if holes is None:
             return
         template = Template(body, request, holes)
-        others = _others(tensors)
-        trial = bytearray(body)
-        for hole in holes:
-            trial[hole.start : hole.stop] = others[hole.name].tobytes()
-        try:
-            decoded = self._codec.decode_request(bytes(trial))
-        except InferenceError:
-            return
-        if not _same(decoded, template.request(bytes(trial))):
-            return
+        for within in (_LARGER, _SMALLER):
+            others = _others(tensors, within)
+            trial = bytearray(body)
+            for hole in holes:
+                trial[hole.start : hole.stop] = others[hole.name].tobytes()
+            try:
+                decoded = self._codec.decode_request(bytes(trial))
+            except InferenceError:
+                return
+            if not _same(decoded, template.request(bytes(trial))):
+                return
+        self._keep(len(body), template)
+
+    def _keep(self, size: int, template: Template) -> None:
+        """In the place of one that is not used, where there is no other."""
         if self._count >= _MOST:
             self._by_size, self._count = {}, 0
-        self._by_size[len(body)] = (template, *self._by_size.get(len(body), ()))[:_MOST_OF_A_SIZE]
-        self._count += 1
+        kept = self._by_size.get(size, ())
+        if len(kept) < _MOST_OF_A_SIZE:
+            self._by_size[size] = (*kept, template)
+            self._count += 1
+            return
+        used = tuple(each for each in kept if each.used)
+        if len(used) < len(kept):
+            self._by_size[size] = (*used, template)
+            self._count -= len(kept) - len(used) - 1
+        for each in used:
+            each.used = False
 
     def _learn_answer(self, template: Template, key: Any, payload: Payload, request: Request) -> bytes:
         """The answer; and what others have in common with it."""
@@ -235,7 +264,9 @@ def _named(payload: Any) -> Mapping[_Key, Any]:
 def _tensors(payload: Any) -> Mapping[_Key, Tensor] | None:
     """`payload` by name; None if there is anything in it but numbers, as many machines have them."""
     named = _named(payload)
-    for array in named.values():
+    for name, array in named.items():
+        if name is None and named is payload:
+            return None
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.dtype.isnative:
             return None
     return named

@@ -618,6 +618,20 @@ async def test_what_is_in_hand_is_waited_for(tmp_path: Path) -> None:
         assert await asyncio.gather(*together) == [[0], [2], [4], [6]]
 
 
+async def test_rows_that_fill_a_batch_are_not_waited_for_as_one(tmp_path: Path) -> None:
+    """Three requests wait, each with as many rows as a batch has."""
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        for _ in range(40):
+            await it.ask(1, 2, 3, 4)
+        it.takes(1.0)
+        async with it.busy():
+            waiting = [asyncio.create_task(it.ask(1, 2, 3, 4)) for _ in range(3)]
+            await it.queued(3)
+            with pytest.raises(Overloaded, match=r"take [34]\d\d\d ms, beyond its deadline"):
+                await it.ask(1, 2, 3, 4, deadline=time.monotonic() + 3)
+        assert await asyncio.gather(*waiting) == [[2, 4, 6, 8]] * 3
+
+
 async def test_calls_that_cost_the_same_for_any_number_grow_large(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
         it.model.sleep_s = 0.05

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from dl_inference_core.errors import InferenceError
 from dl_inference_core.tensors import Form, Request, Response
+from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
 from dl_inference_core.wire.templates import Templates
 
@@ -144,6 +145,54 @@ def test_numbers_as_varints_are_not_known() -> None:
     assert not knows(templates, small)
 
 
+@pytest.mark.parametrize("name", ["openinference", "tfserving"])
+@pytest.mark.parametrize("number", [5, 200])
+def test_a_number_of_one_byte_is_not_taken_for_its_varint(name: str, number: int) -> None:
+    """200 is a varint of two bytes, the first of which is 200."""
+    codec = PROTOCOLS[name].codec
+    templates = Templates(codec, "m", 1)
+    body = codec.encode_request(Request(payload={"x": np.array([number], np.uint8)}, form=Form.TENSORS, model="m"))
+    if name == "tfserving":  # typed, as clients may
+        message = messages.PredictRequest.FromString(body)
+        message.inputs["x"].ClearField("tensor_content")
+        message.inputs["x"].int_val.append(number)
+        body = message.SerializeToString()
+    templates.decode_request(body)
+    for byte in range(256):
+        changed = body.replace(bytes([number]), bytes([byte]))
+        assert meaning(templates.decode_request, changed) == meaning(codec.decode_request, changed)
+
+
+def test_what_is_used_is_kept() -> None:
+    """More ids of one length than there are places."""
+    codec = PROTOCOLS["openinference"].codec
+    templates = Templates(codec, "m", 1)
+    payload = {"x": np.arange(4, dtype=np.float32)}
+    bodies = [
+        codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", id=f"{number:02}"))
+        for number in range(12)
+    ]
+    for _ in range(20):
+        for body in bodies:
+            templates.decode_request(body)
+    assert sum(knows(templates, body) for body in bodies) == 8
+
+
+@pytest.mark.parametrize("change", [{"id": "8"}, {"tags": {"a": "c"}}, {"model": "another"}])
+def test_what_a_handler_has_written_in_a_request_is_in_its_answer_alone(change: Any) -> None:
+    codec = PROTOCOLS["seldon"].codec
+    templates = Templates(codec, "m", 1)
+    body = codec.encode_request(Request(payload=np.arange(3.0), form=Form.TENSOR, model="m", id="7", tags={"a": "b"}))
+    templates.decode_request(body)
+    answer = np.array([1.5, 2.5])
+    plain = templates.encode_response(answer, templates.decode_request(body))
+    for _ in range(3):
+        changed = replace(templates.decode_request(body), **change)
+        expected = Response(payload=answer, model="m", version=1, tags=changed.tags, id=changed.id)
+        assert templates.encode_response(answer, changed) == codec.encode_response(expected, changed)
+        assert templates.encode_response(answer, templates.decode_request(body)) == plain
+
+
 def test_equal_numbers_in_two_tensors_are_told_apart_later() -> None:
     codec = PROTOCOLS["openinference"].codec
     templates = Templates(codec, "m", 1)
@@ -180,7 +229,7 @@ def test_ids_that_are_never_the_same_are_soon_learnt_no_more() -> None:
         templates.decode_request(
             codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", id=str(number)))
         )
-    assert 4000 < asked < 4000 + 40
+    assert 4000 < asked < 4000 + 80
 
 
 def test_who_writes_in_a_requests_tags_writes_in_no_other() -> None:
@@ -199,7 +248,7 @@ def test_there_are_only_so_many_templates() -> None:
     for count in range(1, 700):
         payload = {"x": np.arange(count, dtype=np.float32)}
         body = codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m"))
-        for _ in range(20):  # which pays for the next
+        for _ in range(40):  # which pays for the next
             templates.decode_request(body)
         assert knows(templates, body)
     assert sum(map(len, templates._by_size.values())) <= 256

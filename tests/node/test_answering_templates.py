@@ -1,0 +1,139 @@
+"""A handler sees the same of a request that is known by a template, and what it does to one changes no other."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dl_inference_core.errors import BadRequest
+from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.repository import Repository
+from dl_inference_core.tensors import Form, Request, Response
+from dl_inference_core.testing import FakeBackend
+from dl_inference_core.transport import Call
+from dl_inference_core.wire.protocol import PROTOCOLS
+
+BATCHING = pytest.mark.parametrize("toml", ["", "[batching]\nenabled = false"])
+TIMES = 5
+
+
+class Asked:
+    """A model "m" that is asked."""
+
+    def __init__(self, repository: Repository) -> None:
+        self._served = repository.models["m"]
+
+    async def __call__(self, protocol: str, **request: Any) -> Response:
+        spoken = PROTOCOLS[protocol]
+        body = spoken.codec.encode_request(Request(model="m", **request))
+        return spoken.codec.decode_response(
+            await self._served.answer(Call(method=spoken.node_method, request=body), spoken)
+        )
+
+
+@asynccontextmanager
+async def asked(folder: Path, handler: type[Handler], toml: str, inputs: Mapping[str, Any]) -> AsyncIterator[Asked]:
+    FakeBackend.write(folder / "m" / "1", inputs=inputs)
+    (folder / "m" / "model.toml").write_text(f'handler = "it"\n{toml}', encoding="utf-8")
+    repository = Repository(folder, backends={"fake": FakeBackend()}, handlers={"it": handler})
+    await repository.start()
+    assert repository.models["m"].ready
+    try:
+        yield Asked(repository)
+    finally:
+        await repository.close()
+
+
+X = {"x": ["float64", [None, None]]}
+A_AND_B = {"a": ["float32", [None, None]], "b": ["float32", [None, None]]}
+
+
+def two(number: float) -> dict[str, Any]:
+    """Inputs in another order than the model's."""
+    return {"b": np.full((1, 2), 1.5, np.float32), "a": np.full((1, 2), number, np.float32)}
+
+
+@BATCHING
+async def test_a_tag_that_a_handler_adds_is_of_its_own_request(tmp_path: Path, toml: str) -> None:
+    class Tagging(Handler):
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            assert isinstance(request.tags, dict)
+            request.tags["score"] = float(outputs["x"][0, 0])
+            return outputs
+
+    async with asked(tmp_path, Tagging, toml, X) as ask:
+        for number in range(TIMES):
+            answer = await ask("seldon", payload=np.full((1, 3), number + 0.125), form=Form.TENSOR, tags={"user": "u"})
+            assert isinstance(answer.payload, np.ndarray)
+            assert answer.tags["score"] == answer.payload[0, 0]
+
+
+@BATCHING
+async def test_inputs_come_in_the_signatures_order(tmp_path: Path, toml: str) -> None:
+    class Subtracting(Handler):
+        def run_batch(self, model: Any, inputs: Any, requests: Any) -> Any:
+            first, second = inputs.values()
+            return {"difference": first - second}
+
+    async with asked(tmp_path, Subtracting, toml, A_AND_B) as ask:
+        for number in range(TIMES):
+            answer = await ask("openinference", payload=two(number), form=Form.TENSORS_RAW)
+            assert isinstance(answer.payload, Mapping)
+            assert answer.payload["difference"].tolist() == [[number - 1.5] * 2]
+
+
+@BATCHING
+async def test_a_request_keeps_what_is_taken_out_of_the_inputs(tmp_path: Path, toml: str) -> None:
+    class Taking(Handler):
+        def run_batch(self, model: Any, inputs: Any, requests: Any) -> Any:
+            return {"a": inputs.pop("a") + inputs.pop("b")}
+
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            assert isinstance(request.payload, Mapping)
+            return {"sum": outputs["a"], "b": request.payload["b"]}
+
+    async with asked(tmp_path, Taking, toml, A_AND_B) as ask:
+        for number in range(TIMES):
+            answer = await ask("openinference", payload=two(number), form=Form.TENSORS_RAW)
+            assert isinstance(answer.payload, Mapping)
+            assert answer.payload["sum"].tolist() == [[number + 1.5] * 2]
+            assert answer.payload["b"].tolist() == [[1.5, 1.5]]
+
+
+@BATCHING
+async def test_outputs_by_no_name_are_answered_every_time(tmp_path: Path, toml: str) -> None:
+    class Nameless(Handler):
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            return {None: outputs["x"]}
+
+    async with asked(tmp_path, Nameless, toml, X) as ask:
+        for number in range(TIMES):
+            answer = await ask("openinference", payload={"x": np.full((1, 2), number + 0.5)}, form=Form.TENSORS_RAW)
+            assert isinstance(answer.payload, Mapping)
+            assert [array.tolist() for array in answer.payload.values()] == [[[number + 0.5] * 2]]
+
+
+@BATCHING
+async def test_numbers_that_a_model_cannot_hold_are_refused_every_time(tmp_path: Path, toml: str) -> None:
+    """What is converted depends on the numbers, whatever was found out of others."""
+    async with asked(tmp_path, Handler, toml, {"x": ["int32", [None, None]]}) as ask:
+        for _ in range(TIMES):
+            answer = await ask("seldon", payload=np.array([[7.0]]), form=Form.TENSOR)
+            assert isinstance(answer.payload, np.ndarray)
+            assert answer.payload.tolist() == [[7]]
+            with pytest.raises(BadRequest, match=r"does not take the value 7\.5"):
+                await ask("seldon", payload=np.array([[7.5]]), form=Form.TENSOR)
+
+
+@BATCHING
+async def test_a_shape_that_does_not_fit_is_refused_every_time(tmp_path: Path, toml: str) -> None:
+    async with asked(tmp_path, Handler, toml, {"x": ["float32", [None, 2]]}) as ask:
+        payload = {"x": np.full((1, 3), 0.5, np.float32)}
+        for _ in range(TIMES):
+            with pytest.raises(BadRequest, match="does not take shape"):
+                await ask("openinference", payload=payload, form=Form.TENSORS_RAW)
