@@ -30,7 +30,7 @@ from dl_inference_core.transport import Transport
 _CONFIG_EXIT = 2
 _JOIN = {"join": "gateways", "join_token_file": "token_file", "advertise": "advertise"}
 
-_YOUNG = 20_000
+_YOUNG = 5_000
 """Objects that are made, and not freed, from one garbage collection to the next."""
 new_event_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
 with contextlib.suppress(ImportError):

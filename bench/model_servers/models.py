@@ -12,7 +12,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-"""Rows at once: the last is the most that any server may put together."""
+"""Rows at once, in which the bare model is tried."""
 OUTPUT = "scores"
 """The one output of each, float32 [n, m]."""
 
@@ -26,6 +26,8 @@ class Model:
         outputs: how many scores it gives for a row.
         threads: that one of torch's operators may use, in every server.
         in_flight: how many requests of one row each are under way.
+        batch: rows that any server may put together: here torch gets through as many of them as in larger batches, or
+            more.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Model:
     outputs: int
     threads: int
     in_flight: tuple[int, ...]
+    batch: int
 
     def row(self) -> Floats:
         """One request's input, [1, …]; the same every time."""
@@ -53,6 +56,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                 outputs=2,
                 threads=1,
                 in_flight=(1, 8, 32, 128),
+                batch=64,
             ),
             Model(
                 name="digits",
@@ -62,6 +66,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                 outputs=10,
                 threads=1,
                 in_flight=(1, 8, 32, 128),
+                batch=64,
             ),
             Model(
                 name="resnet50",
@@ -71,6 +76,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                 outputs=1000,
                 threads=2,
                 in_flight=(1, 8, 32),
+                batch=8,
             ),
         )
     }

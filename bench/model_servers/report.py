@@ -13,7 +13,7 @@ from rich.table import Table
 from bench.goals import Outcome
 from bench.model_servers import goals
 from bench.model_servers.measuring import Measured
-from bench.model_servers.models import BATCHES, MODELS
+from bench.model_servers.models import MODELS
 from bench.model_servers.systems import EVERY, TOLERANCE
 from bench.outputs import MODEL_SERVERS, NODE
 from bench.rounds import Figures
@@ -31,8 +31,9 @@ The same models in ours and in other model servers, in one run on one machine. W
 - Each figure is the median of {rounds} rounds of {seconds:g} s, in which the systems take turns. All of them run; one
   that takes CPU without a request is stopped (SIGSTOP) while it is not its turn.
 - A request is one row, and every system answers with one copy of the model: the same frozen TorchScript, with the same
-  number of torch's threads ({threads}). No server puts more than {batch} rows together. Each system's answer is
-  compared with the bare model's before it is measured: none is off by more than {tolerance:g}.
+  number of torch's threads ({threads}). No server puts more rows together than these: {most}.
+  Each system's answer is compared with the bare model's before it is measured: none is off by more than
+  {tolerance:g}.
 - CPU is the user and system time of all processes of a server, over the requests. Memory is their resident memory at
   the end; pages that two of the processes share count twice.
 - `bare` is the model in a Python process without a server, called again and again: one row at a time at 1 in flight,
@@ -103,7 +104,7 @@ class Report:
             **self.machine,
             "chart": CHART,
             "threads": ", ".join(f"{model.name}: {model.threads}" for model in models),
-            "batch": BATCHES[-1],
+            "most": ", ".join(f"{model.name}: {model.batch}" for model in models),
             "batches": ", ".join(f"{name}: {measured.bare.batch}" for name, measured in self.measured.items()),
             "tolerance": TOLERANCE,
         }

@@ -22,7 +22,7 @@ from bench import bare, load
 from bench.load import LoadError, Post
 from bench.model_servers import environments
 from bench.model_servers.environments import Environment
-from bench.model_servers.models import BATCHES, OUTPUT, Floats, Model
+from bench.model_servers.models import OUTPUT, Floats, Model
 from bench.model_servers.serving.names import FILE, MODEL, SETTING
 from bench.processes import Server, free_address, listening
 from bench.systems import serving
@@ -32,7 +32,6 @@ from dl_inference_core.wire.protocol import PROTOCOLS
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 _READY_S = 120.0
-_BATCH = BATCHES[-1]
 _DELAYS_US = (0, 100, 1000, 2000)
 """For which a batch may be held, of those who can be told."""
 # For all that speak gRPC: a deadline is part of the work.
@@ -45,7 +44,7 @@ class Setting:
 
     Attributes:
         name: as tables have it.
-        values: for the system itself.
+        values: for the system itself; None stands for the model's `batch`.
     """
 
     name: str = ""
@@ -150,21 +149,26 @@ def _read_bentoml(answer: bytes) -> Floats:
     return np.asarray(json.loads(answer), np.float32)
 
 
-def model_toml(setting: Setting) -> str:
+def model_toml(model: Model, setting: Setting) -> str:
     """What our own node is told of a model: TorchScript does not say whether its rows are free."""
-    return f"[batching]\nmax_rows = {_BATCH}\nmax_delay_us = {setting.values['delay_us']}\n"
+    return f"[batching]\nmax_rows = {model.batch}\nmax_delay_us = {setting.values['delay_us']}\n"
 
 
 def _ours(transport: str) -> Start:
     @contextmanager
     def start(model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
-        (folder / model.name / "model.toml").write_text(model_toml(setting), encoding="utf-8")
+        (folder / model.name / "model.toml").write_text(model_toml(model, setting), encoding="utf-8")
         config = f"http_port = 0\n[models]\ndirectory = {str(folder)!r}\n"
         config += f"[backends.torch]\nintra_op_threads = {model.threads}\n"
         with serving(transport, config) as server:
             yield server
 
     return start
+
+
+def _values(model: Model, setting: Setting) -> dict[str, Any]:
+    """What a peer is told."""
+    return {name: model.batch if value is None else value for name, value in setting.values.items()}
 
 
 def _environment(model: Model, folder: Path, setting: Setting) -> dict[str, str]:
@@ -174,7 +178,7 @@ def _environment(model: Model, folder: Path, setting: Setting) -> dict[str, str]
         "OMP_NUM_THREADS": str(model.threads),
         MODEL: model.name,
         FILE: str(model_file(model, folder)),
-        SETTING: json.dumps(dict(setting.values)),
+        SETTING: json.dumps(_values(model, setting)),
     }
 
 
@@ -236,7 +240,7 @@ def _mlserver(model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
             "metrics_port": int(_port(free_address())),
         }
         (Path(place) / "settings.json").write_text(json.dumps(settings))
-        served = {"name": model.name, "implementation": f"{_inside('in_mlserver')}.Runtime", **setting.values}
+        served = {"name": model.name, "implementation": f"{_inside('in_mlserver')}.Runtime", **_values(model, setting)}
         (Path(place) / "model-settings.json").write_text(json.dumps(served))
         variables = _environment(model, folder, setting)
         with _peer(here, address, here.program("mlserver"), "start", place, variables=variables) as server:
@@ -269,7 +273,7 @@ def _triton(model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
         version.mkdir(parents=True)
         (version / "model.py").write_text(f"from {_inside('in_triton')} import TritonPythonModel\n")
         config = _TRITON_CONFIG.format(
-            model=model, batch=_BATCH, dims=list(model.shape), output=OUTPUT, delay_us=setting.values["delay_us"]
+            model=model, batch=model.batch, dims=list(model.shape), output=OUTPUT, delay_us=setting.values["delay_us"]
         )
         (version.parent / "config.pbtxt").write_text(config)
         variables = _environment(model, folder, setting)
@@ -368,7 +372,7 @@ PEERS = (
             *(
                 Setting(
                     name=f"batches within {time_s * 1000:g} ms",
-                    values={"max_batch_size": _BATCH, "max_batch_time": time_s},
+                    values={"max_batch_size": None, "max_batch_time": time_s},
                 )
                 for time_s in (0.001, 0.01)
             ),
@@ -393,7 +397,7 @@ PEERS = (
         settings=tuple(
             Setting(
                 name=f"batches within {time_s * 1000:g} ms{', fast queue' if fast else ''}",
-                values={"max_batch_size": _BATCH, "batch_timeout": time_s, "fast_queue": fast},
+                values={"max_batch_size": None, "batch_timeout": time_s, "fast_queue": fast},
             )
             for time_s, fast in ((0.0, False), (0.001, False), (0.001, True))
         ),
@@ -410,7 +414,7 @@ PEERS = (
             Setting(name="no batching", values={"batchable": False}),
             Setting(
                 name="adaptive batching",
-                values={"batchable": True, "max_batch_size": _BATCH, "max_latency_ms": 60_000},
+                values={"batchable": True, "max_batch_size": None, "max_latency_ms": 60_000},
             ),
         ),
         environment=environments.BENTOML,

@@ -56,8 +56,9 @@ class BatchingConfig(PluginOptions):
     """rows of a batch at most; a request that has more is answered in several calls, or, with "auto", in one of its
     own"""
     max_delay_us: int = Field(default=0, ge=0, le=10_000_000)
-    """how long, from its arrival, the first request of a batch that is not full may be held for others to come; 0
-    takes what is there"""
+    """how long, from its arrival, the first request of a batch that is not full may be held for others to come; 0 takes
+    what is there. It is not held once as many requests are there as were at one time in the last second or two: who
+    waits for an answer sends no more"""
     preferred_rows: tuple[int, ...] = Field(default=(), strict=False)
     """a batch of so many rows is not held"""
     allowed_rows: tuple[int, ...] = Field(default=(), strict=False)

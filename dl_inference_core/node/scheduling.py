@@ -35,6 +35,7 @@ _REST_S = 0.005
 _OVERHEAD = 0.125
 """What a call may take besides its requests, over what these take, for more of them not to be worth it."""
 _MANY = 1 << 20
+_CROWD_S = 1.0
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares, for a slope to be known."""
 
@@ -212,6 +213,27 @@ class Effort:
         return fixed + each * requests
 
 
+class _Crowd:
+    """How many calls were here at once, within the last second or two in which any came. Nobody knows at first."""
+
+    def __init__(self) -> None:
+        self._before = math.inf
+        self._now = 0.0
+        self._turns = 0.0
+
+    def seen(self, count: int, now: float) -> None:
+        """So many are here."""
+        if now >= self._turns:
+            if self._turns:
+                self._before, self._now = self._now, 0.0
+            self._turns = now + _CROWD_S
+        self._now = max(self._now, count)
+
+    @property
+    def most(self) -> float:
+        return max(self._before, self._now)
+
+
 class _Queue:
     """Jobs that wait. A token for each, and for each thread that shall end, stands in a queue that threads can wait at;
     a job that was taken away leaves its token behind."""
@@ -238,9 +260,12 @@ class _Queue:
         self.holds = False
         """Whether threads wait for company, of which one at a time gathers: else each would hold a part of it."""
         self.gathering = threading.Lock()
+        self._taken = 0
+        """Calls that workers have in hand."""
+        self._crowd = _Crowd()
         self._rests = False
         self._until = math.inf
-        self._enough = 0
+        self._enough = 0.0
         self._alarm = threading.Lock()
         """Held, but for the moment between the end of a rest and who rested."""
         self._alarm.acquire()
@@ -276,6 +301,8 @@ class _Queue:
                     ousted = self._make_room(job, priority)
             self._calls[priority].append(job)
             self._bytes += job.size
+            if self.holds:
+                self._crowd.seen(self.waiting() + self._taken, job.since)
             if self._rests and (self.waiting() >= self._enough or job.held_until < self._until):
                 self._wake()
         self._tokens.put(True)
@@ -354,24 +381,32 @@ class _Queue:
                     if calls:
                         job = calls.popleft()
                         self._bytes -= job.size
+                        self._taken += 1
                         return job
 
-    def rest(self, until: float, enough: int) -> None:
+    def rest(self, until: float, enough: int) -> bool:
         """Wait until then, by `time.monotonic`, but not if so many calls wait, or one that cannot for so long, or
-        anything else. A thread that woke for each of them would do so between two steps of the event loop."""
+        anything else. A thread that woke for each of them would do so between two steps of the event loop. Returns
+        whether it is worth to look for more: False if as many are here as lately were at once, so that those who ask
+        wait for answers themselves."""
         left_s = until - time.monotonic()
         with self._lock:
-            if left_s <= 0 or self._own or self._ending or self.waiting() >= enough:
-                return
+            waiting = self.waiting()
+            expected = self._crowd.most - self._taken
+            if not waiting and expected <= 0 and not self._own and not self._ending:
+                return False
+            if left_s <= 0 or self._own or self._ending or waiting >= min(enough, expected):
+                return True
             if any(job.held_until < until for calls in self._calls for job in calls):
-                return
-            self._rests, self._until, self._enough = True, until, enough
+                return True
+            self._rests, self._until, self._enough = True, until, min(enough, expected)
         if not self._alarm.acquire(timeout=left_s):
             with self._lock:
                 if self._rests:
                     self._rests = False
                 else:
                     self._alarm.acquire(blocking=False)  # woken just now
+        return True
 
     def _wake(self) -> None:
         """With the lock."""
@@ -393,10 +428,11 @@ class _Queue:
                 self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
             self._free_at[worker] = time.monotonic() + self.effort.seconds(requests)
 
-    def done(self, worker: int, requests: int, seconds: float) -> None:
-        """It is busy no more, and has worked on so many requests for so long. Any thread."""
+    def done(self, worker: int, taken: int, requests: int, seconds: float) -> None:
+        """It is busy no more, has done so many calls, and has worked on so many requests for so long. Any thread."""
         with self._lock:
             del self._free_at[worker]
+            self._taken -= taken
             if requests:
                 self.effort.learn(requests, seconds)
 
@@ -419,6 +455,7 @@ class Worker:
         self._next: Job | None = None
         self._ends = False
         self._gathers = False
+        self._taken = 0
 
     def take(self, kind: type[T], until: float, enough: int = 1) -> T | None:
         """Another job of that kind to be done with the one of now. If there is none, waits until then, by
@@ -428,7 +465,8 @@ class Worker:
         try:
             job = self._jobs.take(0.0)
             while job is None and until > (since := time.monotonic()):
-                self._jobs.rest(min(until, since + _REST_S), enough)
+                if not self._jobs.rest(min(until, since + _REST_S), enough):
+                    break
                 seconds, began = self.spent
                 self.spent = seconds, began + time.monotonic() - since  # to wait for others is no work
                 job = self._jobs.take(0.0)
@@ -436,6 +474,7 @@ class Worker:
             self._ends = True
             return None
         if job is None or isinstance(job, kind):
+            self._taken += job is not None
             return job
         self._next = job
         return None
@@ -458,6 +497,7 @@ class Worker:
         """Do jobs until the end."""
         seconds = 0.0
         while (job := self._following()) is not None:
+            self._taken = int(isinstance(job, CallJob))
             self._jobs.has(self.number, 1)
             self.spent = seconds, time.monotonic()
             requests = job.run(self)
@@ -466,7 +506,7 @@ class Worker:
             took_s = time.monotonic() - self.spent[1]
             seconds += took_s
             self.spent = seconds, math.inf
-            self._jobs.done(self.number, requests, took_s)
+            self._jobs.done(self.number, self._taken, requests, took_s)
 
     def _following(self) -> Job | None:
         job, self._next = self._next, None

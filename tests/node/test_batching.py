@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ from dl_inference_core.node.batching import Batching, BatchingConfig, NotRowwise
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import Loader
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.node.scheduling import Effort
+from dl_inference_core.node.scheduling import Effort, _Crowd
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.transport import Call
@@ -444,6 +445,35 @@ async def test_what_needs_no_model_is_told_at_once_while_others_are_held(tmp_pat
 async def test_a_request_is_not_held_beyond_its_deadline(tmp_path: Path) -> None:
     async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
         assert await it.ask(1, deadline=time.monotonic() + 1) == [2]
+
+
+@pytest.mark.parametrize("clients", [1, 3])
+async def test_none_is_held_for_more_than_there_are(tmp_path: Path, clients: int) -> None:
+    """Each client sends its next request when it has its answer."""
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
+        it.jobs._crowd._before = clients
+
+        async def client() -> list[list[float]]:
+            return [await it.ask(number) for number in range(20)]
+
+        async with asyncio.timeout(5):
+            answers = await asyncio.gather(*(client() for _ in range(clients)))
+        assert answers == [[[2 * number] for number in range(20)]] * clients
+        assert it.model.sizes == [clients] * 20
+
+
+def test_how_many_were_here_at_once_lately() -> None:
+    crowd = _Crowd()
+    assert crowd.most == math.inf
+    for count, now in ((3, 10.0), (5, 10.5), (4, 10.9)):
+        crowd.seen(count, now)
+    assert crowd.most == math.inf, "it is early to say"
+    crowd.seen(2, 11.1)
+    assert crowd.most == 5
+    crowd.seen(1, 12.2)
+    assert crowd.most == 2
+    crowd.seen(7, 12.3)
+    assert crowd.most == 7
 
 
 async def test_who_cannot_be_held_ends_it_for_all(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pytriton.decorators import batch
 from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
 from pytriton.triton import Triton, TritonConfig
 
-from bench.model_servers.models import BATCHES, OUTPUT, Floats
+from bench.model_servers.models import OUTPUT, Floats
 from bench.model_servers.serving.names import SETTING
 from bench.model_servers.serving.served import Served
 
@@ -41,7 +41,7 @@ def main(grpc_port: int, http_port: int, metrics_port: int) -> None:
             infer_func=infer,
             inputs=[Tensor(name=model.input, dtype=np.float32, shape=model.shape)],
             outputs=[Tensor(name=OUTPUT, dtype=np.float32, shape=(model.outputs,))],
-            config=ModelConfig(max_batch_size=BATCHES[-1], batcher=batcher),
+            config=ModelConfig(max_batch_size=model.batch, batcher=batcher),
         )
         triton.serve()
 
