@@ -32,6 +32,8 @@ from dl_inference_core.transport import Call, Limits, Methods
 
 class TestGrpcioTransport(TransportConformance):
     transport_class = GrpcioTransport
+    lost_in_a_drain = 1
+    """gRPC's C core takes a call that crosses with its goodbye and hands it to nobody, seldom."""
 
 
 def make() -> GrpcioTransport:

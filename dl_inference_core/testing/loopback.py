@@ -7,6 +7,7 @@ import contextlib
 import functools
 import random
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
@@ -15,7 +16,7 @@ import grpc.aio
 import pytest
 
 from dl_inference_core.config import ClientTls, ServerTls
-from dl_inference_core.errors import InferenceError
+from dl_inference_core.errors import DeadlineExceeded, InferenceError
 from dl_inference_core.testing.plugin import PluginConformance
 from dl_inference_core.transport import (
     Call,
@@ -55,6 +56,9 @@ class LoopbackConformance(PluginConformance):
     transport_class: ClassVar[type[Transport]]
     prompt_s: ClassVar[float] = 2.0
     """How many seconds something may take that is to happen at once."""
+    lost_in_a_drain: ClassVar[int] = 0
+    """How many calls of one connection a server that drains may take and never answer: the client's deadline, or the
+    end of the drain, ends them."""
 
     @pytest.fixture
     def transport(self) -> Transport:
@@ -212,12 +216,21 @@ async def warm(connection: Connection) -> None:
     assert await connection.call(Call(method=WARM, request=b"warm")) == b"warm"
 
 
-async def refusal(connection: Connection, within_s: float) -> InferenceError:
-    """The error of the first call that is not answered any more."""
-    async with asyncio.timeout(within_s):
+async def refusal(connection: Connection, within_s: float, *, lost: int = 0) -> InferenceError:
+    """The error of the first call that is not answered any more.
+
+    Args:
+        lost: how many calls may be left without an answer before.
+    """
+    async with asyncio.timeout((1 + lost) * within_s + 1):
         while True:
+            deadline = time.monotonic() + within_s
             try:
-                await connection.call(Call(method=ECHO, request=b""))
+                await connection.call(Call(method=ECHO, request=b"", deadline=deadline))
+            except DeadlineExceeded:
+                if not lost:
+                    raise
+                lost -= 1
             except InferenceError as error:
                 return error
 

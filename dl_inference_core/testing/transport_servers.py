@@ -299,7 +299,7 @@ class ServerConformance(LoopbackConformance):
                 for result in await asyncio.gather(*crossing, return_exceptions=True):
                     assert result == b"" or isinstance(result, NodeUnreachable | NodeGaveUp), repr(result)
                 for each in (connection, other):
-                    error = await refusal(each, self.prompt_s)
+                    error = await refusal(each, self.prompt_s, lost=self.lost_in_a_drain)
                     assert isinstance(error, NodeUnreachable | NodeGaveUp), repr(error)
                 assert not drain.done()
                 assert not hold.cancelled.is_set()
