@@ -38,6 +38,29 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+FAKES = """
+from dl_inference_core.hookspecs import hookimpl
+from dl_inference_core.testing import FakeBackend
+
+
+@hookimpl
+def dl_inference_register_backends():
+    return [FakeBackend]
+"""
+
+
+@pytest.fixture
+def site_with_fakes(tmp_path: Path) -> Path:
+    """A folder for PYTHONPATH, in which a plugin with `FakeBackend` is installed."""
+    site = tmp_path / "site"
+    about = site / "fakes-1.dist-info"
+    about.mkdir(parents=True)
+    (site / "fakes.py").write_text(FAKES)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fakes\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[dl_inference_core]\nfakes = fakes\n")
+    return site
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """A test that is a coroutine function runs on an event loop of its own, for at most 30 seconds."""
@@ -78,8 +101,7 @@ def pytest_collection_finish() -> None:
 def _short_pauses() -> Iterator[None]:
     """Likewise what the tests of a file leave behind."""
     yield
-    gc.collect()
-    gc.freeze()
+    pytest_collection_finish()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -331,27 +331,11 @@ def test_a_model_that_cannot_be_used_is_said(tmp_path: Path, files: Mapping[str,
         TunedModel.find(tmp_path / "m", Config())
 
 
-PLUGIN = """
-from dl_inference_core.hookspecs import hookimpl
-from dl_inference_core.testing.fakes import FakeBackend
-
-@hookimpl
-def dl_inference_register_backends():
-    return [FakeBackend]
-"""
-
-
 @pytest.fixture
-def slow_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def slow_model(tmp_path: Path, site_with_fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """10 ms for a call of any size, and room for one request in each; served by a backend that is installed for it."""
-    site = tmp_path / "site"
-    installed = site / "dl_inference_tuned-1.dist-info"
-    installed.mkdir(parents=True)
-    (site / "dl_inference_tuned.py").write_text(PLUGIN)
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dl-inference-tuned\nVersion: 1\n")
-    (installed / "entry_points.txt").write_text("[dl_inference_core]\ntuned = dl_inference_tuned\n")
-    monkeypatch.setenv("PYTHONPATH", ":".join([str(site), *filter(None, sys.path)]))
-    monkeypatch.syspath_prepend(site)
+    monkeypatch.setenv("PYTHONPATH", ":".join([str(site_with_fakes), *filter(None, sys.path)]))
+    monkeypatch.syspath_prepend(site_with_fakes)
     monkeypatch.setattr(model_file, "ROWS", (1, 64))
     monkeypatch.setattr(model_file, "DELAYS_US", (0,))
     monkeypatch.setattr(serving, "ROUNDS", 3)

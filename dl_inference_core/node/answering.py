@@ -197,8 +197,10 @@ class LoadedVersion:
                     break
             if rows + answered >= batching.max_rows:
                 break
-            each = max(rows / len(parts), 1.0) if parts else 1.0
-            enough = math.ceil((batching.next_size(rows) - rows) / each)
+            enough = 1
+            if batching.delay_s:
+                each = max(rows / len(parts), 1.0) if parts else 1.0
+                enough = math.ceil((batching.next_size(rows) - rows) / each)
             asked = worker.take(_Asked, 0.0 if rows in batching.preferred else until, enough)
             if asked is not None:
                 together.append(asked)

@@ -5,7 +5,7 @@ The first dimension of every input and output is rows. A batch is counted in row
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -109,7 +109,6 @@ class Batching:
         self.delay_s = config.max_delay_us / 1e6
         self.tolerance = config.tolerance
         self.preferred = frozenset((*config.preferred_rows, config.max_rows))
-        self._preferred = sorted(self.preferred)
         self._allowed = tuple(sorted(config.allowed_rows))
         self._buckets = {name: (bucket, sorted(bucket.to)) for name, bucket in config.buckets.items()}
         self._splits = config.enabled is True
@@ -125,7 +124,7 @@ class Batching:
 
     def next_size(self, rows: int) -> int:
         """The next size that is not held, of more than so many rows, which are fewer than `max_rows`."""
-        return self._preferred[bisect_right(self._preferred, rows)]
+        return min(size for size in self.preferred if size > rows)
 
     def part(self, asked: Any, request: Request, inputs: Any) -> Part:
         """What a request brings, whose `inputs` are what the handler made of it."""
@@ -134,10 +133,9 @@ class Batching:
             return self._part(asked, request, inputs)
         if template.shared is None:
             part = self._part(asked, request, inputs)
-            template.shared = (part.key, part.rows) if part.rows else ()
+            if part.rows:
+                template.shared = part.key, part.rows
             return part
-        if not template.shared:
-            return Part(asked, request, inputs, (asked,), 0, {})
         key, rows = template.shared
         return Part(asked, request, inputs, key, rows, {})
 

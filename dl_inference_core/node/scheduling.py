@@ -357,19 +357,15 @@ class _Queue:
     def _full(self, why: str) -> Overloaded:
         return Overloaded(f"model {self._name} takes no more requests for now: {why}")
 
-    def take(self, until: float) -> Job | None:
-        """The next job; waits until then, by `time.monotonic`. None if none has come.
+    def take(self, *, wait: bool) -> Job | None:
+        """The next job. None if there is none, and it is not to wait for one.
 
         Raises:
             StopIteration: this thread shall end.
         """
         while True:
             try:
-                if until == math.inf:
-                    goes_on = self._tokens.get()
-                else:
-                    left_s = until - time.monotonic()
-                    goes_on = self._tokens.get(left_s > 0, max(left_s, 0))
+                goes_on = self._tokens.get(wait)
             except queue.Empty:
                 return None
             if not goes_on:
@@ -463,13 +459,13 @@ class Worker:
         if self._ends or self._next is not None:
             return None
         try:
-            job = self._jobs.take(0.0)
+            job = self._jobs.take(wait=False)
             while job is None and until > (since := time.monotonic()):
                 if not self._jobs.rest(min(until, since + _REST_S), enough):
                     break
                 seconds, began = self.spent
                 self.spent = seconds, began + time.monotonic() - since  # to wait for others is no work
-                job = self._jobs.take(0.0)
+                job = self._jobs.take(wait=False)
         except StopIteration:
             self._ends = True
             return None
@@ -518,7 +514,7 @@ class Worker:
             self._jobs.gathering.acquire()
             self._gathers = True
         try:
-            return self._jobs.take(math.inf)
+            return self._jobs.take(wait=True)
         except StopIteration:
             self._let_gather()
             return None

@@ -54,7 +54,7 @@ class LoopbackConformance(PluginConformance):
     """Makes the transport, and runs tests that are coroutines."""
 
     transport_class: ClassVar[type[Transport]]
-    prompt_s: ClassVar[float] = 2.0
+    prompt_s: ClassVar[float] = 1.0
     """How many seconds something may take that is to happen at once."""
     lost_in_a_drain: ClassVar[int] = 0
     """How many calls of one connection a server that drains may take and never answer: the client's deadline, or the
@@ -222,7 +222,7 @@ async def refusal(connection: Connection, within_s: float, *, lost: int = 0) -> 
     Args:
         lost: how many calls may be left without an answer before.
     """
-    async with asyncio.timeout((1 + lost) * within_s + 1):
+    async with asyncio.timeout((1 + lost) * within_s):
         while True:
             deadline = time.monotonic() + within_s
             try:

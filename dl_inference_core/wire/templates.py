@@ -80,7 +80,6 @@ class Template:
             "outputs": request.outputs,
             "names": request.names,
             "id": request.id,
-            "template": self,
         }
         self.inputs: tuple[str, ...] | None = None
         self.used = False
@@ -114,7 +113,11 @@ class Template:
         }
         # Each has tags of its own, should somebody write in them.
         return Request(
-            payload=_payload(payload), tags=dict(self._tags), parameters=dict(self._parameters), **self._said
+            payload=_payload(payload),
+            tags=dict(self._tags),
+            parameters=dict(self._parameters),
+            template=self,
+            **self._said,
         )
 
 
@@ -176,15 +179,16 @@ class Templates:
         template = request.template
         if template is None or not template.says(request):
             return self._encode(payload, request)
-        key: list[Any] = []
+        described: list[Any] = []
         for name, array in _named(payload).items():
             if not isinstance(array, np.ndarray):
                 return self._encode(payload, request)
-            key += (name, array.dtype, array.shape)
+            described += (name, array.dtype, array.shape)
+        key = tuple(described)
         try:
-            answer = template.answers[(*key,)]
+            answer = template.answers[key]
         except KeyError:
-            return self._learn_answer(template, (*key,), payload, request)
+            return self._learn_answer(template, key, payload, request)
         return self._encode(payload, request) if answer is None else answer.encoded(payload)
 
     def _encode(self, payload: Payload, request: Request) -> bytes:
@@ -264,9 +268,9 @@ def _named(payload: Any) -> Mapping[_Key, Any]:
 def _tensors(payload: Any) -> Mapping[_Key, Tensor] | None:
     """`payload` by name; None if there is anything in it but numbers, as many machines have them."""
     named = _named(payload)
-    for name, array in named.items():
-        if name is None and named is payload:
-            return None
+    if named is payload and None in named:
+        return None
+    for array in named.values():
         if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or not array.dtype.isnative:
             return None
     return named

@@ -21,27 +21,10 @@ X = np.array([[1, 2, 3]], np.float32)
 COMMAND = Path(sys.executable).with_name("dl-inference-core")
 
 
-FAKES = """
-from dl_inference_core.hookspecs import hookimpl
-from dl_inference_core.testing import FakeBackend
-
-
-@hookimpl
-def dl_inference_register_backends():
-    return [FakeBackend]
-"""
-
-
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(site_with_fakes: Path) -> dict[str, str]:
     """Of a process in which a plugin with `FakeBackend` is installed."""
-    site = tmp_path / "site"
-    about = site / "fakes-1.dist-info"
-    about.mkdir(parents=True)
-    (site / "fakes.py").write_text(FAKES)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fakes\nVersion: 1\n")
-    (about / "entry_points.txt").write_text("[dl_inference_core]\nfakes = fakes\n")
-    return {**os.environ, "PYTHONPATH": str(site)}
+    return {**os.environ, "PYTHONPATH": str(site_with_fakes)}
 
 
 def test_every_process_of_a_gateway_knows_a_node_that_joins_until_it_leaves(
