@@ -2,11 +2,11 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 SELDON := .venv-seldon
-EDITABLE := -e '.[uvloop,dev]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e plugins/envoy_transport -e examples/digits
+EDITABLE := -e '.[uvloop,dev,peers]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e examples/digits
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tf test check bench bench-peers soak faults faults-short simulate protos
+.PHONY: help setup demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -25,16 +25,17 @@ $(SELDON)/ready: tests/seldon/requirements.txt
 	$(SELDON)/bin/python -m pip install --requirement tests/seldon/requirements.txt
 	touch $@
 
-demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto, envoy or grpcio
+demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto or grpcio
 	$(BIN)/python -m digits.demo --transport $(or $(TRANSPORT),auto)
 
 demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-# Servers and gateways on Envoy's stack, in the tests' own process, take a process of Envoy's.
-test: .venv/ready $(SELDON)/ready ## all tests
-	$(BIN)/python -m pytest
-	$(BIN)/python -m dl_inference_envoy_transport.testing tests plugins/envoy_transport
+test: .venv/ready $(SELDON)/ready ## all tests, a file at a time in each of up to four processes
+	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-packages: .venv/ready ## the distributions: wheels that are built
+	$(BIN)/python -m pytest -m packages tests/test_packaging.py
 
 check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -42,19 +42,9 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     metavar="A,B,…",
     help=f"Only these, of {', '.join(_NAMES)}.  [default: all]",
 )
-@click.option(
-    "--nodes",
-    "node_kinds",
-    type=click.Choice(systems.NODE_KINDS),
-    multiple=True,
-    default=systems.NODE_KINDS,
-    help="Measure gateways in front of these; may be repeated.  [default: all]",
-)
 @click.option("--docs", is_flag=True, help=f"Write docs/performance.md and docs/{CHART} too.")
 @click.option("--json", "as_json", is_flag=True, help="Print what goes into bench/out/bench.json, not the tables.")
-def main(
-    turns: int, quick: bool, names: tuple[str, ...], node_kinds: tuple[str, ...], docs: bool, as_json: bool
-) -> None:
+def main(turns: int, quick: bool, names: tuple[str, ...], docs: bool, as_json: bool) -> None:
     """Measure what a request costs gateways and nodes, ours and plain peers.
 
     All run on this machine, in turns, under h2load on the same machine. Only ratios within one run mean anything.
@@ -66,7 +56,7 @@ def main(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
     console = Console(stderr=True)
-    tables = systems.installed(names, node_kinds)
+    tables = systems.installed(names)
     absent = systems.absent(tuple(name for name in names if name != goals.CHOICES))
     turns = 1 if quick else turns
     try:

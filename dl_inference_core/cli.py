@@ -8,27 +8,35 @@ import gc
 import importlib
 import json
 import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 import dl_inference_core
+from dl_inference_core import children, sockets, tfserving_command
 from dl_inference_core import config as configs
-from dl_inference_core import sockets, tfserving_command
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError, InferenceError, PluginError
 from dl_inference_core.plugins import Kind, Plugins, Provided
-from dl_inference_core.supervisor import Heartbeat, Place, Supervisor
-from dl_inference_core.transport import Transport
+from dl_inference_core.supervisor import RELOAD, Heartbeat, Place, Supervisor
+
+if TYPE_CHECKING:
+    from dl_inference_core.app import App
 
 _CONFIG_EXIT = 2
 _JOIN = {"join": "gateways", "join_token_file": "token_file", "advertise": "advertise"}
+
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+_LIBRARIES = ("absl", "asyncio", "grpc", "tensorflow", "torch", "uvicorn")
+"""Loggers that say nothing below WARNING, whatever --log-level is: at INFO and DEBUG they tell of their own insides, a
+line for each step of a compilation or a connection."""
 
 _YOUNG = 5_000
 """Objects that are made, and not freed, from one garbage collection to the next."""
@@ -47,7 +55,29 @@ def main() -> None:
     A gateway:   dl-inference-core serve --nodes nodefile.txt
     From a file: dl-inference-core serve --config server.toml
     """
+    # gRPC's hooks of a fork stop its threads for that time if they are idle, and then the child often dies by SIGSEGV.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _log_level(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option that says from which level on log lines are written to standard error. Worker processes are given it,
+    too."""
+
+    def take(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+        if value is not None:
+            logging.getLogger().setLevel(value.upper())
+            for library in _LIBRARIES:
+                logging.getLogger(library).setLevel(max(logging.WARNING, logging.getLogger().level))
+        return value
+
+    return click.option(
+        *names,
+        type=click.Choice(_LOG_LEVELS, case_sensitive=False),
+        callback=take,
+        help="Write log lines of this level and above, those of handlers included, to standard error; info says which "
+        "version of a model has loaded.  [default: warning]",
+    )
 
 
 def _sources(command: Callable[..., None]) -> Callable[..., None]:
@@ -76,7 +106,7 @@ def _sources(command: Callable[..., None]) -> Callable[..., None]:
 @_sources
 @click.option("--host", metavar="H", help="Listen on this address only.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="P", help="0 is any free one.  [default: 8500]")
-@click.option("--http-port", type=click.IntRange(0, 65535), metavar="P", help="Metrics and health by HTTP.")
+@click.option("--http-port", type=click.IntRange(0, 65535), metavar="P", help="REST, metrics and health by HTTP.")
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Processes that share the port.  [default: 1]"
 )
@@ -85,15 +115,24 @@ def _sources(command: Callable[..., None]) -> Callable[..., None]:
     "--join-token-file", type=click.Path(path_type=Path), metavar="FILE", help="The gateways' token is its first line."
 )
 @click.option("--advertise", metavar="HOST:PORT", help="Where gateways reach this node.  [default: where it listens]")
+@_log_level("--log-level")
 @click.option("--worker", is_flag=True, hidden=True, help="A supervisor says the rest on standard input.")
-def serve(models: Path | None, config_file: Path | None, nodes: Path | None, worker: bool, **flags: Any) -> None:
+def serve(
+    models: Path | None,
+    config_file: Path | None,
+    nodes: Path | None,
+    log_level: str | None,
+    worker: bool,
+    **flags: Any,
+) -> None:
     """Serve the models in the folder MODELS, the routes of a config, or both.
 
     MODELS holds a folder for each model, and that a folder for each version: MODELS/NAME/1/model.pt2. New
     versions are picked up while running.
 
-    Prints "serving on HOST:PORT" when requests would succeed. On SIGTERM or Ctrl-C it finishes what is in
-    flight, then ends.
+    Listens at once. Prints "serving on HOST:PORT" when every model has loaded, failed or passed its load timeout,
+    and requests would succeed. On SIGTERM or Ctrl-C it finishes what is in flight, then ends. On SIGHUP it looks for
+    changes at once: new versions, routes, nodes.
     """
     config = _config(models, config_file, nodes, flags)
     plugins = Plugins()
@@ -102,7 +141,7 @@ def serve(models: Path | None, config_file: Path | None, nodes: Path | None, wor
     except (ConfigError, PluginError) as error:
         _fail(error)
     config = config.model_copy(update={"transport": name})
-    given = {"config": config_file, "nodes": nodes, **flags}
+    given = {"config": config_file, "nodes": nodes, "log_level": log_level, **flags}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
     again = ["serve", *options, *(["--", str(models)] if models is not None else [])]
     _serve(Serving(config, config_file, plugins, f"transport {name}: {why}"), worker, again)
@@ -110,8 +149,9 @@ def serve(models: Path | None, config_file: Path | None, nodes: Path | None, wor
 
 @main.command(cls=tfserving_command.TfServingCommand)
 @tfserving_command.flags
+@_log_level("--log_level", "--log-level")
 @click.option("--worker", is_flag=True, hidden=True, help="A supervisor says the rest on standard input.")
-def tfserving(worker: bool, **flags: Any) -> None:
+def tfserving(log_level: str | None, worker: bool, **flags: Any) -> None:
     """Serve as TensorFlow Serving would with the same flags.
 
     \b
@@ -121,8 +161,9 @@ def tfserving(worker: bool, **flags: Any) -> None:
     TensorFlow's models take the plugin dl-inference-tf-backend; models of any other backend are served alike. The
     newest version of a model is served, if its config says nothing else, and its predecessor until that has loaded.
 
-    Prints what it serves, then "serving on HOST:PORT" when requests would succeed. On SIGTERM or Ctrl-C it finishes
-    what is in flight, then ends.
+    Listens at once. Prints what it serves, then "serving on HOST:PORT", when every model has loaded, failed or passed
+    its load timeout, and requests would succeed. On SIGTERM or Ctrl-C it finishes what is in flight, then ends. On
+    SIGHUP it looks for new versions and a changed --model_config_file at once.
     """
     plugins = Plugins()
     try:
@@ -133,6 +174,8 @@ def tfserving(worker: bool, **flags: Any) -> None:
     for note in notes if not worker else ():
         click.echo(f"note: {note}", err=True)
     again = ["tfserving", *(f"--{name}={value}" for name, value in flags.items())]
+    if log_level is not None:
+        again.append(f"--log_level={log_level}")
     _serve(Serving(config, None, plugins, f"transport {name}: {why}", describes=True), worker, again)
 
 
@@ -143,35 +186,22 @@ def _serve(serving: Serving, worker: bool, again: list[str]) -> None:
         worker: whether a supervisor has started this process.
         again: the command line that says the same.
     """
+    # A service manager may send it at any time. There is nothing to reload before the start is over.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     config = serving.config
-    try:
-        transport: Transport = serving.plugins.make(
-            Kind.TRANSPORTS, config.transport, config.transport_options, "transport"
-        )
-    except (ConfigError, PluginError) as error:
-        _fail(error)
     if worker:
         _run(serving.as_worker())
-    elif config.workers > 1 or transport.hosted:
-        supervisor = Supervisor(config, transport, again, serving.transport)
-        _run(supervisor.run(), asyncio.new_event_loop)  # uvloop makes no process groups
+    elif config.workers > 1:
+        try:  # once, rather than in each worker
+            serving.plugins.make(Kind.TRANSPORTS, config.transport, config.transport_options, "transport")
+        except (ConfigError, PluginError) as error:
+            _fail(error)
+        command, *rest = again
+        program = (sys.executable, "-m", "dl_inference_core.cli", command, "--worker", *rest)
+        # uvloop makes no process groups.
+        _run(Supervisor(config, program, serving.transport).run(), asyncio.new_event_loop)
     else:
         _run(serving.run())
-
-
-async def hosted(arguments: list[str]) -> int:
-    """The command line, in a process whose event loop runs already; returns the exit status."""
-    works: list[Coroutine[Any, Any, None]] = []
-    try:
-        main(arguments, obj=works.append, standalone_mode=False)
-        for work in works:
-            await _failing(work)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
-    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,16 +220,17 @@ class Serving:
     describes: bool = False
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
-        ending = asyncio.Event()
+        """Serve until SIGTERM or SIGINT; reload at SIGHUP."""
+        ending, reloading = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ending.set)
-        await self._until(asyncio.create_task(ending.wait()), self.config, None)
+        loop.add_signal_handler(signal.SIGHUP, reloading.set)
+        await self._until(asyncio.create_task(ending.wait()), reloading, self.config, None)
 
     async def as_worker(self) -> None:
-        """Wait to be told the place, then serve until standard input ends: on the port of all workers, and where there
-        are several, on one of its own too, by which it is known."""
+        """Wait to be told the place, then serve until standard input ends: on the port of all workers, and on this
+        worker's own port, by which it is known. Reload when the supervisor says so, or at SIGHUP."""
         importlib.import_module("dl_inference_core.app")  # what takes longest, before the place is known
         stdin = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
@@ -210,27 +241,47 @@ class Serving:
         config = self.config
         if config.http_port:
             config = config.model_copy(update={"http_port": config.http_port + place.index})
-        if config.socket_path is not None and config.workers > 1:
+        if config.socket_path is not None:
             path = config.socket_path.with_name(f"{config.socket_path.name}-{place.index}")
             config = config.model_copy(update={"socket_path": path})
-        ports = (place.own, place.port) if place.own else (place.port,)
-        # It is closed to end this worker; or the supervisor has ended.
-        ending = asyncio.create_task(stdin.read())
+        reloading = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloading.set)
+
+        async def obey() -> None:
+            """Until standard input ends: it is closed to end this worker, or the supervisor has ended."""
+            while await stdin.readline() == RELOAD:
+                reloading.set()
+
+        ending = asyncio.create_task(obey())
         try:
-            await self._until(ending, config, place, *(f"{config.host}:{port}" for port in ports))
+            await self._until(
+                ending, reloading, config, place, *(f"{config.host}:{port}" for port in (place.own, place.port))
+            )
         finally:
             sockets.remove_left(place.folder)  # if the supervisor was killed
 
-    async def _until(self, ending: asyncio.Task[Any], config: Config, place: Place | None, *addresses: str) -> None:
+    async def _until(
+        self,
+        ending: asyncio.Task[Any],
+        reloading: asyncio.Event,
+        config: Config,
+        place: Place | None,
+        *addresses: str,
+    ) -> None:
         from dl_inference_core.app import App
         from dl_inference_core.gateway.sharing import Share
 
-        share = Share(place.folder, place.index) if place is not None and config.workers > 1 else None
+        share = Share(place.folder, place.index) if place is not None else None
         app = App(config, self.plugins, config_file=self.config_file, share=share)
+        children.isolate_children(lambda: app.own_sockets(*((place.folder,) if place is not None else ())))
+        following = asyncio.create_task(_reload(app, reloading), name="reload at SIGHUP")
         # What holds up the event loop until here are imports.
         heart = Heartbeat(place.folder, config.hang_s) if place is not None and config.hang_s else None
         try:
-            starting = asyncio.create_task(app.serve(*addresses, share_port=bool(addresses)))
+            vacated = place is not None and place.vacated
+            starting = asyncio.create_task(
+                app.serve(*addresses, share_port=bool(addresses), listen_when_loaded=vacated)
+            )
             await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
@@ -243,21 +294,30 @@ class Serving:
                 click.echo(f"http on http://{config.host}:{app.http_port}")
             if config.socket_path is not None:
                 click.echo(f"socket {config.socket_path}")
-            if config.workers == 1:
+            if place is None:  # else the supervisor says it once
                 click.echo(self.transport)
             _settle()
             click.echo(f"serving on {config.host}:{port}")
             await ending
         finally:
+            following.cancel()
             await app.close()
             if heart is not None:
                 heart.close()
 
 
+async def _reload(app: App, asked: asyncio.Event) -> None:
+    """Reload whenever `asked` is set; once for all that ask meanwhile."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        await app.reload()
+
+
 def _settle() -> None:
     """What is there once everything has started stays: the garbage collector passes over it, and comes so seldom that
     requests have ended before. By Python's own settings it looks at each of them several times, which takes a tenth of
-    a busy server's time. What a model of now leaves in a cycle once another takes its place stays, too."""
+    a busy server's time. A model frees its memory all the same when it is unloaded (`node/reclaiming.py`)."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])
@@ -268,8 +328,15 @@ def _settle() -> None:
 def plugins(as_json: bool) -> None:
     """List the installed plugins: from where, which version, what they provide and what for, the options with their
     defaults, and what is broken and why."""
-    installed = Plugins()
-    found = installed.describe()
+    with contextlib.redirect_stdout(sys.stderr):  # what plugins print is not part of the list
+        installed = Plugins()
+        found = installed.describe()
+        provided = {
+            (kind, name): installed.provided(kind, name)
+            for plugin in found
+            for kind, names in plugin.provides.items()
+            for name in names
+        }
     if as_json:
         rows = [
             {
@@ -278,7 +345,7 @@ def plugins(as_json: bool) -> None:
                 "version": plugin.version,
                 "provides": {kind.name.lower(): names for kind, names in plugin.provides.items()},
                 "described": {
-                    kind.name.lower(): {name: asdict(Provided.of(installed.classes(kind)[name])) for name in names}
+                    kind.name.lower(): {name: asdict(provided[kind, name]) for name in names}
                     for kind, names in plugin.provides.items()
                 },
                 "error": plugin.error,
@@ -292,7 +359,7 @@ def plugins(as_json: bool) -> None:
         for kind in Kind:
             for name in plugin.provides.get(kind, ()):
                 click.echo(f"  {kind.value:<10}{name}")
-                for line in _lines(Provided.of(installed.classes(kind)[name])):
+                for line in _lines(provided[kind, name]):
                     click.echo(click.wrap_text(line, 120, " " * 14, " " * 14))
         if plugin.error:
             click.echo(f"  broken    {plugin.error}")
@@ -308,28 +375,37 @@ def _lines(provided: Provided) -> Iterator[str]:
 
 @main.command()
 @_sources
+@_log_level("--log-level")
 @click.option("--json", "as_json", is_flag=True, help="For scripts.")
-def check(models: Path | None, config_file: Path | None, nodes: Path | None, as_json: bool) -> None:
-    """Load everything that `serve` would, without serving, and say what is right and wrong with it.
+def check(
+    models: Path | None,
+    config_file: Path | None,
+    nodes: Path | None,
+    log_level: str | None,  # taken by its callback
+    as_json: bool,
+) -> None:
+    """Load everything that `serve` would, without serving, and say what is right and wrong with it: models, nodes, the
+    files of TLS. A handler is run on sample requests.
 
     Exits with 0 if all of it can be served, else with 2.
     """
-    config = _config(models, config_file, nodes, {})
-    plugins = Plugins()
+    config = configs.resolved(_config(models, config_file, nodes, {}))
     rows: list[dict[str, Any]] = []
 
     async def load() -> None:
         from dl_inference_core.app import App
+        from dl_inference_core.checking import check
 
+        plugins = Plugins()
         update = {"transport": plugins.choose_transport(config.transport)[0]}
         app = App(config.model_copy(update=update), plugins, config_file=config_file)
         try:
-            await app.load()
-            rows.extend(app.describe())
+            rows.extend(await check(app, config))
         finally:
             await app.close()
 
-    _run(load())
+    with contextlib.redirect_stdout(sys.stderr):  # what plugins, models and handlers print is not part of the list
+        _run(load())
     if as_json:
         click.echo(json.dumps(rows, indent=2))
     else:
@@ -368,6 +444,19 @@ def _secured(given: dict[str, Any]) -> configs.ClientTls | None:
     return configs.validated(configs.ClientTls, stated, "TLS") if given["tls"] or stated else None
 
 
+def _seconds(text: str) -> float:
+    """The seconds in a duration such as "10s", "500ms", "2m" or "1h". A number without a unit is refused: in a command
+    that reports milliseconds "20" would be read either way."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)", text)
+    if found is None:
+        if re.fullmatch(r"\d+(?:\.\d+)?", text):
+            raise click.BadParameter(f'"{text}" has no unit; write {text}ms, {text}s, {text}m (minutes) or {text}h')
+        raise click.BadParameter(
+            f'"{text}" is not a duration; expected a number with the unit ms, s, m (minutes) or h, such as 500ms or 10s'
+        )
+    return float(found[1]) * {"ms": 1e-3, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 @main.command()
 @click.argument("model")
 @click.option("--address", default="127.0.0.1:8500", show_default=True, metavar="HOST:PORT")
@@ -381,7 +470,14 @@ def _secured(given: dict[str, Any]) -> configs.ClientTls | None:
     help="[default: openinference for named tensors, else seldon]",
 )
 @click.option("--version", type=int, default=None, metavar="N", help="The model's version.  [default: the newest]")
-@click.option("--timeout", default=10.0, show_default=True, metavar="SECONDS")
+@click.option(
+    "--timeout",
+    type=_seconds,
+    default="10s",
+    show_default=True,
+    metavar="TIME",
+    help="How long to wait for the answer.",
+)
 @_tls
 def predict(
     model: str,
@@ -423,14 +519,6 @@ def _tensors(data: str, dtype: str) -> Any:
         return np.asarray(value, dtype=dtype)
     except (ValueError, TypeError) as error:
         raise click.UsageError(f"--data is no JSON of tensors of dtype {dtype}: {error}") from error
-
-
-def _seconds(text: str) -> float:
-    """ "10s", "500ms", "1m", or a number of seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
-    if found is None:
-        raise click.BadParameter(f'"{text}" is no duration; expected one like 10s, 500ms or 1m')
-    return float(found[1]) * {"ms": 1e-3, "s": 1, "m": 60, "h": 3600}[found[2] or "s"]
 
 
 def _numbers(kind: type[int] | type[float]) -> Callable[[str], tuple[float, ...]]:
@@ -617,6 +705,8 @@ def _config(models: Path | None, config_file: Path | None, nodes: Path | None, f
     except ConfigError as error:
         _fail(error)
     update = {name: value for name, value in flags.items() if value is not None}
+    if "host" in update:
+        update["host"] = configs.bracketed(update["host"])
     join = {key: update.pop(flag) for flag, key in _JOIN.items() if flag in update}
     if join:
         if "gateways" in join:
@@ -634,13 +724,14 @@ def _config(models: Path | None, config_file: Path | None, nodes: Path | None, f
 
 
 def _run(work: Coroutine[Any, Any, None], new_loop: Callable[[], asyncio.AbstractEventLoop] = new_event_loop) -> None:
-    """Run `work` on an event loop of its own, or hand it to whoever has one."""
-    take = click.get_current_context().obj
-    if take is not None:
-        take(work)
-        return
+    """Run `work` on an event loop of its own."""
     with asyncio.Runner(loop_factory=new_loop) as runner:
-        runner.run(_failing(work))
+        try:
+            runner.run(_failing(work))
+        except BaseException as error:
+            # Before the runner has a child go through the parent's clean-up: a plugin forked on the event loop.
+            children.end_child(error)
+            raise
 
 
 async def _failing(work: Coroutine[Any, Any, None]) -> None:

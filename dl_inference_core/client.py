@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +14,7 @@ from dl_inference_core.config import ClientTls
 from dl_inference_core.errors import BadRequest, Code, from_status
 from dl_inference_core.grpcio_transport import GrpcioTransport, channel_credentials, name_options, size_options
 from dl_inference_core.tensors import Form, Payload, Request, Response
-from dl_inference_core.transport import Call, Limits, Metadata
+from dl_inference_core.transport import Limits, Metadata
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
 
 _FORMS = {
@@ -185,14 +184,12 @@ class AsyncClient:
         """As `Client.predict`. Cancelling it cancels the call at the server."""
         protocol, body = build(model, payload, **request)
         answer = await self._connection.call(
-            Call(
-                method=protocol.node_method,
-                request=body,
-                metadata=metadata,
-                deadline=time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s),
-            )
+            protocol.node_method,
+            body,
+            metadata=metadata,
+            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
         )
-        return protocol.codec.decode_response(answer)
+        return protocol.codec.decode_response(bytes(answer.message))
 
     async def close(self) -> None:
         """Close the connection; calls in flight are cancelled."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections import Counter
@@ -10,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.files import decode
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-SectionT = TypeVar("SectionT", bound="_Section")
+SectionT = TypeVar("SectionT", bound="PluginOptions")
 
 _NODE = re.compile(
     r"(?:(?P<socket>unix:/[^\x00-\x1f]+?)"
@@ -24,11 +24,9 @@ _NODE = re.compile(
 )
 
 
-def cores() -> int:
-    """How many this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def bracketed(host: str) -> str:
+    """`host` as it stands before ":port": an IPv6 address in brackets, whether or not it came with them."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 class PluginOptions(BaseModel):
@@ -64,8 +62,8 @@ class NodeConfig(_Section):
         """
         match = _NODE.fullmatch(text)
         if match is None:
-            expected = "host:port, host:port@weight, dns:///name:port or unix:/path"
-            raise ValueError(f'"{text}" is no node: expected {expected}')
+            expected = "host:port, host:port@weight, [IPv6]:port, dns:///name:port or unix:/path"
+            raise ValueError(f'"{text}" is not a node: expected {expected}')
         port, weight = int(match["port"] or 1), int(match["weight"] or 1)
         if not 1 <= port <= 65535:
             raise ValueError(f'"{text}": port {port} is not between 1 and 65535')
@@ -84,7 +82,9 @@ class NodeConfig(_Section):
         """
         match = _NODE.fullmatch(text)
         if match is None or match["host"] is None or match["weight"] or text.startswith("dns:"):
-            raise ValueError(f'"{text}" is no address: expected host:port')
+            raise ValueError(
+                f'"{text}" is not an address: expected host:port, with an IPv6 address in brackets, [::1]:8500'
+            )
         return cls.parse(text)
 
 
@@ -116,7 +116,7 @@ class RouteSettings(_Section):
     hedge_budget: float = Field(default=0.05, ge=0, le=1)
     """the part of the requests that may be hedged, at most"""
     node_in_flight: int = Field(default=0, ge=0, le=1_000_000)
-    """requests that this route has at a node at once, at most; what is more waits; 0 is no limit"""
+    """requests that this route has at a node at once, at most; what is more waits; 0 means no limit"""
     queue: int = Field(default=100, ge=0, le=1_000_000)
     """requests that wait while every node has `node_in_flight`; over it, or if their deadline would pass first,
     RESOURCE_EXHAUSTED at once. As many as the nodes take at once make a request take twice as long, at most"""
@@ -208,21 +208,29 @@ class ModelsConfig(_Section):
     directory: Path | None = None
     """the folder of models, each `NAME/VERSION/…` or a flat `NAME/`; relative to the config file"""
     poll_interval_ms: int = Field(default=1000, ge=0)
-    """milliseconds between two looks for new, changed and removed versions; 0 looks at the start only"""
+    """milliseconds between two looks for new, changed and removed versions; 0 looks at the start and at SIGHUP only"""
     named: dict[str, NamedModel] = {}
     """models that lie elsewhere, by the names that they are served under; they take the place of those in `directory`
     that have the same name"""
+    load_timeout_s: float = Field(default=300.0, ge=0, allow_inf_nan=False)
+    """seconds that the load of a version may take, its warm-up included; then it counts as failed, another load takes
+    its place, and what it gives later is discarded; 0 means no limit. The default reads 60 GB at 200 MB/s, and is half
+    of the 600 s that Kubernetes gives a new pod to become ready; give larger models more"""
     config_file: Path | None = None
     """a `model_config_file` of TensorFlow Serving's, whose models are served as if they stood under `named`; relative
     to the config file"""
     config_poll_interval_ms: int = Field(default=0, ge=0)
-    """milliseconds between two looks at `config_file`; 0 looks at the start only"""
+    """milliseconds between two looks at `config_file`; 0 looks at the start and at SIGHUP only"""
     accept_config: bool = False
     """whether clients may replace `named` and `config_file` by `ModelService/HandleReloadConfigRequest`; whoever can
     call it can have any folder of this machine loaded, but `handler.py` and `processor.py` in it are run only if the
     operator has named it, too"""
     defaults: dict[str, Any] = {}
     """keys of `model.toml` for every model; what a `model.toml` or `settings` says takes their place"""
+    openinference_outputs: Literal["raw", "as_requested"] = "raw"
+    """how `ModelInfer` answers: "raw" writes `raw_output_contents`, as Triton does; "as_requested" answers a request
+    with typed contents typed, as MLServer does, for clients that read nothing else. `TisPredict` is always answered
+    raw"""
     load_reports_per_s: int = Field(default=20, ge=0, le=1_000_000)
     """how many answers a second carry a report of this process's load, in ORCA's form, by which gRPC's and Envoy's
     weighted round robin and `orca_weighted_round_robin` weigh nodes; 0 is none"""
@@ -256,7 +264,7 @@ class HealthConfig(_Section):
     probe: Literal["auto", "grpc", "openinference", "tfserving", "tcp"] = "auto"
     """how a node is asked: by `grpc.health.v1`, the Open Inference Protocol's `ServerReady`, or TensorFlow Serving's
     `GetModelStatus`; "auto" takes the first of these that the node knows, and one that knows none is well; "tcp" only
-    connects, so that a node which hangs seems well"""
+    connects, so that a node which hangs or still loads its models seems well"""
     interval_ms: int = Field(default=1000, ge=0, le=3_600_000)
     """milliseconds, somewhat less at random, without an answered request after which a node is probed; one that answers
     requests is in every fifth only, to hear that it is about to end; 0 probes only who is suspect or left out. A probe
@@ -318,8 +326,9 @@ class JoinConfig(_Section):
 class Config(_Section):
     """The whole of it. Keys outside any table come first in the file."""
 
-    host: str = "127.0.0.1"
-    """the address to listen on; "0.0.0.0" or "[::]" for every interface"""
+    host: Annotated[str, AfterValidator(bracketed)] = "127.0.0.1"
+    """the address to listen on; "0.0.0.0" for every interface by IPv4, "::" by IPv6 and IPv4; IPv6 addresses with or
+    without brackets"""
     port: int = Field(default=8500, ge=0, le=65535)
     """the port for every protocol; 0 is any free one"""
     socket_path: Path | None = None
@@ -328,38 +337,54 @@ class Config(_Section):
     http_port: int | None = Field(default=None, ge=0, le=65535)
     """an HTTP port for REST, metrics and health on the same host, beside the gRPC port; always plaintext, so without
     REST where there is `[tls]`; none if left out; of several workers each has its own, counted up from here"""
+    http_max_connections: int = Field(default=1000, ge=1, lt=2**31)
+    """connections to `http_port` at one time, at most; a quarter of what the limit on open files leaves room for, if
+    it has no room for these beside `connections`. One more takes the place of the one that has been without a request
+    for longest, and is closed if all are in the middle of one"""
+    http_headers_timeout_s: float = Field(default=10.0, ge=0.1, le=86_400)
+    """seconds that a client of `http_port` has for the headers of a request; then 408, and the connection is closed"""
+    http_body_timeout_s: float = Field(default=60.0, ge=0.1, le=86_400)
+    """seconds that a client of `http_port` has for the body of a request; then 408, and the connection is closed; so is
+    a connection whose client takes nothing of an answer for so long"""
+    http_idle_timeout_s: float = Field(default=620.0, ge=0.1, le=86_400)
+    """seconds without a request after which a connection to `http_port` is closed. Make it longer than what a load
+    balancer in front keeps connections for, or requests fail with 502: 60 s for AWS's, 600 s for Google Cloud's"""
     metrics_path: str = Field(default="/metrics", pattern=r"^/[^{}]*$")
     """the path that metrics are answered at by HTTP"""
     rest_timeout_ms: int = Field(default=30_000, ge=0, le=3_600_000)
-    """milliseconds that a REST request may take; 0 is no limit"""
+    """milliseconds that a REST request may take; 0 means no limit"""
     rest_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
     """bytes of the largest body of a REST request, after decompression; over it 413. While JSON is read nothing else is
     answered, for up to 0.1 s per MB"""
+    rest_cors: bool = False
+    """whether REST answers carry the headers by which browsers let web pages of any origin read them (CORS)"""
     workers: int = Field(default=1, ge=1, le=256)
     """processes that share the port, each with its own copy of the models; of several that serve routes alone there is
     one more, which waits to take the place of one that dies"""
     transport: str = "auto"
-    """the network stack: "envoy", "grpcio", or "auto": envoy where its plugin is installed and can run, else grpcio"""
+    """the network stack, by the name of an installed transport; "auto" takes the one with the highest priority that can
+    run here"""
     transport_options: dict[str, Any] = {}
     """the network stack's own options"""
     message_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
     """bytes of the largest message, in either direction; over it RESOURCE_EXHAUSTED"""
     connections: int = Field(default=10_000, ge=0, lt=2**31)
-    """clients' connections to each worker at one time, at most; more are closed as they come; 0 is what the limit
-    on open files leaves room for: a quarter of it, or 64, stay for nodes and files in any case"""
+    """clients' connections to each worker at one time, at most, but for those to `http_port`; more are closed as they
+    come; 0 is what the limit on open files leaves room for: a quarter of it, or 64, stay for nodes and files in any
+    case"""
     streams: int = Field(default=1024, ge=1, lt=2**31)
     """calls that one connection of a client may have in flight; more wait at the client"""
     in_flight: int = Field(default=0, ge=0, le=1_000_000)
     """requests that are answered at once, at most, in each worker; over it RESOURCE_EXHAUSTED at once; questions about
-    health, readiness and models do not count; 0 is no limit"""
+    health, readiness and models do not count; 0 means no limit"""
     drain_s: float = Field(default=10.0, ge=0, allow_inf_nan=False)
     """seconds that requests in flight have to finish after SIGTERM"""
     drain_delay_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """seconds after SIGTERM in which requests are still taken while health says NOT_SERVING, before `drain_s` begins:
     time for balancers in front to look elsewhere"""
     hang_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
-    """seconds without a sign of life from the event loop of a worker after which it is killed and started again, where
-    there are several or Envoy is the network stack; a model that is slow hangs nothing; 0 waits for ever"""
+    """with several workers: seconds without a sign of life from the event loop of a worker after which it is killed and
+    started again; a slow model does not stop the event loop; 0 waits for ever"""
     models: ModelsConfig = ModelsConfig()
     gateway: GatewayConfig = GatewayConfig()
     join: JoinConfig | None = None
@@ -385,8 +410,8 @@ def read_token(path: Path) -> str:
         ConfigError: it cannot be read, or there is none in it.
     """
     try:
-        first, *_ = path.read_text(encoding="utf-8").splitlines() or [""]
-    except (OSError, UnicodeDecodeError) as error:
+        first, *_ = decode(path.read_bytes()).splitlines() or [""]
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     token = first.strip()
     if not re.fullmatch(r"[\x21-\x7e]+", token):
@@ -413,22 +438,25 @@ def parse(content: bytes, path: Path) -> Config:
         ConfigError: it is no TOML, or says what no config says; one line that names the file.
     """
     try:
-        values = tomllib.loads(content.decode("utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(decode(content))
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return _resolved(validated(Config, values, str(path)), path.parent)
+    return resolved(validated(Config, values, str(path)), path.parent)
 
 
-def _resolved(section: SectionT, folder: Path) -> SectionT:
-    """`section` with its relative paths, and those of the sections in it, taken from `folder`."""
+def resolved(section: SectionT, folder: Path = Path()) -> SectionT:
+    """`section` with all paths absolute, and those of the sections in it: relative ones are taken from `folder`, by
+    default the current one, which a handler may change later."""
     update: dict[str, Any] = {}
     for name, value in section:
         if isinstance(value, Path):
-            update[name] = folder / value
+            update[name] = (folder / value).absolute()
+        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
+            update[name] = tuple((folder / item).absolute() if isinstance(item, Path) else item for item in value)
         elif isinstance(value, _Section):
-            update[name] = _resolved(value, folder)
+            update[name] = resolved(value, folder)
         elif isinstance(value, dict) and all(isinstance(item, _Section) for item in value.values()):
-            update[name] = {key: _resolved(item, folder) for key, item in value.items()}
+            update[name] = {key: resolved(item, folder) for key, item in value.items()}
     return section.model_copy(update=update)
 
 

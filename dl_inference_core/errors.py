@@ -56,11 +56,26 @@ class InferenceError(Exception):
     another_node: bool = False
     trailers: Sequence[tuple[str, str | bytes]] = ()
 
+    def __init_subclass__(cls) -> None:
+        """Raises:
+        TypeError: its `code` is not one that a failure can have.
+        """
+        super().__init_subclass__()
+        if not isinstance(cls.code, Code) or cls.code is Code.OK:
+            raise TypeError(f"{cls.__qualname__}: its code is {cls.code!r}; expected an errors.Code other than OK")
+
 
 class BadRequest(InferenceError):
     """The request is malformed, or does not fit the model. Says what was wrong and what was expected."""
 
     code = Code.INVALID_ARGUMENT
+    blame = Blame.CLIENT
+
+
+class FailedPrecondition(InferenceError):
+    """The request is well-formed, but asks for something that this model does not have."""
+
+    code = Code.FAILED_PRECONDITION
     blame = Blame.CLIENT
 
 
@@ -123,6 +138,13 @@ class NoNodeAvailable(InferenceError):
 
     code = Code.UNAVAILABLE
     blame = Blame.SERVER
+
+
+class RouteLoop(InferenceError):
+    """The request came back to a gateway that has forwarded it already, or went through too many gateways."""
+
+    code = Code.FAILED_PRECONDITION
+    blame = Blame.OPERATOR
 
 
 class NodeUnreachable(InferenceError):
@@ -192,6 +214,13 @@ class AttemptTimedOut(InferenceError):
     another_node = True
 
 
+class AttemptCancelled(InferenceError):
+    """This process cancelled the attempt: the client has left, another attempt was quicker, or the node has left."""
+
+    code = Code.CANCELLED
+    blame = Blame.NOBODY
+
+
 class DeadlineExceeded(InferenceError):
     """The client's own deadline passed."""
 
@@ -222,6 +251,14 @@ class ModelError(InferenceError):
     """A model version cannot be loaded. Load time only: it never reaches a client."""
 
     blame = Blame.OPERATOR
+
+
+def text_of(error: BaseException) -> str:
+    """`str(error)`; "" where that raises, as the `__str__` of a handler's own exception class may."""
+    try:
+        return str(error)
+    except BaseException:
+        return ""
 
 
 def from_status(code: Code, message: str) -> InferenceError:

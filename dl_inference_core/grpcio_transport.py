@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import os
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,39 +21,33 @@ from dl_inference_core import sockets
 from dl_inference_core.certificates import Credentials, Watched
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import (
-    Code,
     ConfigError,
-    DeadlineExceeded,
-    InferenceError,
-    NodeUnreachable,
-    from_status,
 )
+from dl_inference_core.grpcio_connections import GrpcioConnection, TlsConnection
+from dl_inference_core.grpcio_exchanges import GrpcioExchange, Handlers
 from dl_inference_core.transport import (
-    Call,
     Connection,
     HttpApp,
     Limits,
-    Metadata,
-    Methods,
+    Reply,
     Server,
-    StreamHandler,
+    Service,
+    Timer,
     Transport,
-    UnaryHandler,
-    shortened,
 )
 
 _log = logging.getLogger(__name__)
 _cygrpc_log = logging.getLogger("grpc._cython.cygrpc")
 
-_STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
 _RARELY_MS = 3_600_000
 _LOOK_S = 0.05
 _RETIRED_S = 60.0
 _TELL_S = 60.0
 _LONGEST_S = 2**31 // 1000 - 1
-_OF_HTTP = frozenset({"user-agent", "te", "content-type", "content-length"})
-_OF_ENVOY = frozenset({"x-forwarded-for", "x-envoy-internal", "x-envoy-expected-rq-timeout-ms"})
-_RESERVED = _OF_HTTP | _OF_ENVOY
+_UNLIMITED = 2**31 - 1
+# Clients that want to know whether the server lives ping it, every 10 seconds at most in grpc-go and grpc-java, and as
+# often as they are told to on gRPC's C core. One ping a second costs nothing.
+_PING_INTERVAL_MS = 1000
 
 
 class GrpcioTransport(Transport):
@@ -99,6 +93,7 @@ class GrpcioTransport(Transport):
     def __init__(self, options: PluginOptions) -> None:
         super().__init__(options)
         self._watched: dict[ClientTls, Watched] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
     def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -106,7 +101,7 @@ class GrpcioTransport(Transport):
 
     async def serve(
         self,
-        methods: Methods,
+        service: Service,
         addresses: tuple[str, ...],
         limits: Limits,
         *,
@@ -114,6 +109,7 @@ class GrpcioTransport(Transport):
         tls: ServerTls | None = None,
         http: HttpApp | None = None,
     ) -> Server:
+        self._loop = asyncio.get_running_loop()
         watched = None if tls is None else Watched(tls)
         _cygrpc_log.addFilter(_not_of_a_client_that_left)
         # gRPC counts the connections of each address by itself.
@@ -121,7 +117,7 @@ class GrpcioTransport(Transport):
         ours = [*size_options(limits), *_server_options(limits, self.options), ("grpc.so_reuseport", int(share_port))]
         # Of two arguments of one name gRPC takes the first.
         options = list({**dict(ours), **self.options.channel_arguments}.items())
-        handlers = _Handlers(methods)
+        handlers = Handlers(service)
         paths = [path for address in addresses if (path := sockets.path_of(address)) is not None]
         for path in paths:
             sockets.claim(path)  # grpc would take it from a server that lives
@@ -140,6 +136,7 @@ class GrpcioTransport(Transport):
         self._watch(tls)
 
     def connect(self, address: str, limits: Limits, tls: ClientTls | None = None) -> Connection:
+        self._loop = asyncio.get_running_loop()
         options: list[tuple[str, Any]] = [
             *size_options(limits),
             ("grpc.initial_reconnect_backoff_ms", self.options.reconnect_ms),
@@ -167,6 +164,16 @@ class GrpcioTransport(Transport):
 
         return TlsConnection(self._watch(tls), connect)
 
+    def reply_all(self, replies: Sequence[Reply]) -> None:
+        if replies:
+            first = replies[0].exchange
+            assert isinstance(first, GrpcioExchange)
+            first.on_loop(super().reply_all, replies)
+
+    def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
+        assert self._loop is not None, "there is no event loop before the first serve or connect"
+        return _LoopTimer(self._loop, seconds, function)
+
     def _watch(self, tls: ClientTls) -> Watched:
         files = tls.model_copy(update={"server_name": None})
         if files not in self._watched:
@@ -174,8 +181,44 @@ class GrpcioTransport(Transport):
         return self._watched[files]
 
 
+def _runs(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether this thread runs `loop`."""
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop() is loop
+    return False
+
+
+class _LoopTimer:
+    """A timer of an event loop that any thread may start and cancel."""
+
+    __slots__ = ("_function", "_handle", "_loop")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, function: Callable[[], None]) -> None:
+        self._loop = loop
+        self._function: Callable[[], None] | None = function
+        self._handle: asyncio.Handle | None = None
+        if _runs(loop):
+            self._start(loop.time() + seconds)
+        else:
+            loop.call_soon_threadsafe(self._start, loop.time() + seconds)
+
+    def _start(self, at: float) -> None:
+        if self._function is not None:
+            self._handle = self._loop.call_at(at, self._fire)
+
+    def _fire(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
+
+    def cancel(self) -> None:
+        self._function = None
+        if self._handle is not None and _runs(self._loop):
+            self._handle.cancel()
+
+
 async def _listening(
-    handlers: _Handlers, addresses: Sequence[str], options: list[tuple[str, Any]], watched: Watched | None
+    handlers: Handlers, addresses: Sequence[str], options: list[tuple[str, Any]], watched: Watched | None
 ) -> tuple[grpc.aio.Server, list[str]]:
     """A server that has started; and its addresses, with the ports that it got.
 
@@ -223,13 +266,21 @@ def size_options(limits: Limits) -> list[tuple[str, int]]:
 
 
 def _server_options(limits: Limits, options: GrpcioTransport.Options) -> list[tuple[str, int]]:
-    """What gRPC calls the limits of a server."""
+    """What gRPC calls the limits of a server.
+
+    Calls over `limits.streams` wait at the client, and calls that have come wait for the event loop. By default gRPC
+    resets some of either: its overload protection counts calls that it has answered but not yet freed, and
+    of more than 1,000 pending calls it refuses some at random, all from 3,000 on. `limits` bounds both already.
+    """
     ages = {
         "grpc.max_connection_idle_ms": options.idle_timeout_s,
         "grpc.max_connection_age_ms": options.connection_age_s,
     }
     return [
         ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.http.overload_protection", 0),
+        ("grpc.server.max_pending_requests", _UNLIMITED),
+        ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_metadata_size", options.header_kb * 1024),
         ("grpc.server_handshake_timeout_ms", options.headers_timeout_s * 1000),
@@ -239,6 +290,8 @@ def _server_options(limits: Limits, options: GrpcioTransport.Options) -> list[tu
         # Or the answer to a ping may take 60 seconds, whatever the timeout is.
         ("grpc.http2.ping_timeout_ms", options.keepalive_timeout_s * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # By default the third ping that comes within 5 minutes of another, without data between, ends the connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS),
         *((name, seconds * 1000) for name, seconds in ages.items() if seconds),
     ]
 
@@ -337,153 +390,3 @@ async def _watch(watched: Watched) -> None:
     """So that a bad file is told of even while nobody connects."""
     async for _ in watched.changes():
         pass
-
-
-class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
-    def __init__(self, methods: Methods) -> None:
-        # Reading a context's metadata costs 3 % of a gateway's request, and nearly always there is none.
-        self._without_metadata = {
-            path: grpc.unary_unary_rpc_method_handler(_unary(path, handler, metadata=False))
-            for path, handler in methods.unary.items()
-        }
-        self._handlers = {
-            path: grpc.unary_unary_rpc_method_handler(_unary(path, handler, metadata=True))
-            for path, handler in methods.unary.items()
-        } | {
-            path: grpc.stream_stream_rpc_method_handler(_streaming(path, handler))
-            for path, handler in methods.streaming.items()
-        }
-
-    def service(self, details: Any) -> Any:
-        metadata = details.invocation_metadata
-        if len(metadata) == 1 and metadata[0][0] == "user-agent" and details.method in self._without_metadata:
-            return self._without_metadata[details.method]
-        return self._handlers.get(details.method)
-
-
-def _unary(method: str, handler: UnaryHandler, *, metadata: bool) -> Any:
-    async def answer(request: bytes, context: Any) -> bytes:
-        call = _call(method, request, context, metadata=metadata)
-        try:
-            response = await handler(call)
-        except InferenceError as error:
-            await _abort(context, error, call)
-        if call.trailers:
-            context.set_trailing_metadata(tuple(call.trailers))
-        return response
-
-    return answer
-
-
-def _streaming(method: str, handler: StreamHandler) -> Any:
-    async def answer(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        call = _call(method, b"", context, metadata=True)
-        try:
-            async for response in handler(call, requests):
-                yield response
-        except InferenceError as error:
-            await _abort(context, error, call)
-        if call.trailers:
-            context.set_trailing_metadata(tuple(call.trailers))
-
-    return answer
-
-
-def _call(method: str, request: bytes, context: Any, *, metadata: bool) -> Call:
-    remaining = context.time_remaining()
-    return Call(
-        method=method,
-        request=request,
-        metadata=_callers_own(context.invocation_metadata()) if metadata else (),
-        deadline=None if remaining is None else time.monotonic() + remaining,
-    )
-
-
-def _callers_own(metadata: Any) -> Metadata:
-    return tuple([pair for pair in metadata if pair[0] not in _RESERVED and not pair[0].startswith("grpc-")])
-
-
-async def _abort(context: Any, error: InferenceError, call: Call) -> None:
-    await context.abort(_STATUS[error.code], shortened(str(error)), tuple(call.trailers))
-
-
-class GrpcioConnection(Connection):
-    """One `grpc.aio` channel to one node."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._channel = channel
-        self._methods: dict[str, Any] = {}
-
-    def stands(self, *, connect: bool = False) -> bool:
-        """Whether it could take a call at once; with `connect` it sees to that, in the background."""
-        return bool(self._channel.get_state(connect) is grpc.ChannelConnectivity.READY)
-
-    async def call(self, call: Call) -> bytes:
-        method = self._methods.get(call.method)
-        if method is None:
-            method = self._methods[call.method] = self._channel.unary_unary(call.method)
-        timeout = None
-        if call.deadline is not None:
-            timeout = call.deadline - time.monotonic()
-            if timeout <= 0:
-                raise DeadlineExceeded("the deadline passed before the call was sent")
-        try:
-            rpc = method(call.request, timeout=timeout, metadata=call.metadata or None)
-            response: bytes = await rpc
-            trailers = await rpc.trailing_metadata()
-        except grpc.aio.AioRpcError as error:
-            call.trailers.extend(error.trailing_metadata() or ())
-            raise from_status(Code(error.code().value[0]), error.details() or "") from None
-        except grpc.aio.UsageError as error:
-            raise NodeUnreachable("the connection was closed") from error
-        if trailers:
-            call.trailers.extend(trailers)
-        return response
-
-    async def close(self) -> None:
-        await self._channel.close()
-
-
-class TlsConnection(Connection):
-    """A connection by TLS that is made anew when the files change.
-
-    The old one takes the calls for as long as it stands and the new one does not yet: a node that accepts the old
-    certificate but not the new is not lost for that.
-    """
-
-    def __init__(self, watched: Watched, connect: Callable[[Credentials], GrpcioConnection]) -> None:
-        self._watched = watched
-        self._connect = connect
-        self._credentials = watched.current()
-        self._connection = connect(self._credentials)
-        self._next: GrpcioConnection | None = None
-        self._in_flight: Counter[GrpcioConnection] = Counter()
-
-    async def call(self, call: Call) -> bytes:
-        credentials = self._watched.current()
-        if credentials is not self._credentials:
-            self._credentials, stale = credentials, self._next
-            self._next = self._connect(credentials)
-            if stale is not None:
-                await stale.close()
-        if self._next is not None and (self._next.stands(connect=True) or not self._connection.stands()):
-            retired, self._connection, self._next = self._connection, self._next, None
-            await self._close_if_unused(retired)
-        connection = self._connection
-        self._in_flight[connection] += 1
-        try:
-            return await connection.call(call)
-        finally:
-            self._in_flight[connection] -= 1
-            if connection is not self._connection:
-                await self._close_if_unused(connection)
-
-    async def _close_if_unused(self, retired: GrpcioConnection) -> None:
-        if not self._in_flight[retired]:
-            del self._in_flight[retired]
-            await retired.close()
-
-    async def close(self) -> None:
-        for connection in (self._connection, self._next, *self._in_flight):
-            if connection is not None:
-                await connection.close()

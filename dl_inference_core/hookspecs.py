@@ -1,10 +1,14 @@
 """Every extension point. A plugin is a module with some of these hooks, named by an entry point of the group
 "dl_inference_core".
 
-Each is called at most once per process, on its main thread, when a class of its kind is first wanted: at start, or by
-`dl-inference-core plugins` and `check`. None is called on the request path. Each returns classes, not objects; each
-class carries a `name` by which the config picks it, and an `Options` model of what the config may say to it. If a hook
-raises, its plugin is reported as broken, with the error; that is fatal only if the config names something of it.
+Each hook is called at most once per process, on its main thread, when a class of its kind is first wanted: at start, or
+by `dl-inference-core plugins` and `check`. No hook is called on the request path. Each returns a list of classes, not
+of objects. A class defines a `name` of its own, by which a config chooses it, and `Options`, a `PluginOptions` of what
+the config may say to it. A class that is abstract, has no name, or has a name that is taken is refused; the plugin's
+other classes stay. The core's names cannot be taken. A hook that raises is reported with its error. All of this stops
+the process only if the config names something that is missing then.
+
+A backend is made when the first model needs it, a handler for each copy of a model, a balancer for each route.
 
 Keep the module light: import torch or tensorflow inside the methods that need them.
 """

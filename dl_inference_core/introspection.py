@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from grpc_health.v1 import health_pb2
@@ -14,11 +15,12 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.reflection import aio as reflection
 
 import dl_inference_core
-from dl_inference_core.errors import ModelNotFound, ModelNotReady
-from dl_inference_core.routing import Routes
-from dl_inference_core.transport import Call, StreamHandler, UnaryHandler
+from dl_inference_core.coroutines import StreamHandler
+from dl_inference_core.errors import ModelNotFound
+from dl_inference_core.routing import Routes, Upstream
+from dl_inference_core.transport import Begin, Exchange, Message
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, METHODS, QUESTIONS, VERSIONS, Protocol
+from dl_inference_core.wire.protocol import METHODS, QUESTIONS, READY, VERSIONS, Protocol
 
 _WATCH_S = 0.1
 _OIP = "/inference.GRPCInferenceService"
@@ -34,7 +36,8 @@ class Readiness:
     """Whether this process takes requests. Set by the app, read by health and ready.
 
     Attributes:
-        serving: from when a request would first have succeeded until it is told to end.
+        serving: from the end of the start until the process is told to end. The start ends once every model has loaded,
+            failed or passed its load timeout, and a request for some model would succeed.
         leaving: it was told to end, and takes requests for a moment longer.
         ending: set once it will never take any again: streams end then, after having said so.
         upstreams: whether any upstream would now answer.
@@ -47,8 +50,12 @@ class Readiness:
 
     @property
     def ready(self) -> bool:
-        """Whether a request for some model would succeed."""
+        """Whether the start has ended and a request for some model would succeed."""
         return self.serving and self.upstreams()
+
+    def serves(self, upstream: Upstream) -> bool:
+        """Whether requests for one model are answered, which may be so while others still load."""
+        return upstream.ready and not self.leaving
 
 
 class Introspection:
@@ -58,15 +65,15 @@ class Introspection:
         self._routes = routes
         self._readiness = readiness
 
-    def unary(self) -> Mapping[str, UnaryHandler]:
-        """Handlers by method path; they raise nothing but InferenceError."""
+    def unary(self) -> Mapping[str, Begin]:
+        """What begins an exchange of each unary method, by path; raises InferenceError."""
         return {
             f"{_HEALTH}/Check": self._check,
             f"{_OIP}/ServerLive": self._server_live,
             f"{_OIP}/ServerReady": self._server_ready,
-            f"{_OIP}/ModelReady": self._model_ready,
             f"{_OIP}/ServerMetadata": self._server_metadata,
-            **{question.node_method: self._asking(question) for question in QUESTIONS},
+            **{question.node_method: partial(self._ask, question) for question in QUESTIONS},
+            READY.node_method: self._model_ready,
         }
 
     def streaming(self) -> Mapping[str, StreamHandler]:
@@ -75,7 +82,7 @@ class Introspection:
         services = [*sorted(paths), "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
         servicer = reflection.ReflectionServicer(services, pool=messages.pool)
 
-        async def reflect(_: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async def reflect(_: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
             # v1 and v1alpha differ in nothing but their name.
             bodies = self._while_serving(requests)
             parsed = (messages.parse(reflection_pb2.ServerReflectionRequest, body) async for body in bodies)
@@ -88,24 +95,24 @@ class Introspection:
         }
 
     def _status(self, service: str) -> Any:
-        """The health of `service`: a model's name is that model; "" is the server, which serves if any model would be
-        answered for; None is unknown."""
+        """The health of `service`: a model's name is that model, which serves as soon as it has loaded; "" is the
+        server, which serves if it has started and any model would be answered for; None is unknown."""
         if service in _SERVICES:
             return _Status.SERVING if self._readiness.ready else _Status.NOT_SERVING
         try:
             upstream = self._routes.find(service)
         except ModelNotFound:
             return None
-        return _Status.SERVING if self._readiness.serving and upstream.ready else _Status.NOT_SERVING
+        return _Status.SERVING if self._readiness.serves(upstream) else _Status.NOT_SERVING
 
-    async def _check(self, call: Call) -> bytes:
-        service = messages.parse(health_pb2.HealthCheckRequest, call.request).service
+    def _check(self, exchange: Exchange) -> None:
+        service = messages.parse(health_pb2.HealthCheckRequest, exchange.message).service
         status = self._status(service)
         if status is None:
             raise ModelNotFound(f'no service or model is named "{service}"')
-        return _body(health_pb2.HealthCheckResponse(status=status))
+        exchange.reply(_body(health_pb2.HealthCheckResponse(status=status)))
 
-    async def _watch(self, _: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _watch(self, _: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
         said = None
         ending = self._readiness.ending
         async for body in self._while_serving(requests):
@@ -123,7 +130,7 @@ class Introspection:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(ending.wait(), _WATCH_S)
 
-    async def _while_serving(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _while_serving(self, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
         """`requests`, until the server ends: a client that holds its stream open must not hold up a drain."""
         ending = asyncio.ensure_future(self._readiness.ending.wait())
         try:
@@ -143,38 +150,36 @@ class Introspection:
         finally:
             ending.cancel()
 
-    async def _server_live(self, _: Call) -> bytes:
-        return _body(messages.ServerLiveResponse(live=True))
+    def _server_live(self, exchange: Exchange) -> None:
+        exchange.reply(_body(messages.ServerLiveResponse(live=True)))
 
-    async def _server_ready(self, _: Call) -> bytes:
-        return _body(messages.ServerReadyResponse(ready=self._readiness.ready))
+    def _server_ready(self, exchange: Exchange) -> None:
+        exchange.reply(_body(messages.ServerReadyResponse(ready=self._readiness.ready)))
 
-    async def _model_ready(self, call: Call) -> bytes:
-        request = messages.parse(messages.ModelReadyRequest, call.request)
+    def _server_metadata(self, exchange: Exchange) -> None:
+        metadata = messages.ServerMetadataResponse(name="dl-inference-core", version=dl_inference_core.__version__)
+        exchange.reply(_body(metadata))
+
+    def _model_ready(self, exchange: Exchange) -> None:
+        """Of a version that the request names, the upstream knows."""
+        request = messages.parse(messages.ModelReadyRequest, exchange.message)
         upstream = self._routes.find(request.name)
-        ready = self._readiness.serving and upstream.ready
+        ready = self._readiness.serves(upstream)
         if ready and request.version:
-            try:
-                await upstream.answer(call, METADATA)  # the two requests are the same, field by field
-            except ModelNotReady:
-                ready = False
-        return _body(messages.ModelReadyResponse(ready=ready))
+            upstream.begin(exchange, READY)
+        else:
+            exchange.reply(_body(messages.ModelReadyResponse(ready=ready)))
 
-    async def _server_metadata(self, _: Call) -> bytes:
-        return _body(messages.ServerMetadataResponse(name="dl-inference-core", version=dl_inference_core.__version__))
-
-    def _asking(self, question: Protocol) -> UnaryHandler:
-        async def ask(call: Call) -> bytes:
-            key = question.read_key(call.request)
-            try:
-                upstream = self._routes.find(key)
-            except ModelNotFound as error:
-                if question is VERSIONS:
-                    raise ModelNotFound(f"Could not find any versions of model {str(key)[:100]}") from error
-                raise
-            return await upstream.answer(call, question)
-
-        return ask
+    def _ask(self, question: Protocol, exchange: Exchange) -> None:
+        key = question.read_key(exchange.message)
+        assert key is not None  # only Seldon's requests may lack one
+        try:
+            upstream = self._routes.find(key)
+        except ModelNotFound:
+            if question is VERSIONS:
+                raise ModelNotFound(f"Could not find any versions of model {str(key)[:100]}") from None
+            raise
+        upstream.begin(exchange, question)
 
 
 def _body(message: Any) -> bytes:

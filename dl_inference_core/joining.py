@@ -12,7 +12,7 @@ from typing import Any
 
 from dl_inference_core.config import JoinConfig, read_token
 from dl_inference_core.errors import BadRequest, InferenceError, NodeFailed
-from dl_inference_core.transport import Call, Connection
+from dl_inference_core.transport import Connection
 from dl_inference_core.wire import messages
 
 _log = logging.getLogger(__name__)
@@ -150,14 +150,9 @@ class _Gateway:
         await self._connection.close()
 
     async def _call(self, method: str, request: Any) -> Any:
-        call = Call(
-            method=f"{messages.REGISTRY}/{method}",
-            request=request.SerializeToString(),
-            metadata=self._metadata,
-            deadline=time.monotonic() + _CALL_S,
-            background=True,
-        )
-        return await self._connection.call(call)
+        path = f"{messages.REGISTRY}/{method}"
+        body = request.SerializeToString()
+        return (await self._connection.call(path, body, metadata=self._metadata, timeout_s=_CALL_S)).message
 
 
 def _jitter() -> float:

@@ -7,18 +7,14 @@ still changes.
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from dl_inference_core.config import NodeConfig, RouteConfig, validated
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.files import LARGEST, without_mark
 
-_LARGEST = 16 * 1024 * 1024
 _KEY = re.compile(r"[^\s=,/#\x00-\x1f\x7f]{1,255}")
 
 
@@ -46,15 +42,17 @@ class NodeFile:
 
 def parse(content: bytes) -> NodeFile:
     """`content` line by line. Never raises: what is wrong is in `problems`."""
-    if len(content) > _LARGEST:
-        return NodeFile(routes={}, problems=(f"it has over {_LARGEST} bytes",), readable=False)
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return NodeFile(routes={}, problems=("it is UTF-16; expected UTF-8",), readable=False)
+    if len(content) > LARGEST:
+        return NodeFile(routes={}, problems=(f"it has over {LARGEST} bytes",), readable=False)
+    try:
+        content = without_mark(content)
+    except ValueError as error:
+        return NodeFile(routes={}, problems=(str(error),), readable=False)
     routes: dict[int | str, RouteConfig] = {}
     problems: list[str] = []
     broken: set[int | str] = set()
     readable = True
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+    for number, raw in enumerate(content.splitlines(), start=1):
         key: int | str | None = None
         try:
             if raw.lstrip().startswith(b"#"):  # in whatever encoding
@@ -98,64 +96,3 @@ def _route(key: int | str, rest: str) -> RouteConfig:
         "nodes": tuple(NodeConfig.parse(node) for node in nodes),
     }
     return validated(RouteConfig, values, f"task {key}")
-
-
-class Watched:
-    """A file that may be edited, replaced, or missing for a while; its content only once that is whole."""
-
-    def __init__(self, path: Path, *, patience: int) -> None:
-        """Args:
-        patience: how many looks a file whose last line has no end must stay the same; others must for one.
-        """
-        self.path = path
-        self._patience = patience
-        self._seen: bytes | None = None
-        self._same_for = 0
-        self._taken: bytes | None = None
-        self.complaint = ""
-        """Why the file could not be read at the last look; "" if it could."""
-
-    def read(self) -> bytes:
-        """The content now, taken as it stands; for the start, when nobody is writing yet.
-
-        Raises:
-            ConfigError: it cannot be read.
-        """
-        try:
-            self._taken = self._seen = self._content()
-        except OSError as error:
-            raise ConfigError(f"{self.path}: {error.strerror or error}") from error
-        return self._taken
-
-    def look(self) -> bytes | None:
-        """The content, if it is new and has stayed the same since the last look; None otherwise, and while it cannot be
-        read. Blocks for as long as reading the file takes."""
-        try:
-            content = self._content(again=True)
-        except OSError as error:
-            self.complaint = f"{self.path}: {error.strerror or error}"
-            self._seen = None
-            return None
-        self.complaint = ""
-        if content != self._seen:
-            self._seen, self._same_for = content, 0
-            return None
-        self._same_for += 1
-        if content == self._taken or (self._same_for < self._patience and not content.endswith(b"\n")):
-            return None
-        self._taken = content
-        return content
-
-    def _content(self, *, again: bool = False) -> bytes:
-        """Raises:
-        OSError: it cannot be read; or `again`, which a pipe or a device cannot.
-        """
-        with open(self.path, "rb", opener=_without_waiting if again else None) as file:
-            if again and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file, and cannot be read again")
-            return file.read(_LARGEST + 1)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe, too, whether or not anybody writes to it."""
-    return os.open(path, flags | os.O_NONBLOCK)

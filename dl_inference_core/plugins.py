@@ -5,16 +5,22 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import pluggy
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 
+import dl_inference_core
 from dl_inference_core import hookspecs
 from dl_inference_core.config import PluginOptions, validated
-from dl_inference_core.errors import ConfigError, PluginError
+from dl_inference_core.errors import ConfigError, PluginError, text_of
 
 
 class Kind(enum.Enum):
@@ -43,6 +49,9 @@ _INTERFACES = {
     Kind.TRANSPORTS: "dl_inference_core.transport.Transport",
 }
 
+_CORE = "dl-inference-core"
+_CORE_MODULE = "dl_inference_core.builtins"
+
 _DISTRIBUTIONS = {
     "torch": "dl-inference-torch-backend",
     "tensorflow": "dl-inference-tf-backend",
@@ -59,7 +68,6 @@ _DISTRIBUTIONS = {
         ),
         "dl-inference-balancers",
     ),
-    "envoy": "dl-inference-envoy-transport",
 }
 """Which distribution of ours brings a name, for the hint in an error."""
 
@@ -91,7 +99,7 @@ class Plugin:
         name: the entry point's name.
         distribution, version: what it was installed from.
         provides: names by kind.
-        error: why it, or a part of it, cannot be used; "" if all is well.
+        error: why it, or a part of it, cannot be used; "" if it can be used as a whole.
     """
 
     name: str
@@ -103,9 +111,18 @@ class Plugin:
     def __str__(self) -> str:
         return f'plugin "{self.name}" of {self.distribution} {self.version}'
 
+    def fail(self, reason: str) -> None:
+        """Note one more thing that cannot be used."""
+        self.error = f"{self.error}; {reason}" if self.error else reason
+
 
 class Plugins:
-    """Every installed plugin. Asks for the classes of a kind when they are first wanted; not on the request path."""
+    """Every installed plugin. The core comes first, so that no other plugin can take one of its names.
+
+    A broken plugin is reported in its `Plugin.error`; an exception is raised only where a config names something that
+    the plugin would have provided. The hooks of a kind are called when its classes are first wanted, on the thread that
+    asks; never on the request path.
+    """
 
     def __init__(self, found: Sequence[EntryPoint] | None = None) -> None:
         """Args:
@@ -115,7 +132,8 @@ class Plugins:
         self._manager.add_hookspecs(hookspecs)
         self._classes: dict[Kind, dict[str, type[Any]]] = {}
         self._plugins: dict[str, Plugin] = {}
-        for entry in found if found is not None else sorted(entry_points(group=hookspecs.GROUP)):
+        entries = found if found is not None else sorted(entry_points(group=hookspecs.GROUP))
+        for entry in sorted(entries, key=lambda entry: entry.value != _CORE_MODULE):
             self._register(entry)
 
     def _register(self, entry: EntryPoint) -> None:
@@ -131,43 +149,67 @@ class Plugins:
             self._plugins[f"{entry.name} ({plugin.distribution})"] = plugin
             return
         self._plugins[entry.name] = plugin
-        try:
+        with _noting_errors(plugin):
+            if distribution is not None:
+                _check_requirements(distribution)
             module = entry.load()
+            if (name := self._manager.get_name(module)) is not None:
+                raise PluginError(f"{entry.value} is registered already, by {self._plugins[name]}")
             self._manager.register(module, name=entry.name)
             try:
                 self._manager.check_pending()
-            except pluggy.PluginValidationError:
+                if not self._manager.get_hookcallers(module):
+                    raise PluginError(_without_hooks(entry.value, module))
+            except (PluginError, pluggy.PluginValidationError):
                 self._manager.unregister(name=entry.name)
                 raise
-        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
-            plugin.error = _reason(error)
 
     def classes(self, kind: Kind) -> Mapping[str, type[Any]]:
-        """The classes of `kind` by name, those of broken plugins left out."""
+        """The classes of `kind` by name, without those that cannot be used."""
         if kind not in self._classes:
             self._classes[kind] = {}
-            for implementation in getattr(self._manager.hook, kind.hook).get_hookimpls():
-                plugin = self._plugins[implementation.plugin_name]
-                try:
-                    self._add(kind, plugin, implementation.function())
-                except (Exception, SystemExit) as error:
-                    reason = f"{kind.hook}: {_reason(error)}"
-                    plugin.error = f"{plugin.error}; {reason}" if plugin.error else reason
+            for plugin, hook in self._hooks(kind):
+                where = f"{kind.hook}: "
+                with _noting_errors(plugin, where):
+                    for cls in _listed(hook.function()):
+                        with _noting_errors(plugin, where):
+                            self._add(kind, plugin, cls)
         return self._classes[kind]
 
-    def _add(self, kind: Kind, plugin: Plugin, classes: Sequence[type[Any]]) -> None:
-        if not isinstance(classes, Sequence):
-            raise PluginError(f"it gave {classes!r}, which is no list of classes")
-        for cls in classes:
-            if not (isinstance(cls, type) and issubclass(cls, kind.interface)):
-                raise PluginError(f"it gave {cls!r}, which is not a subclass of {kind.interface.__name__}")
-            name = getattr(cls, "name", None)
-            if not (isinstance(name, str) and name):
-                raise PluginError(f"{kind.value} class {cls.__qualname__} has no `name`")
-            if name in self._classes[kind]:
-                raise PluginError(f'the {kind.value} name "{name}" is taken by {self._owner(kind, name)}')
-            self._classes[kind][name] = cls
-            plugin.provides.setdefault(kind, []).append(name)
+    def _hooks(self, kind: Kind) -> Iterator[tuple[Plugin, pluggy.HookImpl]]:
+        """The hooks of `kind` in the order of `_plugins`, which pluggy's own order need not be: the core is first."""
+        hooks = {hook.plugin_name: hook for hook in getattr(self._manager.hook, kind.hook).get_hookimpls()}
+        for key, plugin in self._plugins.items():
+            if key in hooks:
+                yield plugin, hooks[key]
+
+    def _add(self, kind: Kind, plugin: Plugin, cls: Any) -> None:
+        """Raises:
+        PluginError: the class cannot be used; says why.
+        """
+        interface = kind.interface
+        if not (isinstance(cls, type) and issubclass(cls, interface)):
+            raise PluginError(f"the hook returned {cls!r}, which is not a subclass of {interface.__name__}")
+        what = f"{kind.value} class {cls.__qualname__}"
+        name = vars(cls).get("name")
+        if not (isinstance(name, str) and name):
+            inherited = getattr(cls, "name", None)
+            hint = f' (it inherits "{inherited}")' if isinstance(inherited, str) and inherited else ""
+            raise PluginError(f"{what} has no `name` of its own{hint}; expected one by which a config can choose it")
+        if name in self._classes[kind]:
+            raise PluginError(f'{what}: the {kind.value} name "{name}" is taken by {self._owner(kind, name)}')
+        for attribute in ("Options", "ModelOptions"):
+            options = getattr(cls, attribute, PluginOptions)
+            if not (isinstance(options, type) and issubclass(options, PluginOptions)):
+                raise PluginError(
+                    f"{what}: its {attribute} is {options!r}; expected a subclass of "
+                    "dl_inference_core.config.PluginOptions"
+                )
+        if inspect.isabstract(cls):
+            lacks = ", ".join(sorted(getattr(cls, "__abstractmethods__", ())))
+            raise PluginError(f"{what} is abstract: it does not define {lacks}")
+        self._classes[kind][name] = cls
+        plugin.provides.setdefault(kind, []).append(name)
 
     def _owner(self, kind: Kind, name: str) -> Plugin:
         return next(plugin for plugin in self._plugins.values() if name in plugin.provides.get(kind, ()))
@@ -191,6 +233,17 @@ class Plugins:
             lines.append(f"try: pip install {_DISTRIBUTIONS[name]}")
         raise PluginError("; ".join(lines))
 
+    def options(self, kind: Kind, name: str, options: Mapping[str, Any], where: str) -> PluginOptions:
+        """The strict `Options` of the class of that kind and name; the class itself is not made.
+
+        Raises:
+            PluginError: as `get`.
+            ConfigError: the options do not fit.
+        """
+        cls = self.get(kind, name, where)
+        made: PluginOptions = validated(cls.Options, options, f"{where}: options of {kind.value} {name}")
+        return made
+
     def make(self, kind: Kind, name: str, options: Mapping[str, Any], where: str) -> Any:
         """An object of the class of that kind and name, made with its strict `Options`.
 
@@ -198,33 +251,42 @@ class Plugins:
             PluginError: as `get`; or the class raises.
             ConfigError: the options do not fit.
         """
-        cls = self.get(kind, name, where)
-        values = validated(cls.Options, options, f"{where}: options of {kind.value} {name}")
+        values = self.options(kind, name, options, where)
         try:
-            return cls(values)
-        except (ConfigError, PluginError):
+            return self.get(kind, name, where)(values)
+        except (ConfigError, PluginError, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:
             owner = self._owner(kind, name)
             raise PluginError(f'{where}: {owner} cannot make the {kind.value} "{name}": {_reason(error)}') from error
 
     def choose_transport(self, name: str) -> tuple[str, str]:
-        """The transport to serve with, and why. "auto" is "envoy" where that is installed and can run, else "grpcio".
+        """The transport to serve with, and why. "auto" is the one with the highest `Transport.priority` of those that
+        can run here.
 
         Raises:
-            PluginError: as `get`; or the one that is named cannot run here.
+            PluginError: as `get`; or the transport that is named cannot run here.
         """
         if name != "auto":
-            if missing := self.get(Kind.TRANSPORTS, name, "transport").missing():
+            if missing := _missing(self.get(Kind.TRANSPORTS, name, "transport")):
                 raise PluginError(f'the transport "{name}" cannot run here: {missing}')
             return name, "as configured"
-        preferred = self.classes(Kind.TRANSPORTS).get("envoy")
-        if preferred is None:
-            broken = [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
-            return "grpcio", broken[0] if broken else "envoy is not installed: pip install dl-inference-envoy-transport"
-        if missing := preferred.missing():
-            return "grpcio", f"envoy cannot run here: {missing}"
-        return "envoy", "it is installed, and can run here"
+        skipped = [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
+        ranked = sorted(self.classes(Kind.TRANSPORTS).items(), key=lambda item: item[1].priority, reverse=True)
+        for candidate, transport in ranked:
+            if missing := _missing(transport):
+                skipped.append(f"{candidate} cannot run here: {missing}")
+            else:
+                return candidate, "; ".join(skipped) or "the installed transport with the highest priority"
+        raise PluginError(f"no transport can run here: {'; '.join(skipped)}")
+
+    def provided(self, kind: Kind, name: str) -> Provided:
+        """What is said of the class of that kind and name, one of `classes`. Where its options cannot be told, that is
+        noted in its plugin's error."""
+        cls = self.classes(kind)[name]
+        with _noting_errors(self._owner(kind, name), f'{kind.value} "{name}" cannot be described: '):
+            return Provided.of(cls)
+        return Provided("", {})
 
     def describe(self) -> list[Plugin]:
         """Every plugin, with all it provides; imports what the kinds need (numpy, for backends and handlers)."""
@@ -233,6 +295,81 @@ class Plugins:
         return list(self._plugins.values())
 
 
+@contextmanager
+def _noting_errors(plugin: Plugin, where: str = "") -> Iterator[None]:
+    """Runs code of `plugin`, which may raise anything. An error is noted as the plugin's. The current folder is the
+    same afterwards, so that relative paths in a config and on a command line keep their meaning."""
+    folder = _current_folder()
+    try:
+        yield
+    except KeyboardInterrupt:  # Ctrl-C
+        raise
+    except BaseException as error:
+        plugin.fail(f"{where}{_reason(error)}")
+    finally:
+        if folder is not None:
+            os.chdir(folder)
+
+
+def _current_folder() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # it was deleted
+        return None
+
+
+def _listed(returned: Any) -> Sequence[Any]:
+    """What a hook returned.
+
+    Raises:
+        PluginError: it is not a list.
+    """
+    if not isinstance(returned, list | tuple):
+        raise PluginError(f"the hook returned {returned!r}; expected a list of classes")
+    return returned
+
+
+def _check_requirements(distribution: Distribution) -> None:
+    """Raises:
+    PluginError: the distribution needs another version of the core than the installed one.
+    """
+    installed = dl_inference_core.__version__
+    for line in distribution.requires or ():
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:  # it is not about the core, or the installer would have refused it
+            continue
+        if canonicalize_name(requirement.name) != _CORE:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if not requirement.specifier.contains(installed, prereleases=True):
+            raise PluginError(
+                f"it needs {_CORE}{requirement.specifier}, but {_CORE} {installed} is installed; install versions that "
+                "fit each other"
+            )
+
+
+def _without_hooks(where: str, module: Any) -> str:
+    """Why the entry point `where`, whose `module` has no hooks, is not a plugin."""
+    prefix = "dl_inference_register_"
+    plain = [name for name in dir(module) if name.startswith(prefix)]
+    if plain:
+        return f"{where}: {', '.join(plain)} is not decorated with dl_inference_core.hookspecs.hookimpl"
+    known = ", ".join(kind.hook for kind in Kind)
+    return f"{where} has no hooks; expected one or more of {known}, decorated with dl_inference_core.hookspecs.hookimpl"
+
+
+def _missing(transport: type[Any]) -> str:
+    """What a transport lacks to run here; "" if nothing."""
+    try:
+        return str(transport.missing())
+    except KeyboardInterrupt:  # Ctrl-C
+        raise
+    except BaseException as error:
+        return f"it cannot tell what it needs: {_reason(error)}"
+
+
 def _reason(error: BaseException) -> str:
-    said = " ".join(str(error).split())
+    said = " ".join(text_of(error).split())
     return said if isinstance(error, PluginError) else f"{type(error).__name__}: {said}"

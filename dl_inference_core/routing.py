@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol as Interface
 
-from dl_inference_core.errors import ModelNotFound
-from dl_inference_core.transport import Call
+from dl_inference_core.errors import BadRequest, ModelNotFound
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire.protocol import Protocol
 
 
@@ -21,11 +21,12 @@ class Upstream(Interface):
     def ready(self) -> bool:
         """Whether a request would now be answered."""
 
-    async def answer(self, call: Call, protocol: Protocol) -> bytes:
-        """The answer to `call`, whose request is one of `protocol`, which may be a question about the model.
+    def begin(self, exchange: Exchange, protocol: Protocol) -> None:
+        """Answer or fail `exchange`, now or later; its message is one of `protocol`, which may be a question about the
+        model. Any thread.
 
         Raises:
-            InferenceError: any failure, of whatever class says best whose fault it is.
+            InferenceError: it has not begun.
         """
 
 
@@ -49,6 +50,64 @@ class Routes:
         tables: looked up in this order.
         """
         self._tables = tables
+
+    def find_for(self, exchange: Exchange, protocol: Protocol) -> Upstream:
+        """The upstream for `exchange`: by the key in its bytes; else by the metadata that may name a model; else the
+        only upstream there is.
+
+        The metadata counts only if an upstream has that name. Seldon's clients put the name of a deployment there, for
+        an ingress that has already used it; the model behind the ingress may be called otherwise.
+
+        A call that goes to the only upstream gets the upstream's name in that metadata, so that the node which a
+        gateway forwards the call to finds the same model. A name that a header cannot hold stays away.
+
+        Raises:
+            BadRequest: the key is malformed; or the call names no model, and there are several.
+            ModelNotFound: there is no such upstream, or none at all.
+        """
+        key = protocol.read_key(exchange.message)
+        return self._find_unkeyed(exchange, protocol) if key is None else self.find(key)
+
+    def _find_unkeyed(self, exchange: Exchange, protocol: Protocol) -> Upstream:
+        label = protocol.key_metadata
+        named = next((value for name, value in exchange.metadata if name == label and isinstance(value, str)), "")
+        upstream = self._find_or_none(named) if named else None
+        if upstream is not None:
+            return upstream
+        upstreams = self.upstreams(2)
+        if not upstreams:
+            raise ModelNotFound("Servable not found for request: this server has no models and no routes")
+        if len(upstreams) > 1:
+            unknown = f', and no model is named "{named[:100]}", the name of its deployment' if named else ""
+            raise BadRequest(
+                f"the request does not name a model{unknown}; this server has several, so the request must: "
+                f"expected {protocol.key_expected}"
+            )
+        (only,) = upstreams
+        exchange.metadata = tuple(pair for pair in exchange.metadata if pair[0] != label)
+        if only.name.isascii() and only.name.isprintable() and only.name == only.name.strip():
+            exchange.metadata += ((label, only.name),)
+        return only
+
+    def _find_or_none(self, name: str) -> Upstream | None:
+        try:
+            return self.find(name)
+        except ModelNotFound:
+            return None
+
+    def upstreams(self, most: int) -> list[Upstream]:
+        """Different upstreams that `find` can give, up to that many, whether they are ready or not."""
+        found: list[Upstream] = []
+        seen: set[str | int] = set()
+        for table in self._tables:
+            for upstreams in (table.models, table.tasks):
+                for key, upstream in upstreams.items():
+                    if key not in seen and not any(upstream is other for other in found):
+                        found.append(upstream)
+                        if len(found) == most:
+                            return found
+                    seen.add(key)
+        return found
 
     def find(self, key: str | int) -> Upstream:
         """The upstream for a routing key: a name is looked up whole; if no route has it, the digits after its last "-"

@@ -36,7 +36,7 @@ def claim(path: Path) -> None:
     """See that a server can listen at `path`: a socket that a server left there when it was killed is removed.
 
     Raises:
-        ConfigError: a server listens there; something else lies there; it is no path that a socket can have.
+        ConfigError: a server listens there; something else lies there; it is not a path that a socket can have.
     """
     where = f"cannot listen on {PREFIX}{path}"
     if len(bytes(path)) > _LONGEST:

@@ -15,11 +15,10 @@ import math
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,12 @@ import click
 from dl_inference_core import sockets
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError
-from dl_inference_core.transport import Transport
 
 _log = logging.getLogger(__name__)
+
+RELOAD = b"reload\n"
+"""What a supervisor writes to the standard input of a worker that is to reload. A signal would end a worker that has
+just been started."""
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
@@ -52,22 +54,25 @@ class Place:
 
     Attributes:
         port: of all workers.
-        own: this worker's own port, the same each time it is started; 0 is none.
+        own: this worker's own port, the same each time it is started.
         folder: where workers meet; private.
+        vacated: whether an earlier worker has served there. Its successor listens only when its models have loaded:
+            until then the other workers answer every request on the shared port.
     """
 
     index: int
     port: int
     own: int
     folder: Path
+    vacated: bool = False
 
     def __str__(self) -> str:
-        return f"{self.index}:{self.port}:{self.own}:{self.folder}"
+        return f"{self.index}:{self.port}:{self.own}:{int(self.vacated)}:{self.folder}"
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        index, port, own, folder = text.split(":", 3)
-        return cls(int(index), int(port), int(own), Path(folder))
+        index, port, own, vacated, folder = text.split(":", 4)
+        return cls(int(index), int(port), int(own), Path(folder), vacated == "1")
 
 
 class Heartbeat:
@@ -109,15 +114,16 @@ class _Protocol(asyncio.subprocess.SubprocessStreamProtocol):
 
 @dataclass(frozen=True, slots=True)
 class _Started:
-    """A process, and what the transport has made for it: there until `stack` closes, and our ends of its pipes.
+    """A process, with our ends of its pipes until `close`.
 
     Attributes:
         exited: set once it has ended.
+        close: closes our ends of its pipes.
     """
 
     process: asyncio.subprocess.Process
     exited: asyncio.Event
-    stack: ExitStack
+    close: Callable[[], None]
 
     def tell(self, place: Place) -> None:
         assert self.process.stdin is not None
@@ -125,21 +131,18 @@ class _Started:
 
 
 class Supervisor:
-    """Starts workers, replaces those that die, ends them all by the end of their standard input, which comes too when
-    this process dies."""
+    """Starts at least two workers, replaces those that die, and ends them all by the end of their standard input,
+    which also ends when this process dies."""
 
-    def __init__(self, config: Config, transport: Transport, arguments: Sequence[str], said: str) -> None:
+    def __init__(self, config: Config, command: Sequence[str], said: str) -> None:
         """Args:
-        transport: knows how a worker is started.
-        arguments: the command line of `serve`, to be repeated for each worker.
-        said: printed, where there are several, before they are said to serve; one says everything itself.
+        command: starts one worker, which ends when its standard input does.
+        said: printed once all workers serve, before "serving on".
         """
         self._config = config
-        self._transport = transport
-        self._arguments = arguments
+        self._command = command
         self._said = said
         self._ending = asyncio.Event()
-        self._status = 0
         self._ready = [asyncio.Event() for _ in range(config.workers)]
         self._processes: dict[int, asyncio.subprocess.Process] = {}
         self._spare: _Started | None = None
@@ -148,15 +151,15 @@ class Supervisor:
         """When each process was last heard of, by its id and `time.monotonic`."""
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT.
+        """Serve until SIGTERM or SIGINT; have the workers reload at SIGHUP.
 
         Raises:
-            SystemExit: with 0; or with the status of the only worker, which could not start and has said why.
             ConfigError: the address cannot be listened on, or a worker could not start; it has said why.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._ending.set)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         with ExitStack() as stack:
             places = self._places(stack)
             port = places[0].port
@@ -167,7 +170,7 @@ class Supervisor:
             awaited: set[asyncio.Future[Any]] = {everyone, ending, *keeping, *beside}
             try:
                 await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-                if everyone.done() and self._config.workers > 1:
+                if everyone.done():
                     click.echo(self._said)
                     click.echo(f"serving on {self._config.host}:{port}")
                 await asyncio.wait(awaited - {everyone}, return_when=asyncio.FIRST_COMPLETED)
@@ -181,14 +184,18 @@ class Supervisor:
             for task in (*keeping, *beside):
                 if not task.cancelled():
                     task.result()
-        sys.exit(self._status)
+
+    def _reload(self) -> None:
+        for process in self._processes.values() if not self._ending.is_set() else ():
+            assert process.stdin is not None
+            process.stdin.write(RELOAD)
 
     def _beside(self) -> Iterator[Coroutine[Any, Any, None]]:
         """What goes on for ever while workers are kept."""
         if self._config.hang_s:
             yield self._watch()
         # Where models are served, to load those takes longest.
-        if self._config.workers > 1 and not self._config.models.any:
+        if not self._config.models.any:
             yield self._keep_spare()
 
     def _places(self, stack: ExitStack) -> list[Place]:
@@ -198,24 +205,32 @@ class Supervisor:
         stack.callback(self._listen(folder))
         port, *own = (
             stack.enter_context(contextlib.closing(self._reserve(wanted))).getsockname()[1]
-            for wanted in (self._config.port, *([0] * count if count > 1 else ()))
+            for wanted in (self._config.port, *[0] * count)
         )
-        return [Place(index, port, own[index] if own else 0, folder) for index in range(count)]
+        return [Place(index, port, own[index], folder) for index in range(count)]
 
     def _reserve(self, wanted: int) -> socket.socket:
-        """A port, bound but not listened on: it stays ours while workers come and go."""
+        """A port, bound but not listened on: it stays ours while workers come and go.
+
+        Both sockets have SO_REUSEADDR: without it, connections of an earlier server that wait in TIME_WAIT hold the
+        port for a minute.
+
+        Raises:
+            ConfigError: another server has the port, or this machine does not have the host.
+        """
         host = self._config.host.strip("[]")
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
+            family, *_, address = socket.getaddrinfo(host, wanted, type=socket.SOCK_STREAM)[0]
             with socket.socket(family, socket.SOCK_STREAM) as alone:
                 # Another server that shares its port would take half of our calls.
                 alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                alone.bind((host, wanted))
-                port = alone.getsockname()[1]
+                alone.bind(address)
+                bound = alone.getsockname()
             reserved = socket.socket(family, socket.SOCK_STREAM)
             try:
-                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                reserved.bind((host, port))
+                for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+                    reserved.setsockopt(socket.SOL_SOCKET, option, 1)
+                reserved.bind(bound)
             except OSError:
                 reserved.close()
                 raise
@@ -272,7 +287,7 @@ class Supervisor:
             started = time.monotonic()
             status: int | None = None
             try:
-                status = await self._work(place)
+                status = await self._work(replace(place, vacated=ready.is_set()))
                 what = f"ended with exit status {status}"
             except OSError as error:  # no memory or descriptors for now
                 what = f"could not be started: {error.strerror or error}"
@@ -281,9 +296,6 @@ class Supervisor:
             if not ready.is_set():
                 if status is None:
                     raise ConfigError(f"worker {index} {what}")
-                if self._config.workers == 1:
-                    self._status = status
-                    return
                 raise ConfigError(f"worker {index} could not start (exit status {status})")
             if time.monotonic() - started > _STEADY_S:
                 pause_s = _FIRST_PAUSE_S
@@ -297,7 +309,7 @@ class Supervisor:
         spare = self._take_spare()
         started = spare or await self._start()
         process = started.process
-        with started.stack:
+        with contextlib.closing(started):
             self._processes[place.index] = process
             self._beats[process.pid] = time.monotonic() + (_LONGEST_TAKEOVER_S if spare else _LONGEST_START_S)
             started.tell(place)
@@ -315,11 +327,10 @@ class Supervisor:
 
     async def _echo(self, process: asyncio.subprocess.Process, index: int) -> None:
         """Say what a worker says."""
-        name = f"worker {index}: " if self._config.workers > 1 else ""
         assert process.stdout is not None
         async for line in _lines(process.stdout):
             text = line.decode(errors="replace").rstrip()
-            click.echo(f"{name}{text}")
+            click.echo(f"worker {index}: {text}")
             if text.startswith("serving on "):
                 self._ready[index].set()
                 if all(event.is_set() for event in self._ready):
@@ -327,22 +338,17 @@ class Supervisor:
 
     async def _start(self) -> _Started:
         """A process that waits for its place."""
-        command, *rest = self._arguments
-        with ExitStack() as stack:
-            program = stack.enter_context(self._transport.program([command, "--worker", *rest]))
-            loop = asyncio.get_running_loop()
-            transport, protocol = await loop.subprocess_exec(
-                _Protocol,
-                *program.command,
-                env={**os.environ, **program.environment},
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=None,
-                # What a terminal sends to its foreground group is for the supervisor to pass on.
-                process_group=0,
-            )
-            stack.callback(transport.close)
-            return _Started(asyncio.subprocess.Process(transport, protocol, loop), protocol.exited, stack.pop_all())
+        loop = asyncio.get_running_loop()
+        transport, protocol = await loop.subprocess_exec(
+            _Protocol,
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=None,
+            # What a terminal sends to its foreground group is for the supervisor to pass on.
+            process_group=0,
+        )
+        return _Started(asyncio.subprocess.Process(transport, protocol, loop), protocol.exited, transport.close)
 
     async def _keep_spare(self) -> None:
         """Have a spare whenever all serve."""
@@ -358,13 +364,13 @@ class Supervisor:
     def _take_spare(self) -> _Started | None:
         spare, self._spare = self._spare, None
         if spare is not None and spare.process.returncode is not None:
-            spare.stack.close()
+            spare.close()
             return None
         return spare
 
     async def _end(self, keeping: Sequence[asyncio.Task[None]]) -> None:
         if (spare := self._take_spare()) is not None:
-            with spare.stack, contextlib.suppress(ProcessLookupError):
+            with contextlib.closing(spare), contextlib.suppress(ProcessLookupError):
                 spare.process.kill()
                 await spare.exited.wait()
         for process in self._processes.values():

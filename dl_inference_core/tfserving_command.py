@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from dl_inference_core.config import Config, ModelsConfig, NamedModel, cores, validated
+from dl_inference_core.config import Config, ModelsConfig, NamedModel, validated
+from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.transport import Limits, Transport
 from dl_inference_core.wire import messages, text
@@ -31,7 +32,7 @@ class TfServingCommand(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            known = " ".join(option for parameter in self.params for option in parameter.opts if not _hidden(parameter))
+            known = " ".join(parameter.opts[0] for parameter in self.params if not _hidden(parameter))
             raise click.UsageError(f"unknown flag {error.option_name}; known are: {known} --help", ctx) from None
 
 
@@ -39,21 +40,27 @@ def _hidden(parameter: click.Parameter) -> bool:
     return isinstance(parameter, click.Option) and parameter.hidden
 
 
-def _flag(name: str, kind: Any, default: Any, metavar: str, words: str, **more: Any) -> Any:
+def _flag(*names: str, kind: Any, default: Any, metavar: str, words: str, **more: Any) -> Any:
     told = f"  [default: {default}]" if default != "" else ""
-    return click.option(name, type=kind, default=default, metavar=metavar, help=f"{words}{told}", **more)
+    return click.option(*names, type=kind, default=default, metavar=metavar, help=f"{words}{told}", **more)
+
+
+def _switch(*names: str, words: str) -> Any:
+    return _flag(
+        *names, kind=bool, default="false", metavar="[true|false]", words=words, is_flag=False, flag_value="true"
+    )
 
 
 def _port(name: str, default: int, words: str) -> Any:
-    return _flag(name, click.IntRange(0, 65535), default, "P", words)
+    return _flag(name, kind=click.IntRange(0, 65535), default=default, metavar="P", words=words)
 
 
 def _number(name: str, default: int, words: str) -> Any:
-    return _flag(name, click.IntRange(0), default, "N", words)
+    return _flag(name, kind=click.IntRange(0), default=default, metavar="N", words=words)
 
 
 def _text(name: str, words: str, *, metavar: str = "PATH", default: str = "") -> Any:
-    return _flag(name, str, default, metavar, words)
+    return _flag(name, kind=str, default=default, metavar=metavar, words=words)
 
 
 _FLAGS = (
@@ -61,6 +68,11 @@ _FLAGS = (
     _text("--grpc_socket_path", "Listen for gRPC on this Unix-domain socket, too."),
     _port("--rest_api_port", 0, "Answer REST here, on every interface; 0 answers none on a port of its own."),
     _number("--rest_api_timeout_in_ms", 30000, "Milliseconds that a REST call may take."),
+    _switch(
+        "--rest_api_enable_cors_support",
+        "--enable_cors_support",  # the option's name in TensorFlow Serving's code, by which some know it
+        words="Send the headers by which browsers let web pages of any origin call REST (CORS).",
+    ),
     _text("--model_name", "The name that clients ask for.", metavar="NAME", default="default"),
     _text("--model_base_path", "The folder of the one model, which holds a folder for each version: PATH/1, PATH/2."),
     _text(
@@ -75,14 +87,9 @@ _FLAGS = (
     _number(
         "--file_system_poll_wait_seconds", 1, "Seconds between two looks for new versions; 0 looks at the start only."
     ),
-    _flag(
+    _switch(
         "--enable_batching",
-        bool,
-        "false",
-        "[true|false]",
-        "Have requests share calls of the models whose rows are independent of each other.",
-        is_flag=False,
-        flag_value="true",
+        words="Have requests share calls of the models whose rows are independent of each other.",
     ),
     _text("--batching_parameters_file", "BatchingParameters in text form; with --enable_batching.", metavar="FILE"),
     _text(
@@ -99,7 +106,9 @@ _FLAGS = (
     ),
     _number("--tensorflow_session_parallelism", 0, "Both numbers of threads of TensorFlow's, in one; 0 says neither."),
     _number(
-        "--tensorflow_intra_op_parallelism", 0, "Threads for one operation of TensorFlow's; 0 is one for each CPU."
+        "--tensorflow_intra_op_parallelism",
+        0,
+        "Threads for one operation of TensorFlow's; 0 is one for each CPU, or as many as a CPU quota allows.",
     ),
     _number(
         "--tensorflow_inter_op_parallelism",
@@ -107,9 +116,16 @@ _FLAGS = (
         "Threads for operations of one request that need not wait for each other; 0 runs a request's operations one "
         "after another on its own thread.",
     ),
+    _number(
+        "--load_timeout_s",
+        int(ModelsConfig().load_timeout_s),
+        "Not TensorFlow Serving's: seconds that the load of a version may take, its warm-up included, before it "
+        "counts as failed; 0 means no limit.",
+    ),
     _text(
         "--transport",
-        'Not TensorFlow Serving\'s: the network stack, "envoy", "grpcio", or "auto" for envoy where it can run.',
+        "Not TensorFlow Serving's: the network stack, by the name of an installed transport; auto takes the one with "
+        "the highest priority.",
         metavar="NAME",
         default="auto",
     ),
@@ -151,6 +167,7 @@ def config_of(given: Mapping[str, Any], transport: type[Transport]) -> tuple[Con
         http_port=http_port,
         rest_timeout_ms=min(given["rest_api_timeout_in_ms"], _LONGEST_REST_MS),
         rest_bytes=_LARGEST_REST_BODY,
+        rest_cors=given["rest_api_enable_cors_support"],
         metrics_path=_metrics_path(given, transport, http_port, notes),
         transport=transport.name,
         transport_options=options,
@@ -182,11 +199,12 @@ def _models(given: Mapping[str, Any], notes: list[str]) -> ModelsConfig:
         "clients may have any folder of this machine served, by HandleReloadConfigRequest, as TensorFlow Serving's may"
     )
     return ModelsConfig(
-        defaults={"threads": min(cores(), _MOST_THREADS), **_batching(given, notes)},
+        defaults={"threads": min(cores(), _MOST_THREADS), "check_shapes": False, **_batching(given, notes)},
         named=named,
         config_file=Path(file) if file else None,
         config_poll_interval_ms=1000 * given["model_config_file_poll_wait_seconds"],
         poll_interval_ms=1000 * given["file_system_poll_wait_seconds"],
+        load_timeout_s=given["load_timeout_s"],
         accept_config=True,
     )
 

@@ -1,63 +1,261 @@
-"""The seam between the network and the rest: a `Call` comes in or goes out, and bytes or an error come back.
+"""The seam between the network and the rest of the core.
 
-Nothing else in the core knows how bytes travel. A transport turns gRPC framing, compression, deadlines, statuses and
-trailers into these few types and back; `dl_inference_core.testing.TransportConformance` says what it must keep.
+A transport turns bytes on a socket into exchanges, and what the core says of an exchange into bytes. Nothing else in
+the core knows how bytes travel, and no coroutine, future or event loop belongs to an exchange: the transport calls the
+`Service` of its server, and the service calls the `Exchange`. `dl_inference_core.testing.TransportConformance` is the
+suite that every transport must pass.
+
+Threads: any thread may call any method of an exchange or an attempt. The transport calls the service and all callbacks
+on threads of its own, on several at the same time where it has several; they must not block. What belongs to one
+exchange is called on one of them, one after another. A callback runs once, and never inside the call that registered
+it; but where another thread registered it, it may run before that call has returned.
 """
 
 from __future__ import annotations
 
 import resource
-import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Protocol as Interface
 
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
+from dl_inference_core.errors import Code, InferenceError
 
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
+"""Those of one key in order; keys in lower case, values `bytes` where the key ends in "-bin"."""
+
+Trailers: TypeAlias = "Sequence[tuple[str, str | bytes]]"
+"""Metadata that goes beside an answer or a status."""
 
 Message: TypeAlias = bytes | memoryview
 """A message's bytes; a view where a transport can pass on what it holds without a copy."""
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Call:
-    """One call of a gRPC method, coming in or going out.
+class Answer(NamedTuple):
+    """A node's answer."""
+
+    message: Message
+    trailers: Trailers
+
+
+Done: TypeAlias = "Callable[[InferenceError | None, Trailers, float], object]"
+"""Is told how an attempt ended: its error, or None where its answer went to the client; the node's trailers; and the
+seconds that it took."""
+
+
+class Attempt(ABC):
+    """One message of an exchange on its way to one node."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Cancel the call at the node. `Done` is told `AttemptCancelled`, unless the attempt has ended already."""
+
+
+class Sink:
+    """Takes copies of forwarded messages for a reader of its own, and never slows a call: what does not fit is dropped.
 
     Attributes:
-        method: "/package.Service/Method".
-        request: the request message's bytes.
-        metadata: the caller's own metadata in order; keys in lower case, values `bytes` where the key ends in "-bin".
-            Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent, names that begin with ":").
-        deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
-        trailers: what goes back, or came back, beside the answer. Who answers appends to it.
-        background: of an outgoing call: it belongs to no call that is being answered, and may outlive the one in
-            whose context it is made.
+        dropped: how many copies did not fit.
     """
 
-    method: str
-    request: Message
-    metadata: Metadata = ()
-    deadline: float | None = None
-    trailers: list[tuple[str, str | bytes]] = field(default_factory=list)
-    background: bool = False
+    def __init__(self, capacity_bytes: int) -> None:
+        """Args:
+        capacity_bytes: of the messages that wait for the reader.
+        """
+        self._free = capacity_bytes
+        self._lock = threading.Lock()
+        self._copies: deque[tuple[Message, Message]] = deque()
+        self.dropped = 0
 
+    def offer(self, request: Message, answer: Message) -> None:
+        """Add a copy of a request and its answer. Any thread; for transports."""
+        size = len(request) + len(answer)
+        with self._lock:
+            if size > self._free:
+                self.dropped += 1
+                return
+            self._free -= size
+            self._copies.append((request, answer))
 
-UnaryHandler: TypeAlias = Callable[[Call], Awaitable[Message]]
-"""Answers a call, or raises an `InferenceError`. Cancelled when the client has gone or the deadline has passed."""
-
-StreamHandler: TypeAlias = Callable[[Call, AsyncIterator[bytes]], AsyncIterator[bytes]]
-"""Answers a stream of messages (`call.request` is empty) by a stream of messages. Cancelled likewise."""
+    def take(self) -> tuple[Message, Message] | None:
+        """The oldest copy; None if there is none. Any thread."""
+        with self._lock:
+            if not self._copies:
+                return None
+            request, answer = self._copies.popleft()
+            self._free += len(request) + len(answer)
+        return request, answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Methods:
-    """What a server answers, by method path; any other path is UNIMPLEMENTED."""
+class Extras:
+    """What happens to the messages of an attempt on their way.
 
-    unary: Mapping[str, UnaryHandler]
-    streaming: Mapping[str, StreamHandler] = field(default_factory=dict)
+    Attributes:
+        change_request: replaces the bytes of the request; None sends the client's own.
+        change_answer: replaces the bytes of a well-formed answer; None sends the node's own.
+        sink: takes a copy of what the node was sent and of its well-formed answer.
+    """
+
+    change_request: Callable[[Message], Message] | None = None
+    change_answer: Callable[[Message], Message] | None = None
+    sink: Sink | None = None
+
+
+class Exchange(ABC):
+    """One call of a client's, made by a transport: messages come in, messages go out, and then it ends.
+
+    Its end is the first of `reply`, `fail`, `finish`, the answer of an attempt, the client's leaving, and its deadline.
+    After the end every method does nothing; only `forward` still tells `Done`.
+
+    A class that cannot derive from this one, as of an extension module, is registered: `Exchange.register(theirs)`.
+
+    Attributes:
+        method: "/package.Service/Method".
+        message: of a unary method, the request; b"" of a streaming one. A transport may make it when it is first asked
+            for.
+        metadata: the client's own. Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent,
+            names that begin with ":").
+        deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
+        state: what the service keeps of this exchange. It and `metadata` may be set.
+    """
+
+    __slots__ = ("deadline", "message", "metadata", "method", "state")
+
+    def __init__(self, method: str, message: Message, metadata: Metadata, deadline: float | None) -> None:
+        self.method = method
+        self.message = message
+        self.metadata = metadata
+        self.deadline = deadline
+        self.state: Any = None
+
+    @abstractmethod
+    def reply(self, message: Message, trailers: Trailers = ()) -> None:
+        """End the exchange with `message`, its only answer or the last one, whose bytes do not change from now on."""
+
+    @abstractmethod
+    def fail(self, error: InferenceError) -> None:
+        """End the exchange with the status, the message and the trailers of `error`."""
+
+    @abstractmethod
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called if the client leaves, or the deadline passes, before the exchange has ended."""
+
+    @abstractmethod
+    def forward(
+        self,
+        connection: Connection,
+        method: str,
+        done: Done,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        allow_empty: bool = False,
+        extras: Extras | None = None,
+    ) -> Attempt:
+        """Send the message of a unary exchange to a node. Functions of `extras` run as callbacks do.
+
+        The first OK and well-formed answer goes to the client by itself, with the node's trailers but for the service's
+        `private_trailers`. Anything else reaches `done` alone, as `errors.from_status` has it, `AnswerMalformed`,
+        DeadlineExceeded where `timeout_s` passed, or the error that a function of `extras` raised. `done` is called
+        once for each attempt, after the answer has gone to the client. When the exchange ends, its other attempts are
+        cancelled.
+
+        Args:
+            connection: to the node; made by the same transport.
+            method: the node's method path.
+            timeout_s: limits this attempt; None sets no limit.
+            metadata: all of the metadata that the node gets.
+            allow_empty: whether an empty message is a good answer: one whose fields all have their default values.
+            extras: what happens to the messages on their way; None is nothing, and costs nothing.
+        """
+
+    # Streams
+
+    @abstractmethod
+    def on_message(self, callback: Callable[[Message | None], object]) -> None:
+        """Have `callback` called with the client's next message; with None once the client has sent all. One message is
+        asked for at a time. The transport takes no more in than it is asked for, so that a client cannot send faster
+        than the service reads."""
+
+    @abstractmethod
+    def send(self, message: Message) -> bool:
+        """Send `message`. False says that the client reads too slowly: wait for `on_writable` before the next one."""
+
+    @abstractmethod
+    def on_writable(self, callback: Callable[[], object]) -> None:
+        """Have `callback` called once there is room for another message."""
+
+    @abstractmethod
+    def finish(self, trailers: Trailers = ()) -> None:
+        """End the exchange with the status OK, after all that was sent."""
+
+
+class UnaryExchange(Exchange):
+    """An exchange of one message in and one out: the methods of streams raise TypeError."""
+
+    __slots__ = ()
+
+    def on_message(self, callback: Callable[[Message | None], object]) -> None:
+        raise TypeError(f"{self.method} is unary: its only message is `message`")
+
+    def send(self, message: Message) -> bool:
+        raise TypeError(f"{self.method} is unary: `reply` gives its only answer")
+
+    def on_writable(self, callback: Callable[[], object]) -> None:
+        raise TypeError(f"{self.method} is unary: `reply` gives its only answer")
+
+    def finish(self, trailers: Trailers = ()) -> None:
+        raise TypeError(f"{self.method} is unary: `reply` gives its only answer")
+
+
+Begin: TypeAlias = Callable[[Exchange], None]
+"""Begins an exchange: answers or fails it, now or later."""
+
+
+class Reply(NamedTuple):
+    """One of the answers that go back together."""
+
+    exchange: Exchange
+    message: Message
+    trailers: Trailers = ()
+
+
+class Service(Interface):
+    """What a server of a transport asks. Must not raise. Its properties are read once, when it is served."""
+
+    @property
+    def methods(self) -> Mapping[str, Method]:
+        """The methods that it has, by path; any other is UNIMPLEMENTED."""
+
+    @property
+    def private_trailers(self) -> frozenset[str]:
+        """The trailers of nodes that do not go to clients."""
+
+    def begin_all(self, exchanges: Sequence[Exchange]) -> None:
+        """Exchanges have come: whole requests of unary methods, and streams that are open."""
+
+    def ended(self, exchange: Exchange, code: Code) -> None:
+        """An exchange has ended, after it was begun; the `Done` of its attempts may come before or after.
+
+        CANCELLED says that the client has left, that its deadline has passed, or that a drain has cancelled it.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What a transport must know of a method.
+
+    Attributes:
+        streaming: whether messages stream in both directions; else one comes in and one goes out.
+    """
+
+    streaming: bool = False
 
 
 HttpApp: TypeAlias = Callable[
@@ -69,14 +267,6 @@ HttpApp: TypeAlias = Callable[
     Awaitable[None],
 ]
 """An ASGI application that answers HTTP requests; it is never asked about its lifespan."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Program:
-    """A command that starts a process, and what its environment has beside that of this one."""
-
-    command: tuple[str, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,50 +306,63 @@ _LONGEST_ASCII, _LONGEST = 2000, 500
 def shortened(message: str) -> str:
     """A status message that fits into a header: over 8 KiB of headers may be refused, and the status with them.
 
-    Percent-encoding makes 3 bytes of an ASCII character at most, and up to 12 of another.
+    Percent-encoding makes 3 bytes of an ASCII character at most, and up to 12 of another. Half of a surrogate pair, as
+    in a file's name that is not UTF-8, is escaped: no header can hold it.
     """
+    message = message.encode(errors="backslashreplace").decode()
     return message[: _LONGEST_ASCII if message.isascii() else _LONGEST]
 
 
 class Server(ABC):
-    """A listening server, on the event loop that made it."""
+    """A listening server."""
 
     ports: tuple[int, ...]
     """The ports it listens on, in the order of the addresses asked for; a Unix-domain socket has none."""
 
     @abstractmethod
     async def drain(self, grace_s: float) -> None:
-        """Take no new calls, let those in flight finish for at most `grace_s` seconds, cancel the rest, close."""
+        """Take no new exchanges, let those in flight finish for at most `grace_s` seconds, cancel the rest, close.
+
+        For the service, what is cancelled is as if its client had left; the client is told CANCELLED or UNAVAILABLE.
+        """
 
 
 class Connection(ABC):
     """A way to one node; connects by itself, and again after a failure, within a second of the node being there."""
 
     @abstractmethod
-    async def call(self, call: Call) -> Message:
-        """Send `call` and return the answer's bytes; trailers that came back are appended to `call.trailers`.
-
-        Cancelling the caller cancels the call at the node: at once, or as soon as the call is answered in whose context
-        it was made.
+    async def call(
+        self, method: str, message: Message, *, metadata: Metadata = (), timeout_s: float | None = None
+    ) -> Answer:
+        """The node's answer, for work that belongs to no exchange. Event loop only. Cancelling it cancels the call at
+        the node.
 
         Raises:
-            InferenceError: as `errors.from_status` has it; DeadlineExceeded when `call.deadline` passed.
+            InferenceError: as `errors.from_status` has it, with the node's trailers; DeadlineExceeded when `timeout_s`
+                passed.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Close; calls in flight are cancelled."""
+        """Close; calls and attempts in flight are cancelled."""
+
+
+class Timer(Interface):
+    """A function that is to be called later."""
+
+    def cancel(self) -> None:
+        """Do not call it. Any thread; if it has not begun when this returns, it never does."""
 
 
 class Transport(ABC):
-    """One kind of network stack. Made once per process, used on one event loop."""
+    """One kind of network stack. Made once per process, on the event loop that also does its background work."""
 
     name: ClassVar[str]
     Options: ClassVar[type[PluginOptions]] = PluginOptions
     http_on_same_port: ClassVar[bool] = False
     """Whether `serve` answers HTTP on the port of gRPC; else `http` is ignored."""
-    hosted: ClassVar[bool] = False
-    """Whether `serve` works only in a process that was started by `program`."""
+    priority: ClassVar[int] = 0
+    """`transport = "auto"` takes the installed transport with the highest priority that can run here."""
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
@@ -178,19 +381,10 @@ class Transport(ABC):
         """
         return {}, tuple(arguments)
 
-    @contextmanager
-    def program(self, arguments: Sequence[str]) -> Iterator[Program]:
-        """How to start one process that runs `dl-inference-core` with `arguments` and may `serve`.
-
-        For as long as the context is open, what the process needs is there. It must end by itself when its standard
-        input does.
-        """
-        yield Program(command=(sys.executable, "-m", "dl_inference_core.cli", *arguments))
-
     @abstractmethod
     async def serve(
         self,
-        methods: Methods,
+        service: Service,
         addresses: tuple[str, ...],
         limits: Limits,
         *,
@@ -198,14 +392,14 @@ class Transport(ABC):
         tls: ServerTls | None = None,
         http: HttpApp | None = None,
     ) -> Server:
-        """Listen on each of `addresses` and answer `methods`.
+        """Listen on each of `addresses`, and have `service` answer.
 
         Args:
             addresses: "host:port", where port 0 is any free one; or "unix:/path", a Unix-domain socket: one that a
                 server left there when it was killed is replaced, and ours is removed at the end.
             share_port: other servers that say so too may listen on the same ports (SO_REUSEPORT); not on sockets.
             tls: speak TLS, and nothing else. Certificates that change on disk are taken up while serving.
-            http: answers what is no gRPC, where `http_on_same_port`.
+            http: answers HTTP requests that are not gRPC, where `http_on_same_port`.
 
         Raises:
             ConfigError: an address cannot be listened on; a certificate or key cannot be used (it names the file).
@@ -227,3 +421,13 @@ class Transport(ABC):
         Raises:
             ConfigError: a certificate or key cannot be used; it names the file.
         """
+
+    def reply_all(self, replies: Sequence[Reply]) -> None:
+        """Answer several exchanges of this transport's servers, as `Exchange.reply` does one. Any thread."""
+        for exchange, message, trailers in replies:
+            exchange.reply(message, trailers)
+
+    @abstractmethod
+    def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
+        """Have `function` called on one of the transport's threads after so many seconds. Any thread. Not before the
+        first `serve` or `connect`."""

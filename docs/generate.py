@@ -42,6 +42,10 @@ While a process runs it re-reads the routes, from the config file and from the n
 keep their connections and what is known of them; requests in flight are finished. A file that cannot be used changes
 nothing, and one warning says why. Any other change takes effect at the next start, and one warning says so too.
 
+SIGHUP has `serve` and `tfserving` look at once, whatever the intervals are, even where they are 0: for new and changed
+versions of models, at the `model_config_file`, at the config file and at the node file. A supervisor passes it on to
+its workers. Requests go on meanwhile. Certificates are looked at twice a second in any case.
+
 ## A complete example
 """
 
@@ -50,9 +54,14 @@ host = "0.0.0.0"
 port = 8500
 socket_path = "server.socket"
 http_port = 9500
+http_max_connections = 1000
+http_headers_timeout_s = 10.0
+http_body_timeout_s = 60.0
+http_idle_timeout_s = 620.0
 metrics_path = "/metrics"
 rest_timeout_ms = 30000
 rest_bytes = 10485760
+rest_cors = false
 workers = 1
 transport = "grpcio"
 transport_options = { reconnect_ms = 100 }
@@ -72,10 +81,12 @@ client_ca = "clients.pem"
 [models]
 directory = "models"
 poll_interval_ms = 1000
+load_timeout_s = 300.0
 config_file = "models.config"
 config_poll_interval_ms = 5000
 accept_config = false
 defaults = { threads = 2 }
+openinference_outputs = "raw"
 load_reports_per_s = 20
 
 [models.named.ranking]
@@ -142,6 +153,32 @@ balancer = "weighted_round_robin"
 balancer_options = {}
 """
 
+START = """## Start and health
+
+The port opens at once. While models load, each model that has loaded already answers requests; a request for one that
+still loads is UNAVAILABLE (503 by REST), `model "m" is still loading`, so that a gateway asks another node.
+
+| question | while models load | then |
+| --- | --- | --- |
+| live: `ServerLive`, `/healthz` | yes | yes |
+| ready: `ServerReady`, `/readyz`, gRPC health of "" | no, 503, NOT_SERVING | yes, while any model or node can answer |
+| one model: `ModelReady`, gRPC health of its name | yes, SERVING, once it has loaded | the same |
+| its state: `GetModelStatus`, `GET /v1/models/m` | LOADING, AVAILABLE once it has loaded | AVAILABLE, or END and why |
+
+- The server is ready, prints `serving on HOST:PORT` and registers with gateways when each model has loaded, failed or
+  passed `load_timeout_s`, and at least one can answer. Gateways send nothing to a node before that while another node
+  can answer (with `probe = "tcp"` or `"tfserving"` they cannot tell). If no model can answer, the server says so in the
+  log, stays live, and becomes ready when the files of a model change and it loads.
+- A load that takes long is a warning after 30 s, 60 s, 120 s and so on, with the model's name. Two versions load at a
+  time. One that passes `load_timeout_s` counts as failed, and the next one begins; an older version that has loaded
+  keeps answering. The thread goes on; if its load ends after all, the result is closed. The version is loaded again
+  when its files change or the server starts again.
+- Sources beside models are imported for one model at a time. Others wait for an import that hangs until its model
+  passes `load_timeout_s`; the time for which they wait does not count as theirs.
+- Of several workers each opens the port at once. One that takes the place of a worker that died opens it when its
+  models have loaded: until then the others answer.
+"""
+
 LOAD = """\
 ## Load reports
 
@@ -152,7 +189,7 @@ gRPC's C core shows the first to nobody.
 | field | over the last two seconds |
 | --- | --- |
 | `application_utilization` | the part of their time that the threads of the busiest version worked |
-| `cpu_utilization` | CPU time of the process, as a part of what its cores have |
+| `cpu_utilization` | CPU time of the process, as a part of what its cores, or its CPU quota, give it |
 | `rps_fractional` | requests per second, answered or failed by the node's fault; a client's own faults count nowhere |
 | `eps` | those that failed |
 
@@ -161,9 +198,9 @@ gRPC's C core shows the first to nobody.
   `envoy.load_balancing_policies.client_side_weighted_round_robin`, a gateway with `orca_weighted_round_robin`. All give
   a node the weight requests per second ÷ (utilization + errors ÷ requests).
 - A gateway keeps its nodes' reports to itself.
-- Measuring costs a node 0.5 µs per request. With every answer reports cost a node 3 % of its CPU on grpcio and 8 % on
-  Envoy, where its model takes no time, and a gateway 3 µs each; with 20 a second nothing that can be measured, and each
-  of a thousand clients that ask equally often hears of a node about once in 50 seconds.
+- Measuring costs a node 0.5 µs per request. With every answer reports cost a node 3 % of its CPU, where its model takes
+  no time, and a gateway 3 µs each; with 20 a second nothing that can be measured, and each of a thousand clients that
+  ask equally often hears of a node about once in 50 seconds.
 - Whoever may call a node learns how busy it is; 0 tells nobody.
 """
 
@@ -221,6 +258,15 @@ textcnn=100,[2001:db8::3]:8500
   seconds. A file that is missing or cannot be read changes nothing.
 """
 
+LOOPS = """\
+### Gateways one behind another
+
+A node of a route may be another gateway. Each gateway adds its id to the metadata `x-dl-inference-hops`; all workers
+of a gateway have the same id. A request that comes back to a gateway which has forwarded it already, or that has been
+through eight gateways, ends with FAILED_PRECONDITION, `route NAME leads back to this gateway`. It is not tried again,
+and no node is blamed.
+"""
+
 MODEL_HEAD = """\
 ## model.toml
 
@@ -229,6 +275,11 @@ In a model's folder, or in a version's, whose keys take the place of the model's
 A version is loaded again when its own files change, the sources beside it, or what is said of it here. `task_id`,
 `keep_versions`, `versions` and `version_labels` are said of the model: when they change, the versions that stay are not
 loaded again.
+
+A file has changed when its path, size, inode, time of modification, time of change (ctime) or the target of a link has.
+So new files are seen that keep size and time of modification, as in reproducible images. Other permissions or a new
+hard link change the ctime as well: then a version is loaded again although its content is the same. A version's folder
+without files is not a version yet. Files of text may begin with a byte order mark.
 """
 
 BATCHING = """\
@@ -240,8 +291,8 @@ once, and each request gets its own rows back. Requests with other names, dtypes
 never share a call.
 
 - A request that is malformed, or for which the handler fails, fails before the others are put together; one that is
-  cancelled or too late by then is left out. If the call fails, it is repeated for each request alone, so that only
-  those fail whose own rows are at fault.
+  cancelled or too late by then is left out. If the call fails, it is repeated for each half of the requests, and for
+  halves of these, so that only those fail whose own rows are at fault.
 - A handler that has a `run_model` of its own gets one request at a time, unless it has a `run_batch`, too. One that has
   a `preprocess` or `postprocess` of its own shares calls if it says `shares_calls = True`, or `[batching]` is there:
   `preprocess` is called for several requests before the model, so it may keep nothing of one on `self`, nor give away
@@ -262,6 +313,7 @@ def reference() -> str:
         _table("## At the top of the file", Config, leave_out=("models", "gateway", "join", "routes", "tls")),
         _table("## `[models]`", ModelsConfig),
         _table("### `[models.named.NAME]`", NamedModel),
+        START,
         LOAD,
         _table("## `[gateway]`", GatewayConfig, leave_out=("health", "registry", "tls")),
         f"{_table('### `[gateway.health]`', HealthConfig)}\n{HEALTH}",
@@ -269,6 +321,7 @@ def reference() -> str:
         _table("## `[join]`", JoinConfig, leave_out=("tls",)),
         "`[join.tls]` is as [`[gateway.tls]`](#gatewaytls).\n",
         _table("## `[[routes]]`", RouteConfig),
+        LOOPS,
         f"{TLS}\n{_table('### `[tls]`', ServerTls)}",
         _table("### `[gateway.tls]`", ClientTls),
         NODE_FILE,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.gateway.sharing import Share
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.testing.loopback import free_port
-from dl_inference_core.transport import Call, Limits, Methods, Server, Transport
+from dl_inference_core.testing import FakeBackend
+from dl_inference_core.testing.loopback import CoroutineService, free_port
+from dl_inference_core.transport import Answer, Exchange, Limits, Server, Transport
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import METHODS, PROTOCOLS, QUESTIONS
 
@@ -77,17 +79,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
                 if isinstance(argument, Lab):
                     await argument.close()
 
-    if (host := _event_loop_runner(pyfuncitem.config)) is not None:
-        host.run(bounded())
-        return True
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(bounded())
     return True
-
-
-def _event_loop_runner(config: pytest.Config) -> Any:
-    """What runs coroutines where Envoy hosts the tests (`dl_inference_envoy_transport.testing`); else None."""
-    return config.pluginmanager.get_plugin("event-loop-runner")
 
 
 def pytest_collection_finish() -> None:
@@ -102,22 +96,6 @@ def _short_pauses() -> Iterator[None]:
     """Likewise what the tests of a file leave behind."""
     yield
     pytest_collection_finish()
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Servers and gateways in this very process take a process that can have them: Envoy's, for its transport only."""
-    hosted = _event_loop_runner(config) is not None
-
-    def here(item: pytest.Item) -> bool:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if "lab" not in getattr(item, "fixturenames", ()) and "in_process" not in item.keywords:
-            return not hosted or "plugins/envoy_transport" in item.nodeid
-        return bool((parameters.get("transport") == "envoy") == hosted)
-
-    elsewhere = [item for item in items if not here(item)]
-    if elsewhere:
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if here(item)]
 
 
 class FaultNode:
@@ -145,7 +123,7 @@ class FaultNode:
         self.trailers: list[tuple[str, str | bytes]] = []
         self.health: bytes | InferenceError = b"\x08\x01"
         self.health_hangs = False
-        self.calls: list[Call] = []
+        self.calls: list[Exchange] = []
         self.checks = 0
         self.cancelled: list[float] = []
         self.entered = asyncio.Event()
@@ -158,7 +136,7 @@ class FaultNode:
         """Listen, always on the same port."""
         methods = {protocol.node_method: self._call for protocol in (*METHODS.values(), *QUESTIONS)}
         self._server = await self._transport.serve(
-            Methods(unary={**methods, CHECK: self._check}), (self.address,), Limits()
+            CoroutineService({**methods, CHECK: self._check}), (self.address,), Limits()
         )
         return self
 
@@ -172,10 +150,9 @@ class FaultNode:
     def count(self) -> int:
         return len(self.calls)
 
-    async def _call(self, call: Call) -> bytes:
-        self.calls.append(call)
+    async def _call(self, exchange: Exchange) -> Answer:
+        self.calls.append(exchange)
         self.entered.set()
-        call.trailers.extend(self.trailers)
         try:
             if self.hangs:
                 await self.release.wait()
@@ -184,10 +161,11 @@ class FaultNode:
             self.cancelled.append(time.monotonic())
             raise
         if self.status is not None:
+            self.status.trailers = tuple(self.trailers)
             raise self.status
-        return ok(self.name) if self.answer is None else self.answer
+        return Answer(ok(self.name) if self.answer is None else self.answer, tuple(self.trailers))
 
-    async def _check(self, _: Call) -> bytes:
+    async def _check(self, _: Exchange) -> bytes:
         self.checks += 1
         if self.health_hangs:
             await asyncio.Event().wait()
@@ -259,14 +237,23 @@ class Gateway:
         await self.app.close()
 
 
+class Fakes(Plugins):
+    """The installed plugins, with `FakeBackend` in the place of the installed backends."""
+
+    def classes(self, kind: Kind) -> Mapping[str, type[Any]]:
+        return {"fake": FakeBackend} if kind is Kind.BACKENDS else super().classes(kind)
+
+
 class Lab:
     """Nodes and gateways of one test; taken down after it."""
 
     def __init__(self, transport: str, folder: Path) -> None:
         self.plugins = Plugins()
+        self.fakes = Fakes()
         self.transport_name = transport
         self.folder = folder
         self._closing: list[Callable[[], Awaitable[None]]] = []
+        self._files = itertools.count()
 
     def make_transport(self) -> Transport:
         made: Transport = self.plugins.make(Kind.TRANSPORTS, self.transport_name, {}, "test")
@@ -285,14 +272,16 @@ class Lab:
     async def nodes(self, names: str = "abc", **faults: Any) -> list[FaultNode]:
         return [await self.node(name, **faults) for name in names]
 
-    async def gateway(self, config: str, *, share: Share | None = None, **update: Any) -> Gateway:
+    async def gateway(
+        self, config: str, *, share: Share | None = None, listen: str = "127.0.0.1:0", **update: Any
+    ) -> Gateway:
         """A gateway with that config file; with `share` one of several."""
-        file = self.folder / f"gateway-{len(self._closing)}.toml"
+        file = self.folder / f"gateway-{next(self._files)}.toml"
         file.write_text(f'transport = "{self.transport_name}"\n{config}')
         parsed = configs.load(file).model_copy(update=update)
         app = App(parsed, self.plugins, config_file=file, share=share)
         try:
-            (port,) = await app.serve("127.0.0.1:0")
+            (port,) = await app.serve(listen)
         except BaseException:
             await app.close()
             raise

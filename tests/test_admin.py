@@ -218,6 +218,17 @@ async def test_it_answers_until_what_is_in_flight_is_finished(lab: Lab) -> None:
         await ask(port, "/healthz")
 
 
+@pytest.mark.parametrize("cors", [False, True])
+async def test_rest_lets_pages_of_other_origins_read_its_answers_where_the_config_says_so(lab: Lab, cors: bool) -> None:
+    gateway = await lab.gateway(f"rest_cors = {str(cors).lower()}\n{lab.route(await lab.node())}", http_port=0)
+    preflight = await ask(gateway.app.http_port, "/v1/models/m:predict", "OPTIONS", Origin="https://page.example")
+    answer = await ask(gateway.app.http_port, "/v1/models/m", Origin="https://page.example")
+    assert (preflight.status, answer.status) == (200, 404)
+    for each in (preflight, answer):
+        assert each.headers.get("access-control-allow-origin") == ("*" if cors else None)
+    assert "access-control-allow-origin" not in (await ask(gateway.app.http_port, "/healthz")).headers
+
+
 async def test_it_counts_what_was_answered(lab: Lab) -> None:
     node = await lab.node()
     gateway = await lab.gateway(lab.route(node), http_port=0)

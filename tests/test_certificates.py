@@ -265,7 +265,7 @@ def test_the_files_are_not_looked_at_for_every_call(write: Write, monkeypatch: p
     tls = write()
     watched = Watched(tls)
     looks: list[Path] = []
-    monkeypatch.setattr(certificates, "_stamp", looks.append)
+    monkeypatch.setattr(certificates, "stamp", looks.append)
     for _ in range(1000):
         watched.current()
     assert len(looks) <= 4

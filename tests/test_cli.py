@@ -7,22 +7,25 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import grpc
 import grpc.aio
 import pytest
+import trustme
 from click.testing import CliRunner, Result
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import dl_inference_core
 from dl_inference_core.cli import main
 from dl_inference_core.errors import Code
+from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import free_port
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
@@ -158,6 +161,32 @@ def test_a_wrong_command_line_says_so_with_exit_code_2(arguments: list[str]) -> 
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tune", ".", "--p99"],
+        ["tune", ".", "--p99", "1s", "--budget"],
+        ["bench", "127.0.0.1:1", "--duration"],
+        ["bench", "127.0.0.1:1", "--warm-up"],
+        ["bench", "127.0.0.1:1", "--timeout"],
+        ["predict", "m", "--timeout"],
+    ],
+)
+@pytest.mark.parametrize(
+    ("duration", "said"),
+    [
+        ("20", '"20" has no unit; write 20ms, 20s, 20m (minutes) or 20h'),
+        ("1.5", '"1.5" has no unit; write 1.5ms'),
+        ("20 s", '"20 s" is not a duration; expected a number with the unit ms, s, m (minutes) or h'),
+        ("2d", '"2d" is not a duration'),
+    ],
+)
+def test_a_duration_takes_a_unit(command: list[str], duration: str, said: str) -> None:
+    result = run(*command, duration)
+    assert result.exit_code == 2
+    assert said in re.sub(r"\s*\n\s*", " ", result.stderr)
+
+
 def test_check_says_what_is_right_and_wrong_without_serving(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     file.write_text(ROUTE)
@@ -172,8 +201,72 @@ def test_check_says_what_is_right_and_wrong_without_serving(tmp_path: Path) -> N
     assert result.stderr.startswith(f"error: {file}: unknown key")
 
 
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('[tls]\ncertificate = "none.pem"\nkey = "none.key"\n', "[tls]"),
+        ('[gateway.tls]\nca = "none.pem"\n', "none.pem"),
+        ('[join]\ngateways = ["127.0.0.1:1"]\ntoken_file = "token"\n[join.tls]\nca = "none.pem"\n', "[join.tls]"),
+        ('[join]\ngateways = ["127.0.0.1:1"]\ntoken_file = "none.pem"\n', "none.pem"),
+        ('[gateway.registry]\ntoken_file = "none.pem"\n', "none.pem"),
+    ],
+)
+def test_check_reads_the_files_of_tls_and_of_tokens(tmp_path: Path, table: str, said: str) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "server.toml").write_text(f'transport = "grpcio"\n[models]\ndirectory = "models"\n{table}')
+    result = run("check", "--config", tmp_path / "server.toml")
+    assert result.exit_code == 2
+    assert said in result.output
+    assert f"{tmp_path / 'none.pem'}: No such file or directory" in result.output
+
+
+def test_check_says_that_the_files_of_tls_can_be_used(tmp_path: Path) -> None:
+    certificate = trustme.CA().issue_cert("localhost")
+    (tmp_path / "models").mkdir()
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    (tmp_path / "server.toml").write_text(
+        'transport = "grpcio"\n[models]\ndirectory = "models"\n[tls]\ncertificate = "cert.pem"\nkey = "key.pem"\n'
+    )
+    result = run("check", "--config", tmp_path / "server.toml", "--json")
+    row = next(row for row in json.loads(result.stdout) if row["kind"] == "tls")
+    assert row == {"kind": "tls", "name": "[tls]", "ok": True, "detail": "its files can be used"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "said"),
+    [
+        ("empty", "it holds no models"),
+        ("models/digits", "it looks like the folder of one model"),
+        ("models/digits/1", "it holds the files of one version of a model"),
+    ],
+)
+@pytest.mark.usefixtures("fakes")
+def test_check_says_that_a_folder_is_not_one_of_models(tmp_path: Path, folder: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    FakeBackend.write(tmp_path / "models" / "digits" / "1")
+    result = run("check", tmp_path / folder, "--json")
+    assert result.exit_code == 2
+    row = next(row for row in json.loads(result.stdout) if row["kind"] == "folder")
+    assert (row["name"], row["ok"]) == (str(tmp_path / folder), False)
+    assert row["detail"].startswith(said)
+
+
+@pytest.mark.usefixtures("fakes")
+def test_check_says_that_a_label_leads_nowhere(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "models" / "m" / "1")
+    (tmp_path / "models" / "m" / "model.toml").write_text("version_labels = {stable = 1, canary = 2}\n")
+    result = run("check", tmp_path / "models", "--json")
+    assert result.exit_code == 2
+    good, bad = json.loads(result.stdout)
+    assert (good["name"], good["ok"]) == ("m/1", True)
+    assert (bad["name"], bad["ok"]) == ("m", False)
+    assert bad["detail"].startswith('version_labels: "canary" is version 2; expected versions that are loaded')
+
+
 def test_predict_says_why_nobody_answered() -> None:
-    result = run("predict", "m", "--text", "a", "--address", "127.0.0.1:1", "--timeout", "5")
+    result = run("predict", "m", "--text", "a", "--address", "127.0.0.1:1", "--timeout", "5s")
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr.startswith("error: UNAVAILABLE: ")
@@ -192,10 +285,42 @@ def test_predict_says_which_certificate_cannot_be_used(tmp_path: Path) -> None:
 # With one
 
 
-class Served:
-    """A `dl-inference-core serve` of its own, in a session of its own."""
+class Process:
+    """A process in a session of its own.
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+    `subprocess` starts it by vfork: asyncio on uvloop forks, and runs Python's hooks in the child.
+    """
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], stderr: IO[bytes]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self.kill = self._process.kill
+        self.send_signal = self._process.send_signal
+
+    async def read_line(self) -> bytes:
+        """The next line of stdout; b"" at its end."""
+        assert self._process.stdout is not None
+        return await asyncio.to_thread(self._process.stdout.readline)
+
+    async def wait(self) -> int:
+        return await asyncio.to_thread(self._process.wait)
+
+    async def close(self) -> None:
+        """Call it once the process and its children were killed."""
+        await asyncio.to_thread(self._process.communicate)
+
+
+class Served:
+    """A `dl-inference-core serve` of its own."""
+
+    def __init__(self, process: Process, log: Path) -> None:
         self.process = process
         self.lines: list[str] = []
         self.address = ""
@@ -207,9 +332,8 @@ class Served:
 
     async def said(self, pattern: str, within_s: float = 20) -> str:
         """The next line on stdout that fits."""
-        assert self.process.stdout is not None
         async with asyncio.timeout(within_s):
-            async for raw in self.process.stdout:
+            while raw := await self.process.read_line():
                 self.lines.append(raw.decode().rstrip())
                 if re.fullmatch(pattern, self.lines[-1]):
                     return self.lines[-1]
@@ -228,9 +352,8 @@ class Served:
         return await self.ended()
 
     async def ended(self) -> int:
-        assert self.process.stdout is not None
         async with asyncio.timeout(20):
-            async for raw in self.process.stdout:
+            while raw := await self.process.read_line():
                 self.lines.append(raw.decode().rstrip())
             return await self.process.wait()
 
@@ -254,24 +377,22 @@ def alive(pid: int) -> bool:
 
 
 @contextlib.asynccontextmanager
-async def serving(folder: Path, *arguments: str | Path) -> AsyncIterator[Served]:
+async def serving(
+    folder: Path, *arguments: str | Path, command: str = "serve", **environment: str
+) -> AsyncIterator[Served]:
     log = folder / "stderr"
     with log.open("wb") as file:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "dl_inference_core.cli", "serve"),
-            *map(str, arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=file,
-            start_new_session=True,
+        process = Process(
+            [sys.executable, "-m", "dl_inference_core.cli", command, *map(str, arguments)],
+            {**os.environ, **environment},
+            file,
         )
     try:
         yield Served(process, log)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        await process.communicate()
+        await process.close()
 
 
 def config(lab: Lab, *nodes: Any, more: str = "") -> Path:
@@ -292,7 +413,24 @@ async def test_it_says_where_it_serves_once_and_ends_on_sigterm(lab: Lab) -> Non
         assert await served.call() == "a"
         assert await served.end() == 0
         assert [line.split()[0] for line in served.lines] == ["http", "transport", "serving"]
-        assert served.lines[1] == "transport envoy: it is installed, and can run here"
+        assert served.lines[1] == "transport grpcio: the installed transport with the highest priority"
+        assert served.log == ""
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+@pytest.mark.parametrize("workers_", [1, 2])
+async def test_an_ipv6_host_is_taken_with_and_without_brackets(lab: Lab, host: str, workers_: int) -> None:
+    arguments = ("--config", config(lab, await lab.node()), "--host", host, "--workers", str(workers_))
+    async with serving(lab.folder, *arguments, "--http-port", str(two_free_ports("::1"))) as served:
+        await served.ready()
+        assert re.fullmatch(r"\[::1\]:\d+", served.address)
+        assert await served.call() == "a"
+        said = next(line for line in served.lines if "http on " in line)
+        port = re.fullmatch(r"(worker [01]: )?http on http://\[::1\]:(\d+)", said)
+        assert port is not None
+        _, writer = await asyncio.open_connection("::1", int(port[2]))
+        writer.close()
+        assert await served.end() == 0
         assert served.log == ""
 
 
@@ -301,7 +439,7 @@ async def test_it_says_so_only_when_requests_would_succeed(lab: Lab) -> None:
     await node.stop()
     async with serving(lab.folder, "--config", config(lab, node)) as served, asyncio.TaskGroup() as tasks:
         reading = tasks.create_task(served.ready())
-        await lab.until(lambda: "not serving yet: no model has loaded" in served.log, 20)
+        await lab.until(lambda: "not serving yet: no node of any route answers" in served.log, 20)
         assert not reading.done()
         await node.start()
         await reading
@@ -447,11 +585,16 @@ async def test_each_worker_has_a_socket_of_its_own(lab: Lab) -> None:
             assert os.listdir(folder) == []  # noqa: PTH208
 
 
-def two_free_ports() -> int:
+def two_free_ports(host: str = "127.0.0.1") -> int:
     """The first of two that follow each other."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     while True:
         port = free_port()
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port + 1)):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server((host, port), family=family),
+            socket.create_server((host, port + 1), family=family),
+        ):
             return port
 
 
@@ -573,3 +716,267 @@ async def test_workers_that_cannot_start_end_it_with_exit_code_2(lab: Lab) -> No
         *_, last = served.log.splitlines()
         assert re.fullmatch(r"error: worker \d could not start \(exit status 2\)", last)
         assert 'error: route m: balancer names the balancer "none"' in served.log
+
+
+SAID = ("the handler speaks", "the handler mumbles", 'model "m" version 1 loaded')
+SAYS = """
+import logging
+from dl_inference_core.node.handling import Handler
+
+class Says(Handler):
+    def load(self, model, directory):
+        logging.info("the handler speaks")
+        logging.debug("the handler mumbles")
+        logging.getLogger("torch").info("a library speaks")
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "level", "expected"),
+    [
+        (["check", "MODELS"], None, set()),
+        (["check", "MODELS"], "error", set()),
+        (["check", "MODELS"], "DEBUG", set(SAID)),
+        (["serve", "--config", "CONFIG"], "info", {SAID[0], SAID[2]}),
+        (["serve", "--config", "CONFIG", "--workers", "2"], "info", {SAID[0], SAID[2]}),
+        (
+            ["tfserving", "--model_base_path=MODELS/m", "--model_name=m", "--port=0", "--transport=grpcio"],
+            "info",
+            {SAID[0], SAID[2]},
+        ),
+    ],
+)
+async def test_a_handlers_log_lines_are_written_from_the_level_that_is_asked_for(
+    tmp_path: Path, site_with_fakes: Path, command: list[str], level: str | None, expected: set[str]
+) -> None:
+    models, file = tmp_path / "models", tmp_path / "server.toml"
+    (FakeBackend.write(models / "m" / "1", factor=1) / "handler.py").write_text(SAYS)
+    file.write_text(f'port = 0\ntransport = "grpcio"\n[models]\ndirectory = "{models}"\n')
+    words = [word.replace("MODELS", str(models)).replace("CONFIG", str(file)) for word in command]
+    words += [] if level is None else ["--log-level", level]
+    async with serving(tmp_path, *words[1:], command=words[0], PYTHONPATH=str(site_with_fakes)) as served:
+        if words[0] == "check":
+            assert await served.ended() == 0
+        else:
+            await served.ready()
+        assert {line for line in SAID if line in served.log} == expected, served.log
+        assert "a library speaks" not in served.log
+
+
+BAD_BACKENDS = """
+from pydantic import Field
+from dl_inference_core.config import PluginOptions
+from dl_inference_core.hookspecs import hookimpl
+from dl_inference_core.testing import FakeBackend
+
+class Raises(FakeBackend):
+    name = "raises"
+    class Options(PluginOptions):
+        size: int = Field(default_factory=lambda: print("which is not part of the list") or 1, ge=1)
+    def __init__(self, options):
+        raise OSError("no such device")
+    @classmethod
+    def recognises(cls, directory):
+        raise ValueError("cannot look")
+
+class Abstract(FakeBackend.__base__):
+    name = "abstract"
+
+class Nameless(FakeBackend):
+    pass
+
+@hookimpl
+def dl_inference_register_backends():
+    return [Raises, Abstract, Nameless]
+"""
+
+
+@pytest.fixture
+def fakes(site_with_fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A plugin with `FakeBackend`."""
+    monkeypatch.syspath_prepend(str(site_with_fakes))
+    yield
+    sys.modules.pop("fakes", None)
+
+
+@pytest.fixture
+def bad_backends(site_with_fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Beside the plugin with `FakeBackend`, one with `BAD_BACKENDS` that is found before it."""
+    about = site_with_fakes / "a_bad-1.dist-info"
+    about.mkdir()
+    (site_with_fakes / "a_bad.py").write_text(BAD_BACKENDS)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: a-bad\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[dl_inference_core]\na_bad = a_bad\n")
+    monkeypatch.syspath_prepend(str(site_with_fakes))
+    yield
+    for name in ("fakes", "a_bad"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("bad_backends")
+def test_a_backend_that_cannot_be_made_stops_only_the_models_that_need_it(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "models" / "good" / "1", factor=1)
+    for name in ("raises", "abstract"):
+        FakeBackend.write(tmp_path / "models" / name / "1", factor=1)
+        (tmp_path / "models" / name / "model.toml").write_text(f'backend = "{name}"\n')
+    result = run("check", tmp_path / "models", "--json")
+    assert result.exit_code == 2
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert rows["good/1"]["ok"], rows
+    made = 'plugin "a_bad" of a-bad 1 cannot make the backend "raises": OSError: no such device'
+    assert made in rows["raises/1"]["detail"]
+    assert 'no backend has the name "abstract"' in rows["abstract/1"]["detail"]
+
+
+@pytest.mark.usefixtures("bad_backends")
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (
+            "[backends.raises]\nsize = 0\n",
+            "[backends.raises]: options of backend raises: size: Input should be greater",
+        ),
+        ("[backends.raises]\nsice = 1\n", '[backends.raises]: options of backend raises: unknown key "sice"'),
+        ("[backends.abstract]\n", 'names the backend "abstract", which no installed plugin provides'),
+    ],
+)
+def test_the_options_of_a_backend_are_refused_at_the_start_though_no_model_needs_it(
+    tmp_path: Path, table: str, said: str
+) -> None:
+    FakeBackend.write(tmp_path / "models" / "good" / "1", factor=1)
+    (tmp_path / "server.toml").write_text(f'transport = "grpcio"\n[models]\ndirectory = "models"\n{table}')
+    result = run("serve", "--config", tmp_path / "server.toml")
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+HANDLER = """
+from dl_inference_core.node.handling import Handler
+
+class Own(Handler):
+    def preprocess(self, request):
+        {body}
+"""
+
+
+@pytest.mark.usefixtures("bad_backends")
+def test_check_runs_handlers_on_samples(tmp_path: Path) -> None:
+    bodies = {
+        "short": 'return {"tokens": [[1] * 8]}',
+        "strict": 'raise ValueError("expected a picture")',
+        "well": 'print("which is not part of the list"); return {"tokens": [[1] * 16]}',
+    }
+    for name, body in bodies.items():
+        folder = FakeBackend.write(tmp_path / "models" / name / "1", inputs={"tokens": ["int64", [None, 16]]})
+        (folder / "handler.py").write_text(HANDLER.format(body=body))
+    result = run("check", tmp_path / "models", "--json")
+    assert result.exit_code == 2
+    rows = {row["name"]: (row["ok"], row["detail"]) for row in json.loads(result.stdout)}
+    ok, detail = rows["short/1"]
+    assert not ok
+    assert "handler class Own fails for a sample of tensors; because of ValueError: preprocess returned" in detail
+    ok, detail = rows["strict/1"]
+    assert ok
+    assert "handler class Own was not tried, it takes none of the samples (tensors: ValueError: expected a" in detail
+    assert rows["well/1"] == (True, 'fake, inputs: "tokens" (int64, [?, 16])')
+
+
+@pytest.mark.usefixtures("bad_backends")
+def test_plugins_lists_what_cannot_be_used_and_why() -> None:
+    result = run("plugins")
+    assert result.exit_code == 0
+    assert "backend class Abstract is abstract: it does not define load, recognises" in result.stdout
+    assert 'backend class Nameless has no `name` of its own (it inherits "fake")' in result.stdout
+    assert "  backend   raises" in result.stdout
+    assert "which is not part of the list" not in result.stdout
+    (row,) = [row for row in json.loads(run("plugins", "--json").stdout) if row["name"] == "a_bad"]
+    assert row["described"]["backends"]["raises"]["options"] == {"size": 1}
+
+
+# SIGHUP
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sighup_has_a_node_look_for_new_versions_where_nothing_is_polled(
+    tmp_path: Path, site_with_fakes: Path, workers: int
+) -> None:
+    file, models = tmp_path / "server.toml", tmp_path / "models"
+    content = f'port = 0\ntransport = "grpcio"\n[models]\ndirectory = "{models}"\npoll_interval_ms = 0\n'
+    file.write_text(content)
+    FakeBackend.write(models / "m" / "1")
+    arguments = ("--config", file, "--workers", workers, "--log-level", "info")
+    async with serving(tmp_path, *arguments, PYTHONPATH=str(site_with_fakes)) as served:
+        await served.ready()
+        file.write_text(f"{content}load_reports_per_s = 7\n")
+        for version in (2, 3):
+            FakeBackend.write(models / "m" / str(version))
+            served.process.send_signal(signal.SIGHUP)
+            await until(lambda: served.log.count(f'model "m" version {version} loaded') == workers)  # noqa: B023
+        assert f"{file}: models.load_reports_per_s: changes take effect at the next start" in served.log
+        for worker in served.children() if workers > 1 else ():
+            os.kill(worker, signal.SIGHUP)
+        FakeBackend.write(models / "m" / "4")
+        served.process.send_signal(signal.SIGHUP)
+        await until(lambda: served.log.count('model "m" version 4 loaded') == workers)
+        assert "exit status" not in served.log
+        assert await served.end() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sighup_has_a_gateway_look_at_its_files(lab: Lab, workers: int) -> None:
+    nodes = await lab.nodes("ab")
+    path = config(lab, nodes[0])
+    path.write_text(f"{path.read_text()}\n[gateway]\npoll_interval_ms = 3600000\n")
+    async with serving(lab.folder, "--config", path, "--workers", str(workers)) as served:
+        await served.ready()
+        assert await served.call() == "a"
+        path.write_text(path.read_text().replace(nodes[0].address, nodes[1].address))
+        served.process.send_signal(signal.SIGHUP)
+        async with asyncio.timeout(20):
+            while {await served.call() for _ in range(8)} != {"b"}:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await served.end() == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sighup_before_it_serves_does_not_end_it(lab: Lab, workers: int) -> None:
+    node = await lab.node()
+    await node.stop()
+    async with serving(lab.folder, "--config", config(lab, node), "--workers", str(workers)) as served:
+        await lab.until(lambda: served.log.count("not serving yet") == workers, 20)
+        for _ in range(3):
+            served.process.send_signal(signal.SIGHUP)
+        await node.start()
+        await served.ready()
+        assert await served.call() == "a"
+        assert "exit status" not in served.log
+        assert await served.end() == 0
+
+
+async def test_sighup_has_tfserving_look_for_models_and_versions(tmp_path: Path, site_with_fakes: Path) -> None:
+    file = tmp_path / "models.config"
+
+    def write(*names: str) -> None:
+        listed = " ".join(f'config {{ name: "{name}" base_path: "{tmp_path / name}" }}' for name in names)
+        file.write_text(f"model_config_list {{ {listed} }}")
+
+    FakeBackend.write(tmp_path / "one" / "1")
+    FakeBackend.write(tmp_path / "two" / "1")
+    write("one")
+    arguments = ("--port=0", "--transport=grpcio", f"--model_config_file={file}", "--file_system_poll_wait_seconds=0")
+    async with serving(
+        tmp_path, *arguments, "--log_level=info", command="tfserving", PYTHONPATH=str(site_with_fakes)
+    ) as served:
+        await served.ready()
+        write("one", "two")
+        FakeBackend.write(tmp_path / "one" / "2")
+        served.process.send_signal(signal.SIGHUP)
+        await until(lambda: 'model "two" version 1 loaded' in served.log)
+        await until(lambda: 'model "one" version 2 loaded' in served.log)
+        assert await served.end() == 0
+
+
+async def until(what: Callable[[], Any], within_s: float = 20) -> None:
+    async with asyncio.timeout(within_s):
+        while not what():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)

@@ -22,8 +22,9 @@ from dl_inference_core.errors import (
 )
 from dl_inference_core.grpcio_transport import GrpcioTransport
 from dl_inference_core.tensors import Form, Response
+from dl_inference_core.testing.loopback import CoroutineService
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Call, Limits, Methods, Server
+from dl_inference_core.transport import Exchange, Limits, Server
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 TENSORS = {"x": np.arange(6, dtype=np.int64).reshape(2, 3), "y": np.array([True, False])}
@@ -45,17 +46,17 @@ class Echo:
     def __init__(self) -> None:
         self.raises: InferenceError | None = None
         self.waits = False
-        self.calls: list[Call] = []
+        self.calls: list[Exchange] = []
 
-    def methods(self) -> Methods:
+    def service(self) -> CoroutineService:
         def handler(codec: Any) -> Any:
-            async def answer(call: Call) -> bytes:
-                self.calls.append(call)
+            async def answer(exchange: Exchange) -> bytes:
+                self.calls.append(exchange)
                 if self.raises is not None:
                     raise self.raises
                 if self.waits:
                     await asyncio.Event().wait()
-                request = codec.decode_request(call.request)
+                request = codec.decode_request(exchange.message)
                 payload = request.payload
                 if request.form is Form.EXAMPLES:
                     sizes = np.array([len(example) for example in payload], np.float32)
@@ -64,11 +65,11 @@ class Echo:
 
             return answer
 
-        return Methods(unary={protocol.node_method: handler(protocol.codec) for protocol in PROTOCOLS.values()})
+        return CoroutineService({protocol.node_method: handler(protocol.codec) for protocol in PROTOCOLS.values()})
 
     async def serve(self, tls: ServerTls | None = None) -> tuple[Server, str]:
         transport = GrpcioTransport(GrpcioTransport.Options())
-        server = await transport.serve(self.methods(), ("127.0.0.1:0",), Limits(), tls=tls)
+        server = await transport.serve(self.service(), ("127.0.0.1:0",), Limits(), tls=tls)
         return server, f"127.0.0.1:{server.ports[0]}"
 
 
@@ -105,7 +106,7 @@ async def test_examples_go_out_as_features_or_serialized(protocol: str, expected
         np.testing.assert_equal((await asking).payload, expected)
     async with AsyncClient(address) as async_client:
         np.testing.assert_equal((await async_client.predict("m", examples, protocol=protocol)).payload, expected)
-    request = PROTOCOLS[protocol].codec.decode_request(echo.calls[0].request)
+    request = PROTOCOLS[protocol].codec.decode_request(echo.calls[0].message)
     assert (request.label, request.signature) == ("stable", "s")
     await server.drain(1)
 

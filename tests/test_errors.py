@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from dl_inference_core.errors import (
@@ -14,6 +16,7 @@ from dl_inference_core.errors import (
     NodeFailed,
     NodeOverloaded,
     from_status,
+    text_of,
 )
 
 FAILURES = (Code.INTERNAL, Code.UNKNOWN, Code.DATA_LOSS)
@@ -77,3 +80,18 @@ def test_any_other_exhaustion_is_an_overloaded_node() -> None:
     error = from_status(Code.RESOURCE_EXHAUSTED, "the queue is full")
     assert isinstance(error, NodeOverloaded)
     assert (error.blame, error.another_node) == (Blame.NODE_SOFTLY, True)
+
+
+@pytest.mark.parametrize("code", [Code.OK, 3, "INVALID_ARGUMENT"])
+def test_an_error_class_has_a_code_that_a_failure_can_have(code: Any) -> None:
+    with pytest.raises(TypeError, match=r"expected an errors\.Code other than OK"):
+        type("Mine", (InferenceError,), {"code": code})
+
+
+def test_the_text_of_an_error_that_cannot_say_what_it_is() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    assert text_of(Mute()) == ""
+    assert text_of(ValueError("a word")) == "a word"

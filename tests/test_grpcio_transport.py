@@ -16,7 +16,9 @@ from dl_inference_core.testing.loopback import (
     ECHO,
     HOLD,
     WARM,
+    CoroutineService,
     Hold,
+    ask,
     connected,
     echo,
     error_of,
@@ -27,7 +29,7 @@ from dl_inference_core.testing.loopback import (
 )
 from dl_inference_core.testing.transport_servers import send_call
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Call, Limits, Methods
+from dl_inference_core.transport import Exchange, Limits
 
 
 class TestGrpcioTransport(TransportConformance):
@@ -48,7 +50,7 @@ async def test_a_connection_with_old_certificates_is_closed_with_its_last_call(t
         connected(make(), address, tls=authority.client(shown)) as connection,
     ):
         assert isinstance(connection, TlsConnection)
-        calls = [asyncio.ensure_future(connection.call(Call(method=HOLD, request=b""))) for _ in range(2)]
+        calls = [asyncio.ensure_future(ask(connection, HOLD, b"")) for _ in range(2)]
         await hold.was_entered()
         old = connection._connection
         shown.become(authority.issue("client"))
@@ -60,7 +62,7 @@ async def test_a_connection_with_old_certificates_is_closed_with_its_last_call(t
         assert old.stands()
         hold.release.set()
         await calls[1]
-        error = await error_of(old.call(Call(method=ECHO, request=b"")))
+        error = await error_of(ask(old, ECHO, b""))
         assert isinstance(error, NodeUnreachable)
         assert str(error) == "the connection was closed"
         await warm(connection)
@@ -121,7 +123,7 @@ async def test_a_channel_argument_goes_before_an_option() -> None:
     release = asyncio.Event()
     entered = 0
 
-    async def hold(call: Call) -> bytes:
+    async def hold(exchange: Exchange) -> bytes:
         nonlocal entered
         entered += 1
         await release.wait()
@@ -148,7 +150,7 @@ async def test_calls_of_a_server_that_has_ended_do_not_go_on_for_ever(monkeypatc
     monkeypatch.setattr(grpcio_transport, "_RETIRED_S", 0.1)
     hold = Hold()
     async with serving(make(), {HOLD: hold}) as address, connected(make(), address) as connection:
-        call = asyncio.ensure_future(error_of(connection.call(Call(method=HOLD, request=b""))))
+        call = asyncio.ensure_future(error_of(ask(connection, HOLD, b"")))
         await hold.was_entered()
         await send_call(address, b"\xff")
         await hold.was_cancelled(5)
@@ -165,7 +167,7 @@ async def test_a_server_listens_again_once_it_can_and_the_socket_of_the_one_that
     with tempfile.TemporaryDirectory(prefix="dl-", dir="/tmp") as place:
         folder, moved = Path(place) / "folder", Path(place) / "moved"
         folder.mkdir()
-        server = await make().serve(Methods(unary={ECHO: echo}), (f"unix:{folder}/socket",), Limits())
+        server = await make().serve(CoroutineService({ECHO: echo}), (f"unix:{folder}/socket",), Limits())
         try:
             folder.rename(moved)
             await send_call(f"unix:{moved}/socket", b"\xff")

@@ -26,6 +26,7 @@ SERVICES = {
     "com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService",
     "tensorflow.serving.PredictionService",
     "tensorflow.serving.ModelService",
+    "seldon.protos.Generic",
     "seldon.protos.Model",
     "seldon.protos.Seldon",
     "inference.GRPCInferenceService",
@@ -195,9 +196,14 @@ async def test_model_ready_follows_the_nodes(lab: Lab) -> None:
 
     assert await ready("m")
     assert node.count == 0
+    node.answer = b""  # ready = false
+    assert not await ready("m", "3")
+    assert gateway.node(node).endpoint.health._failures == 0
+    node.calls.clear()
+    node.answer = b"\x08\x01"
     assert await ready("m", "3")
-    assert node.calls[0].method == f"{OIP}/ModelMetadata"
-    assert node.calls[0].request == messages.ModelMetadataRequest(name="m", version="3").SerializeToString()
+    assert node.calls[0].method == f"{OIP}/ModelReady"
+    assert node.calls[0].message == messages.ModelReadyRequest(name="m", version="3").SerializeToString()
     body = messages.ModelReadyRequest(name="none").SerializeToString()
     assert (await gateway.refusal(body=body, method=f"{OIP}/ModelReady"))[0] is Code.NOT_FOUND
     await node.stop()
@@ -231,11 +237,17 @@ async def test_tensorflows_questions_about_a_model_are_the_nodes_to_answer(lab: 
     gateway = await lab.front(node)
     body = QUESTIONS[method](model_spec={"name": "x-69", "version_label": "stable"}).SerializeToString()
     assert await gateway.start_call(body=body, method=method) == answer.SerializeToString()
-    assert [(call.method, call.request) for call in node.calls] == [(method, body)]
+    assert [(call.method, call.message) for call in node.calls] == [(method, body)]
     nameless = QUESTIONS[method](model_spec={"signature_name": "s"}).SerializeToString()
-    for wrong, said in ((nameless, "model_spec.name is missing"), (b"", "model_spec.name is missing"), (b"\xff", "")):
+    asks_status = method.endswith("GetModelStatus")  # TensorFlow Serving looks for a model of the empty name
+    nameless_is = Code.NOT_FOUND if asks_status else Code.INVALID_ARGUMENT
+    for wrong, expected, said in (
+        (nameless, nameless_is, "" if asks_status else "ModelSpec has no name specified"),
+        (b"", Code.INVALID_ARGUMENT, "Missing ModelSpec"),
+        (b"\xff", Code.INVALID_ARGUMENT, ""),
+    ):
         code, message = await gateway.refusal(body=wrong, method=method)
-        assert code is Code.INVALID_ARGUMENT
+        assert code is expected
         assert said in message
     assert node.count == 1
 

@@ -13,14 +13,18 @@ PACKAGE = Path(__file__).parents[1] / "dl_inference_core"
 
 # Whoever stands on a line may import what stands on the lines above, and its own package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("", "errors"),
+    ("", "errors", "cpus"),
+    ("files",),
     ("tensors", "config"),
-    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "sockets", "transport"),
-    ("plugins", "routing", "grpcio_transport", "http_server"),
+    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "sockets", "children", "transport"),
+    ("failures", "local_exchange", "grpcio_connections", "plugins", "routing", "http_server"),
+    ("coroutines", "grpcio_exchanges"),
+    ("grpcio_transport",),
     ("gateway", "node", "introspection", "joining"),
-    ("listener", "client", "builtins", "admin"),
+    ("dispatcher", "client", "builtins", "admin"),
     ("rest", "load_testing"),
     ("app", "supervisor", "tfserving_command", "tuning"),
+    ("checking",),
     ("cli", "testing"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -92,7 +96,7 @@ LOADED = f"print([name for name in {HEAVY!r} if name in sys.modules])"
 
 
 def test_importing_the_gateway_takes_neither_numpy_nor_a_framework() -> None:
-    names = ["app", "cli", "grpcio_transport", "listener", "introspection", "supervisor", "hookspecs", "builtins"]
+    names = ["app", "cli", "grpcio_transport", "dispatcher", "introspection", "supervisor", "hookspecs", "builtins"]
     names += (f"gateway.{path.stem}" for path in (PACKAGE / "gateway").glob("[a-z]*.py"))
     lines = "\n".join(f"import dl_inference_core.{name}" for name in names)
     assert run(f"import sys\n{lines}\n{LOADED}") == "[]"
@@ -104,23 +108,30 @@ from pathlib import Path
 from dl_inference_core.app import App
 from dl_inference_core.config import Config, RouteConfig
 from dl_inference_core.plugins import Plugins
-from dl_inference_core.transport import Call, Limits, Methods
+from dl_inference_core.transport import Limits, Method
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import METHODS, PROTOCOLS
 
 ANSWER = messages.PredictResponse(model_spec={"name": "m"}).SerializeToString()
 ASK = messages.PredictRequest(model_spec={"name": "m"}).SerializeToString()
 
-async def answer(call):
-    return ANSWER
+class Node:
+    methods = {PROTOCOLS["tfserving"].node_method: Method()}
+    private_trailers = frozenset()
+
+    def begin_all(self, exchanges):
+        for exchange in exchanges:
+            exchange.reply(ANSWER)
+
+    def ended(self, exchange, code):
+        pass
 
 async def main():
-    path = PROTOCOLS["tfserving"].node_method
     plugins = Plugins()
     app = None
     from dl_inference_core.plugins import Kind
     transport = plugins.make(Kind.TRANSPORTS, "grpcio", {}, "test")
-    node = await transport.serve(Methods(unary={path: answer}), ("127.0.0.1:0",), Limits())
+    node = await transport.serve(Node(), ("127.0.0.1:0",), Limits())
     nodefile = Path(sys.argv[1]) / "nodefile.txt"
     nodefile.write_text(f"m=1000,127.0.0.1:{node.ports[0]}\\n")
     config = Config(gateway={"nodefile": nodefile})
@@ -129,7 +140,7 @@ async def main():
     connection = transport.connect(f"127.0.0.1:{port}", Limits())
     for method in METHODS:
         if METHODS[method] is PROTOCOLS["tfserving"]:
-            assert await connection.call(Call(method=method, request=ASK)) == ANSWER
+            assert (await connection.call(method, ASK)).message == ANSWER
     await connection.close()
     await app.close()
     await node.drain(0)

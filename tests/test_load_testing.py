@@ -28,9 +28,9 @@ from dl_inference_core.load_testing.request import Message, Question, Target
 from dl_inference_core.load_testing.results import Load, Results, Row, encoded, histogram
 from dl_inference_core.load_testing.sending import Part, _Sender
 from dl_inference_core.tensors import Response
-from dl_inference_core.testing.loopback import free_port
+from dl_inference_core.testing.loopback import CoroutineService, free_port
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Call, Limits, Methods
+from dl_inference_core.transport import Exchange, Limits
 from dl_inference_core.wire import messages, openinference
 from dl_inference_core.wire.protocol import METADATA, PROTOCOLS
 
@@ -52,26 +52,26 @@ class Node:
         self.inputs: list[openinference.Described] = INPUTS
         self._before = before
 
-    def methods(self) -> Methods:
+    def service(self) -> CoroutineService:
         def handler(codec: Any) -> Any:
-            async def answer(call: Call) -> bytes:
-                request = codec.decode_request(call.request)
+            async def answer(exchange: Exchange) -> bytes:
+                request = codec.decode_request(exchange.message)
                 self.requests.append(request)
                 self._before(len(self.requests))
                 return codec.encode_response(Response(payload=request.payload, tags=request.tags), request)
 
             return answer
 
-        async def metadata(_: Call) -> bytes:
+        async def metadata(_: Exchange) -> bytes:
             return openinference.encode_metadata("m", [1], "fake", inputs=self.inputs, outputs=())
 
         inferring = {PROTOCOLS[name].node_method: handler(PROTOCOLS[name].codec) for name in ("tfserving", "seldon")}
-        return Methods(unary={**inferring, INFER: handler(openinference), METADATA.node_method: metadata})
+        return CoroutineService({**inferring, INFER: handler(openinference), METADATA.node_method: metadata})
 
     @asynccontextmanager
-    async def serving(self, methods: Methods | None = None, **how: Any) -> AsyncIterator[str]:
+    async def serving(self, service: CoroutineService | None = None, **how: Any) -> AsyncIterator[str]:
         transport = GrpcioTransport(GrpcioTransport.Options())
-        server = await transport.serve(methods or self.methods(), ("127.0.0.1:0",), Limits(), **how)
+        server = await transport.serve(service or self.service(), ("127.0.0.1:0",), Limits(), **how)
         try:
             yield f"127.0.0.1:{server.ports[0]}"
         finally:
@@ -132,7 +132,7 @@ async def test_a_request_is_made_from_the_signature() -> None:
 
 
 async def test_the_servers_word_on_a_dtype_holds_for_json(tmp_path: Path) -> None:
-    (tmp_path / "in.json").write_text('{"ids": [[1, 2]], "name": ["a", "b"], "other": [1]}')
+    (tmp_path / "in.json").write_text('\ufeff{"ids": [[1, 2]], "name": ["a", "b"], "other": [1]}')  # as some editors do
     async with Node().serving() as address:
         question = Question(target=Target(address=address), model="m")
         message = await asyncio.to_thread(question.from_file, tmp_path / "in.json")
@@ -178,7 +178,7 @@ async def test_failures_are_counted_by_code_and_never_measured(tensors: Path, tm
 
     out = tmp_path / "out.json"
     async with Node(fail).serving() as address:
-        how = ("--model", "m", "--input", tensors, "--requests", "100", "--warm-up", "0", "--processes", "2")
+        how = ("--model", "m", "--input", tensors, "--requests", "100", "--warm-up", "0s", "--processes", "2")
         result = await bench(address, *how, "--in-flight", "2", "--json", out)
     assert result.exit_code == 1
     (row,) = Results.read(out).rows
@@ -210,7 +210,7 @@ async def test_a_server_that_stalls_once_is_seen_by_all_that_were_due_meanwhile(
 
     out = tmp_path / "out.json"
     async with Node(stall).serving() as address:
-        how = ("--model", "m", "--input", tensors, "--rate", "200", "--requests", "200", "--warm-up", "0")
+        how = ("--model", "m", "--input", tensors, "--rate", "200", "--requests", "200", "--warm-up", "0s")
         result = await bench(address, *how, "--json", out)
     assert result.exit_code == 0, result.output
     (row,) = Results.read(out).rows
@@ -248,8 +248,9 @@ async def test_tls_is_spoken(tensors: Path, tmp_path: Path) -> None:
         (("--model", "m", "--in-flight", "1", "--rate", "5"), "give one of them"),
         (("--model", "m", "--in-flight", "0"), "expected one like 1,8,32"),
         (("--model", "m", "--rate", "nan"), "expected one like 1,8,32"),
-        (("--model", "m", "--duration", "soon"), "expected one like 10s"),
-        (("--model", "m", "--duration", "0"), "expected more"),
+        (("--model", "m", "--duration", "soon"), "such as 500ms or 10s"),
+        (("--model", "m", "--duration", "10"), "has no unit; write 10ms, 10s, 10m (minutes) or 10h"),
+        (("--model", "m", "--duration", "0s"), "expected more"),
         (("--model", "m", "--poisson"), "--rate"),
         (("--model", "m", "--processes", "3", "--connections", "2"), "each needs one"),
         (("--model", "m", "--processes", "3", "--in-flight", "2"), "each needs one"),
@@ -298,10 +299,10 @@ async def test_a_first_request_that_fails_ends_it(tensors: Path) -> None:
     assert result.output.startswith("error: UNAVAILABLE: ")
     failure = messages.SeldonMessage(status={"status": 1, "reason": "no model"}).SerializeToString()
 
-    async def fail(_: Call) -> bytes:
+    async def fail(_: Exchange) -> bytes:
         return failure
 
-    async with Node().serving(Methods(unary={PROTOCOLS["seldon"].node_method: fail})) as address:
+    async with Node().serving(CoroutineService({PROTOCOLS["seldon"].node_method: fail})) as address:
         result = await bench(address, "--model", "m", "--protocol", "seldon", "--input", tensors)
     assert result.exit_code == 1
     assert "no model" in result.output
@@ -379,14 +380,14 @@ async def test_the_warm_up_counts_nowhere() -> None:
 
 async def test_a_failure_in_a_seldon_message_is_one() -> None:
     class Failing(Node):
-        def methods(self) -> Methods:
+        def service(self) -> CoroutineService:
             answers = itertools.cycle([{"status": {"status": 1}}, {"status": {"status": 0}, "strData": "x"}])
 
-            async def answer(_: Call) -> bytes:
+            async def answer(_: Exchange) -> bytes:
                 body: bytes = messages.SeldonMessage(**next(answers)).SerializeToString()
                 return body
 
-            return Methods(unary={PROTOCOLS["seldon"].node_method: answer})
+            return CoroutineService({PROTOCOLS["seldon"].node_method: answer})
 
     seldon, body = build("m", "x")
     row = await answered(part(Load(in_flight=1, requests=10, warm_up_s=0)), Failing(), body, seldon.node_method)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -11,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.config import NodeConfig, RouteConfig
-from dl_inference_core.errors import ConfigError
-from dl_inference_core.nodefile import NodeFile, Watched, parse
+from dl_inference_core.nodefile import NodeFile, parse
 
 GOOD = b"# comment\n69=100,10.0.0.1:8500,10.0.0.2:8500\n70=200,10.0.0.3:8500@5\n"
 
@@ -69,11 +65,11 @@ def test_a_name_may_stand_for_the_id_and_ipv6_in_brackets() -> None:
         ("100=99999999999,h:1", "task 100: "),
         ("100=5", "task 100 has no nodes"),
         ("100=5,", "task 100 has no nodes"),
-        ("100=5,h:1,", '"" is no node'),
+        ("100=5,h:1,", '"" is not a node'),
         ("100=5,h:70000", '"h:70000": port 70000 is not between 1 and 65535'),
         ("100=5,h:1@99999", '"h:1@99999": weight 99999 is over 10000'),
         ("100=5,h:1,h:1", "task 100: node h:1 stands twice"),
-        ("100=5,h:1\0", "is no node"),
+        ("100=5,h:1\0", "is not a node"),
         ("100=5;h:1", "task 100: "),
         ("100=100=5,h:1", "task 100: "),
     ],
@@ -243,133 +239,6 @@ def test_any_bytes_are_read_without_a_crash(content: bytes) -> None:
 @given(mutated())
 def test_a_damaged_file_invents_no_route(content: bytes) -> None:
     check(content)
-
-
-# Watched
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    path = tmp_path / "nodefile.txt"
-    path.write_bytes(GOOD)
-    return path
-
-
-@pytest.fixture
-def watched(path: Path) -> Watched:
-    watched = Watched(path, patience=4)
-    assert watched.read() == GOOD
-    assert watched.look() is None
-    return watched
-
-
-def looks(watched: Watched, count: int) -> list[bytes | None]:
-    return [watched.look() for _ in range(count)]
-
-
-NEW = b"69=100,10.0.0.9:8500\n"
-
-
-def test_new_content_is_taken_once_at_the_second_look(watched: Watched, path: Path) -> None:
-    path.write_bytes(NEW)
-    assert looks(watched, 5) == [None, NEW, None, None, None]
-
-
-def test_content_without_a_last_line_end_is_taken_when_patience_ends(watched: Watched, path: Path) -> None:
-    path.write_bytes(NEW[:-1])
-    assert looks(watched, 7) == [None, None, None, None, NEW[:-1], None, None]
-
-
-def test_nothing_is_taken_of_a_file_that_still_changes(watched: Watched, path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        for byte in NEW[:-1]:
-            file.write(bytes([byte]))
-            assert looks(watched, 2) == [None, None]  # the writer is slower than we look
-        file.write(NEW[-1:])
-    assert looks(watched, 3) == [None, NEW, None]
-
-
-def test_a_file_that_goes_back_is_no_news(watched: Watched, path: Path) -> None:
-    path.write_bytes(NEW)
-    assert watched.look() is None
-    path.write_bytes(GOOD)
-    assert looks(watched, 6) == [None] * 6
-
-
-def replaced_by_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def looped(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def replaced_by_pipe(path: Path) -> None:
-    """Nobody writes into it: reading it would never end."""
-    path.unlink()
-    os.mkfifo(path)
-
-
-def unreadable(path: Path) -> None:
-    """For root as well, who may read whatever has a mode."""
-    path.unlink()
-    path.symlink_to("/proc/self/mem")
-
-
-BROKEN = [Path.unlink, replaced_by_folder, looped, replaced_by_pipe]
-if Path("/proc/self/mem").exists():
-    BROKEN.append(unreadable)
-
-
-@pytest.mark.parametrize("break_it", BROKEN)
-def test_a_file_that_cannot_be_read_says_so_and_is_read_again_later(
-    watched: Watched, path: Path, break_it: Callable[[Path], None]
-) -> None:
-    break_it(path)
-    assert looks(watched, 5) == [None] * 5
-    assert str(path) in watched.complaint
-    if path.is_dir():
-        path.rmdir()
-    else:
-        path.unlink(missing_ok=True)
-    path.write_bytes(GOOD)
-    assert looks(watched, 5) == [None] * 5  # nothing new
-    assert watched.complaint == ""
-    path.write_bytes(NEW)
-    assert looks(watched, 2) == [None, NEW]
-
-
-def test_a_symlink_may_be_swapped(tmp_path: Path) -> None:
-    old, new, link = tmp_path / "old", tmp_path / "new", tmp_path / "link"
-    old.write_bytes(GOOD)
-    new.write_bytes(NEW)
-    link.symlink_to(old)
-    watched = Watched(link, patience=4)
-    watched.read()
-    other = tmp_path / "other"
-    other.symlink_to(new)
-    other.replace(link)
-    assert looks(watched, 2) == [None, NEW]
-
-
-def test_a_file_without_end_is_read_so_far_and_no_further() -> None:
-    assert len(Watched(Path("/dev/zero"), patience=1).read()) == 16 * 1024 * 1024 + 1
-
-
-def test_a_missing_file_at_the_start_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none: No such file"):
-        Watched(tmp_path / "none", patience=1).read()
-
-
-def test_of_a_file_that_is_written_byte_by_byte_no_part_is_taken(watched: Watched, path: Path) -> None:
-    content = b"".join(b"%d=100,10.0.0.%d:8500\n" % (task, task) for task in range(1, 20))
-    with path.open("wb", buffering=0) as file:
-        for byte in content:
-            file.write(bytes([byte]))
-            assert watched.look() is None
-    assert looks(watched, 2) == [content, None]
 
 
 def test_a_node_file_is_a_value() -> None:

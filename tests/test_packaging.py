@@ -34,6 +34,7 @@ def test_a_plugin_needs_the_core_of_its_own_version(path: Path) -> None:
     assert f"dl-inference-core~={major}.{minor}.0" in project(path)["dependencies"]
 
 
+@pytest.mark.packages
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
 def test_a_wheel_holds_the_package_its_types_and_its_entry_points(path: Path, tmp_path: Path) -> None:
     subprocess.run(

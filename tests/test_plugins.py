@@ -49,8 +49,10 @@ def dl_inference_register_balancers():
 class Installed(Distribution):
     """A distribution as if it had been installed."""
 
-    def __init__(self, name: str, version: str) -> None:
+    def __init__(self, name: str, version: str, requires: str) -> None:
         self._text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        if requires:
+            self._text += f"Requires-Dist: {requires}\n"
 
     def read_text(self, filename: str) -> str | None:
         return self._text if filename == "METADATA" else None
@@ -66,13 +68,15 @@ class Installer:
         self._folder = folder
         self.modules: list[str] = []
 
-    def __call__(self, name: str, source: str | None, *, distribution: str = "", module: str = "") -> EntryPoint:
+    def __call__(
+        self, name: str, source: str | None, *, distribution: str = "", module: str = "", requires: str = ""
+    ) -> EntryPoint:
         module = module or f"plugin_under_test_{name}_{len(self.modules)}"
         if source is not None:
             (self._folder / f"{module}.py").write_text(source)
             self.modules.append(module)
         entry = EntryPoint(name=name, value=module, group=GROUP)
-        dist = Installed(distribution or f"dist-of-{name}", "1.2.3")
+        dist = Installed(distribution or f"dist-of-{name}", "1.2.3", requires)
         vars(entry).update(dist=dist)  # as importlib.metadata does it
         return entry
 
@@ -108,6 +112,14 @@ BROKEN = {
     "does not import": ("raise OSError('libfoo.so is missing')", "OSError: libfoo.so is missing"),
     "imports what is missing": ("import no_such_module_at_all", "No module named 'no_such_module_at_all'"),
     "is no python": ("def (", "SyntaxError"),
+    "panics": (
+        "class Panic(BaseException): pass\nraise Panic('unwrap on None')",  # as bindings to Rust have it
+        "Panic: unwrap on None",
+    ),
+    "hook panics": (
+        HOOK.format(body="raise type('Panic', (BaseException,), {})('unwrap on None')"),
+        "dl_inference_register_balancers: Panic: unwrap on None",
+    ),
     "exits": ("raise SystemExit(3)", "SystemExit: 3"),
     "misspelt hook": (
         "from dl_inference_core.hookspecs import hookimpl\n@hookimpl\ndef dl_inference_register_balancer(): return []",
@@ -120,12 +132,48 @@ BROKEN = {
     ),
     "hook raises": (HOOK.format(body="raise ValueError('bad luck')"), "ValueError: bad luck"),
     "hook exits": (HOOK.format(body="raise SystemExit(4)"), "SystemExit: 4"),
-    "gives nothing": (HOOK.format(body="return None"), "it gave None, which is no list of classes"),
+    "gives nothing": (HOOK.format(body="return None"), "the hook returned None; expected a list of classes"),
     "gives an object": (HOOK.format(body="return [object()]"), "which is not a subclass of Balancer"),
     "gives another class": (HOOK.format(body="return [dict]"), "<class 'dict'>, which is not a subclass of Balancer"),
     "gives a class without a name": (
         HOOK.format(body="return [type('Nameless', (Balancer,), {})]"),
         "balancer class Nameless has no `name`",
+    ),
+    "gives a class with the name of another class of its own": (
+        HOOK.format(
+            body="base = type('Base', (Balancer,), {'name': 'base'}); return [type('Heir', (base,), {})]",
+        ),
+        'balancer class Heir has no `name` of its own (it inherits "base")',
+    ),
+    "gives a handler that would replace the default one": (
+        "from dl_inference_core.hookspecs import hookimpl\n"
+        "from dl_inference_core.node.handling import Handler\n"
+        "@hookimpl\ndef dl_inference_register_handlers(): return [type('Mine', (Handler,), {})]",
+        'handler class Mine has no `name` of its own (it inherits "default")',
+    ),
+    "gives an abstract class": (
+        HOOK.format(body="return [type('Half', (Balancer,), {'name': 'half'})]"),
+        "balancer class Half is abstract: it does not define choose",
+    ),
+    "gives options that are a plain class": (
+        HOOK.format(body="return [type('Odd', (Balancer,), {'name': 'odd', 'choose': print, 'Options': dict})]"),
+        "balancer class Odd: its Options is <class 'dict'>; expected a subclass of",
+    ),
+    "gives model options that are an object": (
+        "from dl_inference_core.hookspecs import hookimpl\n"
+        "from dl_inference_core.testing import FakeBackend\n"
+        "class Odd(FakeBackend):\n    name = 'odd'\n    ModelOptions = 3\n"
+        "@hookimpl\ndef dl_inference_register_backends(): return [Odd]",
+        "backend class Odd: its ModelOptions is 3; expected a subclass of",
+    ),
+    "has no hooks": ("import json", "has no hooks; expected one or more of dl_inference_register_backends, "),
+    "forgets hookimpl": (
+        "def dl_inference_register_balancers(): return []",
+        "dl_inference_register_balancers is not decorated with dl_inference_core.hookspecs.hookimpl",
+    ),
+    "raises what cannot say what it is": (
+        "class Odd(Exception):\n    def __str__(self): raise ValueError\nraise Odd",
+        "Odd: ",
     ),
     "gives an empty name": (
         HOOK.format(body="return [type('Empty', (Balancer,), {'name': ''})]"),
@@ -161,13 +209,96 @@ def test_a_broken_plugin_is_reported_and_the_others_go_on(install: Installer, ca
     assert 'broken: plugin "broken" of dist-of-broken 1.2.3 (' in str(caught.value)
 
 
+def test_a_plugin_that_changes_the_current_folder_leaves_relative_paths_their_meaning(
+    install: Installer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanders = install("wanders", "import os\nos.chdir('/')\n" + HOOK.format(body="import os; os.chdir('/'); return []"))
+    plugins = Plugins([core(), wanders])
+    assert Path.cwd() == tmp_path
+    assert not described(plugins, "wanders").error
+    assert Path.cwd() == tmp_path
+
+
 def test_what_a_plugin_gave_before_it_broke_is_usable(install: Installer) -> None:
     source = HOOK.format(body="return [type('Fine', (Balancer,), {'name': 'fine', 'choose': print}), 5]")
     plugins = Plugins([core(), install("half", source)])
     assert "fine" in plugins.classes(Kind.BALANCERS)
     half = described(plugins, "half")
-    assert half.error.startswith("dl_inference_register_balancers: it gave 5")
+    assert half.error.startswith("dl_inference_register_balancers: the hook returned 5")
     assert half.provides == {Kind.BALANCERS: ["fine"]}
+
+
+CLASHING = """
+from dl_inference_core.gateway.balancing import Balancer
+from dl_inference_core.hookspecs import hookimpl
+
+class Taker(Balancer):
+    name = "round_robin"
+    def choose(self, nodes, call): return nodes[0]
+
+class Other(Taker):
+    name = "other"
+
+@hookimpl(trylast=True)
+def dl_inference_register_balancers():
+    return [Taker, Other]
+"""
+
+
+def test_the_cores_names_cannot_be_taken_by_a_plugin_that_is_found_before_it(install: Installer) -> None:
+    plugins = Plugins([install("a_first", CLASHING), core()])
+    assert plugins.classes(Kind.BALANCERS)["round_robin"] is RoundRobin
+    taker = described(plugins, "a_first")
+    assert 'balancer class Taker: the balancer name "round_robin" is taken by plugin "core"' in taker.error
+    assert taker.provides == {Kind.BALANCERS: ["other"]}, "the plugin's other classes stay"
+
+
+@pytest.mark.parametrize(
+    ("requires", "said"),
+    [
+        ("dl-inference-core>=99", "it needs dl-inference-core>=99, but dl-inference-core"),
+        ("DL_Inference.Core<0.0.1", "it needs dl-inference-core<0.0.1, but dl-inference-core"),
+        ("dl-inference-core>=0.0.1", ""),
+        ("dl-inference-core>=99; extra == 'demo'", ""),
+        ("dl-inference-core>=99; python_version < '3'", ""),
+        ("another-distribution>=99", ""),
+        ("no requirement at all !", ""),
+    ],
+)
+def test_a_plugin_that_needs_another_core_is_reported_and_not_imported(
+    install: Installer, requires: str, said: str
+) -> None:
+    source = GOOD.format(cls="First", name="first")
+    if said:
+        source = f"raise AssertionError('imported')\n{source}"
+    plugins = Plugins([core(), install("newer", source, requires=requires)])
+    error = described(plugins, "newer").error
+    assert error.startswith(said) if said else error == ""
+    assert ("first" in plugins.classes(Kind.BALANCERS)) is not bool(said)
+
+
+def test_options_that_cannot_be_described_are_reported(install: Installer) -> None:
+    source = GOOD.format(cls="First", name="first").replace("default=1, ge=1", "default_factory=lambda: 1 / 0")
+    plugins = Plugins([core(), install("odd", source)])
+    assert plugins.provided(Kind.BALANCERS, "first").options == {}
+    assert 'balancer "first" cannot be described: ZeroDivisionError' in described(plugins, "odd").error
+
+
+@pytest.mark.parametrize("error", ["OSError", "SystemExit"])
+def test_a_transport_that_cannot_tell_what_it_lacks_is_not_chosen(install: Installer, error: str) -> None:
+    source = (
+        "from dl_inference_core.grpcio_transport import GrpcioTransport\n"
+        "from dl_inference_core.hookspecs import hookimpl\n"
+        "class Fast(GrpcioTransport):\n    name = 'fast'\n    priority = 10\n"
+        f"    @classmethod\n    def missing(cls): raise {error}('no disk')\n"
+        "@hookimpl\ndef dl_inference_register_transports(): return [Fast]"
+    )
+    plugins = Plugins([core(), install("other", source)])
+    assert plugins.choose_transport("auto") == (
+        "grpcio",
+        f"fast cannot run here: it cannot tell what it needs: {error}: no disk",
+    )
 
 
 def test_two_broken_hooks_are_both_reported(install: Installer) -> None:
@@ -195,6 +326,8 @@ def test_one_module_under_two_names_is_reported(install: Installer) -> None:
     plugins = Plugins([core(), first, second])
     assert set(plugins.classes(Kind.BALANCERS)) == {"round_robin", "one"}
     assert [plugin.name for plugin in plugins.describe() if plugin.error] == ["second"]
+    second_error = described(plugins, "second").error
+    assert second_error == 'plugin_under_test_shared is registered already, by plugin "first" of dist-of-first 1.2.3'
 
 
 def test_an_unknown_name_says_what_would_help() -> None:

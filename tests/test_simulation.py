@@ -22,7 +22,7 @@ from bench.simulation.node import Behaviour, Node
 from bench.simulation.scenarios import BY_NAME
 from dl_inference_core.errors import DeadlineExceeded, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway.forwarding import Forwarder
-from dl_inference_core.transport import Call, Message
+from dl_inference_core.transport import Answer, Exchange
 from dl_inference_core.wire.protocol import Protocol
 
 ROOT = Path(__file__).parents[1]
@@ -59,16 +59,16 @@ def test_the_page_shows_the_table() -> None:
 
 
 def test_what_fails_in_one_request_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer, asked = Forwarder.answer, 0
+    begin, asked = Forwarder.begin, 0
 
-    async def fail_once(self: Forwarder, call: Call, protocol: Protocol) -> Message:
+    def fail_once(self: Forwarder, exchange: Exchange, protocol: Protocol) -> None:
         nonlocal asked
         asked += 1
         if asked == 10:
             raise ZeroDivisionError("of no error that a client is told")
-        return await answer(self, call, protocol)
+        begin(self, exchange, protocol)
 
-    monkeypatch.setattr(Forwarder, "answer", fail_once)
+    monkeypatch.setattr(Forwarder, "begin", fail_once)
     scenario = replace(BY_NAME[SINKHOLE], warm_s=0.2, fault_s=2.0, after_s=2.0)
     with pytest.raises(ZeroDivisionError):
         simulate(scenario, DEFAULT)
@@ -136,16 +136,16 @@ def test_waiting_for_what_never_comes_is_an_error() -> None:
 # Nodes
 
 
-def asked(node: Node, *, probe: bool = False, deadline: float = 100.0) -> asyncio.Task[bytes]:
+def asked(node: Node, *, probe: bool = False, timeout_s: float = 100.0) -> asyncio.Task[Answer]:
     method = "/grpc.health.v1.Health/Check" if probe else "/m"
-    return asyncio.ensure_future(node.call(Call(method=method, request=b"", deadline=deadline)))
+    return asyncio.ensure_future(node.call(method, b"", timeout_s=timeout_s))
 
 
 def test_a_node_works_on_so_many_at_once_and_the_others_wait() -> None:
     async def main() -> float:
         node = Node("10.0.0.1:8500", Behaviour(at_once=2, mean_s=1.0))
         begun = time.monotonic()
-        await asyncio.gather(*(asked(node, deadline=1000.0) for _ in range(200)))
+        await asyncio.gather(*(asked(node, timeout_s=1000.0) for _ in range(200)))
         assert len(node.arrived) == 200
         return time.monotonic() - begun
 
@@ -160,7 +160,7 @@ def test_a_node_that_hangs_answers_nothing_until_it_goes_on() -> None:
         node.behave(hangs=True)
         for probe in (False, True):
             with pytest.raises(DeadlineExceeded):
-                await asked(node, probe=probe, deadline=time.monotonic() + 1)
+                await asked(node, probe=probe, timeout_s=1)
         assert not early.done()
         node.behave(hangs=False)
         await early
@@ -189,7 +189,7 @@ def test_a_node_that_fails_answers_probes() -> None:
         node = Node("10.0.0.1:8500", Behaviour(fails=1.0))
         with pytest.raises(NodeFailed):
             await asked(node)
-        assert await asked(node, probe=True) == b"\x08\x01"
+        assert (await asked(node, probe=True)).message == b"\x08\x01"
         assert len(node.arrived) == 1
 
     clock.run(main(), 1)

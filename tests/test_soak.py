@@ -170,7 +170,7 @@ async def test_the_page_and_the_chart_have_what_was_found(tmp_path: Path) -> Non
     soak.rests = [soak.samples[-1], replace(soak.samples[-1], tasks=9)]
     report = Report(
         machine={"date": "D", "cpu": "C", "cores": 2, "python": "3", "versions": {"grpcio": "1.85"}, "command": "c"},
-        settings={"transport": "envoy", "nodes": "n", "minutes": 1, "rate": 400.0, "warm_up_s": 5.0, "reloads": 3}
+        settings={"transport": "grpcio", "nodes": "n", "minutes": 1, "rate": 400.0, "warm_up_s": 5.0, "reloads": 3}
         | {"restarts": 3},
         soak=soak,
         findings=soak.findings(),

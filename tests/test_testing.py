@@ -25,7 +25,7 @@ from dl_inference_core.testing import (
     FakeNode,
     HandlerConformance,
 )
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 
 
 class TestFakeBackend(BackendConformance):
@@ -93,7 +93,7 @@ def test_model_options_take_precedence_over_the_file(tmp_path: Path) -> None:
 class Right(Balancer):
     name = "right"
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         return nodes[0]
 
 
@@ -102,7 +102,7 @@ class Remembers(Right):
         super().__init__(options)
         self.first: Node | None = None
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         self.first = self.first or nodes[0]
         return self.first
 
@@ -125,12 +125,12 @@ class KnowsNoStrangers(Right):
 
 
 class Divides(Right):
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         return min(nodes, key=lambda node: 1 / sum(each.weight for each in nodes))
 
 
 class Sorts(Right):
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         if isinstance(nodes, list):
             nodes.reverse()
         return nodes[0]
@@ -139,7 +139,7 @@ class Sorts(Right):
 class Sinks(Right):
     """To it a node that fails at once looks idle."""
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         return min(nodes, key=lambda node: (node.in_flight, self.random.random()))
 
 
@@ -148,7 +148,7 @@ class RollsItsOwnDice(Right):
         super().__init__(options)
         self.dice = random.Random()
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         return self.dice.choice(nodes)
 
 
@@ -157,7 +157,7 @@ class BlamesNodesForClients(Right):
         super().__init__(options)
         self.avoided = ""
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         return next((node for node in nodes if node.address != self.avoided), nodes[0])
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:

@@ -23,7 +23,8 @@ from dl_inference_core.app import App
 from dl_inference_core.cli import main
 from dl_inference_core.config import Config, ModelsConfig, NamedModel
 from dl_inference_core.errors import Code, ConfigError
-from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.grpcio_transport import GrpcioTransport
+from dl_inference_core.plugins import Plugins
 from dl_inference_core.testing.loopback import free_port
 from dl_inference_core.transport import Transport
 from dl_inference_core.wire import messages
@@ -35,6 +36,7 @@ FLAGS = [
     "--grpc_socket_path",
     "--rest_api_port",
     "--rest_api_timeout_in_ms",
+    "--rest_api_enable_cors_support",
     "--model_name",
     "--model_base_path",
     "--model_config_file",
@@ -47,13 +49,22 @@ FLAGS = [
     "--tensorflow_session_parallelism",
     "--tensorflow_intra_op_parallelism",
     "--tensorflow_inter_op_parallelism",
+    "--load_timeout_s",
     "--transport",
 ]
+LOG_LEVEL = ["--log_level", "--log-level"]
+"""One option of ours, written as TensorFlow Serving's flags are, and as the options of our other commands."""
 
 NEWEST = {"versions": "newest", "keep_versions": 1}
-DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "batching": {"enabled": False}, "warm_up": False}
+DEFAULTS = {
+    "threads": len(os.sched_getaffinity(0)),
+    "check_shapes": False,
+    "batching": {"enabled": False},
+    "warm_up": False,
+}
 BATCHED = {
     "threads": 3,
+    "check_shapes": False,
     "batching": {"enabled": "auto", "max_rows": 64, "max_delay_us": 500, "allowed_rows": [64]},
     "queue": {"max_requests": 640},
 }
@@ -65,19 +76,14 @@ ANYBODY = (
 # What the flags come to
 
 
-def transport_named(name: str) -> type[Transport]:
-    found: type[Transport] = Plugins().get(Kind.TRANSPORTS, name, "test")
-    return found
-
-
-def planned(*arguments: str, transport: str = "grpcio") -> tuple[Config, list[str]]:
+def planned(*arguments: str, transport: type[Transport] = GrpcioTransport) -> tuple[Config, list[str]]:
     """The config of a command line, and what is said of it."""
     command = main.commands["tfserving"]  # type: ignore[attr-defined]
     with (
         main.make_context("dl-inference-core", ["tfserving"]) as parent,
         command.make_context("tfserving", list(arguments), parent=parent) as context,
     ):
-        return tfserving_command.config_of(context.params, transport_named(transport))
+        return tfserving_command.config_of(context.params, transport)
 
 
 def test_one_model_is_served_as_tensorflow_serving_would_by_default() -> None:
@@ -109,6 +115,7 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
         "--grpc_socket_path": "/run/tf.sock",
         "--rest_api_port": "9001",
         "--rest_api_timeout_in_ms": "500",
+        "--rest_api_enable_cors_support": "true",
         "--model_name": "m",
         "--model_base_path": "/models/m",
         "--model_config_file": "",
@@ -121,6 +128,7 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
         "--tensorflow_session_parallelism": "0",
         "--tensorflow_intra_op_parallelism": "2",
         "--tensorflow_inter_op_parallelism": "3",
+        "--load_timeout_s": "900",
         "--transport": "grpcio",
     }
     assert set(given) == set(FLAGS)
@@ -136,6 +144,7 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
         "socket_path": Path("/run/tf.sock"),
         "http_port": 9001,
         "rest_timeout_ms": 500,
+        "rest_cors": True,
         "metrics_path": "/prometheus",
         "transport": "grpcio",
         "transport_options": {
@@ -147,6 +156,7 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
             "named": {"m": {"path": Path("/models/m"), "settings": NEWEST, "flat": False}},
             "config_poll_interval_ms": 60_000,
             "poll_interval_ms": 0,
+            "load_timeout_s": 900.0,
             "accept_config": True,
             "defaults": BATCHED,
         },
@@ -169,6 +179,13 @@ def test_a_boolean_needs_no_value(arguments: list[str], on: bool) -> None:
     config, _ = planned(*arguments, "--model_base_path=/m")
     assert ("batching" not in config.models.defaults) == on
     assert config.models.defaults.get("batching", {"enabled": False}) == {"enabled": False}
+
+
+@pytest.mark.parametrize("flag", ["--rest_api_enable_cors_support", "--enable_cors_support"])
+def test_cors_is_enabled_by_its_flag_alone(flag: str) -> None:
+    assert not planned("--model_base_path=/m")[0].rest_cors
+    assert planned("--model_base_path=/m", flag)[0].rest_cors
+    assert not planned("--model_base_path=/m", f"{flag}=false")[0].rest_cors
 
 
 def test_what_batching_parameters_have_that_is_not_served_is_said(tmp_path: Path) -> None:
@@ -198,23 +215,20 @@ def test_one_number_of_threads_stands_for_both() -> None:
     assert config.backends == {"tensorflow": {"intra_op_threads": 4}}
 
 
-def test_channel_arguments_become_options_of_the_transport_or_are_told_to_be_ignored() -> None:
-    if "envoy" not in Plugins().classes(Kind.TRANSPORTS):
-        pytest.skip("the Envoy transport is not installed")
-    given = (
-        "grpc.max_concurrent_streams=100,grpc.max_connection_age_ms=2500,grpc.max_connection_idle_ms=60000,"
-        "grpc.max_metadata_size=16384,grpc.keepalive_time_ms=5000,grpc.keepalive_timeout_ms=x,grpc.so_reuseport=0"
-    )
-    config, notes = planned("--model_base_path=/m", f"--grpc_channel_arguments={given}", transport="envoy")
-    assert config.transport_options == {
-        "connection_age_s": 3,
-        "idle_timeout_s": 60,
-        "header_kb": 16,
-        "keepalive_s": 5,
-    }
+class Plain(GrpcioTransport):
+    """A transport that does not know gRPC's channel arguments."""
+
+    name = "plain"
+    of_channel_arguments = classmethod(Transport.of_channel_arguments.__func__)  # type: ignore[attr-defined]
+
+
+def test_channel_arguments_that_a_transport_does_not_know_are_told_to_be_ignored() -> None:
+    given = "grpc.max_concurrent_streams=100,grpc.so_reuseport=0,grpc.keepalive_timeout_ms=x"
+    config, notes = planned("--model_base_path=/m", f"--grpc_channel_arguments={given}", transport=Plain)
+    assert config.transport_options == {}
     assert config.streams == 100
     assert notes == [
-        "the transport envoy has nothing like grpc.keepalive_timeout_ms, grpc.so_reuseport: ignored",
+        "the transport plain has nothing like grpc.keepalive_timeout_ms, grpc.so_reuseport: ignored",
         ANYBODY,
     ]
 
@@ -248,11 +262,11 @@ WRONG = {
     ),
     "bad batching parameters": (
         ["--model_base_path=/m", "--enable_batching", "--batching_parameters_file=FILE"],
-        'FILE: line 1: .*no field named "nonsense". It has: max_batch_size, ',
+        'FILE: Error parsing text-format .*BatchingParameters: 1:1: .*no field named "nonsense". It has: max_batch',
     ),
     "a bad monitoring config": (
         ["--model_base_path=/m", "--monitoring_config_file=FILE"],
-        "FILE: line 1: .*MonitoringConfig in protobuf's text form",
+        "FILE: Error parsing text-format tensorflow.serving.MonitoringConfig: 1:1: ",
     ),
     "a missing file": (["--model_base_path=/m", "--monitoring_config_file=FILE.none"], "FILE.none: No such file"),
     "a channel argument without a value": (
@@ -296,14 +310,18 @@ def test_an_unknown_flag_is_an_error_that_lists_those_it_knows() -> None:
     for flag in ("--rest_api_num_threads=4", "--worker_count", "--model-name=m"):
         result = CliRunner().invoke(main, ["tfserving", "--model_base_path=/m", flag])
         assert result.exit_code == 2
-        assert f"unknown flag {flag.partition('=')[0]}; known are: {' '.join(FLAGS)} --help" in result.stderr
+        assert (
+            f"unknown flag {flag.partition('=')[0]}; known are: {' '.join([*FLAGS, LOG_LEVEL[0]])} --help"
+            in result.stderr
+        )
 
 
 def test_help_tells_of_every_flag() -> None:
     result = CliRunner().invoke(main, ["tfserving", "-h"])
     assert result.exit_code == 0, result.output
     for flag in FLAGS:
-        assert f"  {flag} " in result.output
+        assert re.search(f"  {flag}[ ,]", result.output), flag
+    assert f"  {', '.join(LOG_LEVEL)} " in result.output
     assert "--worker " not in result.output
     assert "0 runs a request's operations one after another on its own thread" in " ".join(result.output.split())
 
@@ -545,7 +563,7 @@ def test_models_of_a_file_are_served_and_replaced_by_it_and_by_clients(
 
         second = f'config {{ name: "five" base_path: "{five}" }}'
         file.write_text(f"model_config_list {{ {first} {second}")  # half of it
-        wait_for(lambda: "all stays as it is" in process.text())
+        wait_for(lambda: "keeping the current models" in process.text())
         assert predicted(channel, "two") == ([3, 30], 2)
         file.write_text(f"model_config_list {{ {first} {second} }}")
         wait_for(lambda: served(channel, "five"))

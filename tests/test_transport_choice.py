@@ -38,34 +38,41 @@ def plugins(*transports: type[GrpcioTransport]) -> Plugins:
     return Plugins(found)
 
 
-class Envoy(GrpcioTransport):
-    name = "envoy"
+class Fast(GrpcioTransport):
+    name = "fast"
+    priority = 10
 
 
-class EnvoyOnMusl(Envoy):
+class FastOnMusl(Fast):
+    name = "fast"
+
     @classmethod
     def missing(cls) -> str:
         return "it needs glibc"
 
 
-def test_auto_takes_envoy_where_it_can_run() -> None:
-    assert plugins(Envoy).choose_transport("auto") == ("envoy", "it is installed, and can run here")
+class Slow(GrpcioTransport):
+    name = "slow"
+    priority = -1
 
 
-def test_auto_falls_back_to_grpcio_and_says_why() -> None:
-    assert plugins(EnvoyOnMusl).choose_transport("auto") == ("grpcio", "envoy cannot run here: it needs glibc")
-    name, why = plugins().choose_transport("auto")
-    assert name == "grpcio"
-    assert "pip install dl-inference-envoy-transport" in why
+def test_auto_takes_the_highest_priority_that_can_run_here() -> None:
+    why = "the installed transport with the highest priority"
+    assert plugins(Slow, Fast).choose_transport("auto") == ("fast", why)
+    assert plugins(Slow).choose_transport("auto") == ("grpcio", why)
 
 
-@pytest.mark.parametrize("name", ["envoy", "grpcio"])
-def test_the_one_that_is_named_is_taken(name: str) -> None:
-    assert plugins(Envoy).choose_transport(name) == (name, "as configured")
+def test_auto_says_which_transport_it_passed_over_and_why() -> None:
+    assert plugins(FastOnMusl).choose_transport("auto") == ("grpcio", "fast cannot run here: it needs glibc")
 
 
-def test_one_that_is_named_and_cannot_run_is_an_error_that_says_why() -> None:
-    with pytest.raises(PluginError, match='the transport "envoy" cannot run here: it needs glibc'):
-        plugins(EnvoyOnMusl).choose_transport("envoy")
-    with pytest.raises(PluginError, match="pip install dl-inference-envoy-transport"):
-        plugins().choose_transport("envoy")
+@pytest.mark.parametrize("name", ["fast", "grpcio"])
+def test_a_named_transport_is_taken(name: str) -> None:
+    assert plugins(Fast).choose_transport(name) == (name, "as configured")
+
+
+def test_a_named_transport_that_cannot_run_is_an_error_that_says_why() -> None:
+    with pytest.raises(PluginError, match='the transport "fast" cannot run here: it needs glibc'):
+        plugins(FastOnMusl).choose_transport("fast")
+    with pytest.raises(PluginError, match='"fast"'):
+        plugins().choose_transport("fast")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.cli import main
-from dl_inference_core.config import Config, cores
+from dl_inference_core.config import Config
+from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError, ModelError
 from dl_inference_core.load_testing.report import console
 from dl_inference_core.load_testing.results import Load, Row, encoded, histogram
@@ -192,6 +194,8 @@ def test_one_that_was_within_the_limit_by_luck_gives_way_to_the_next() -> None:
         ((130, 260, 390), (100, 200, 300), 5, True),  # the machine drifts, the ratio stays
         ((90, 91, 92), (100, 100, 100), 5, False),
         ((90, 91, 92), (100, 100, 100), 80, True),  # before does not reach the p99
+        ((2000, 300, 6000), (100, 100, 100), 5, True),  # pauses of the machine are factors
+        ((2000, 2000, 2000), (100, 0, 100), 5, False),  # a round without any answer has no ratio
     ],
 )
 def test_a_gain_counts_if_it_is_more_than_the_rounds_differ(
@@ -331,6 +335,40 @@ def test_a_model_that_cannot_be_used_is_said(tmp_path: Path, files: Mapping[str,
         TunedModel.find(tmp_path / "m", Config())
 
 
+class Pausing:
+    """Processes of a load, on a machine that pauses: no answer comes during the first loads."""
+
+    def __init__(self, pauses: int, *, failed: int = 0) -> None:
+        self.runs = 0
+        self._pauses, self._failed = pauses, failed
+
+    def run(self, load: Load, progress: object) -> Row:
+        del load, progress
+        self.runs += 1
+        return row(0 if self.runs <= self._pauses else 100, 5, failed=self._failed)
+
+
+@pytest.mark.parametrize(
+    ("pauses", "failed", "runs", "rate"), [(0, 0, 1, 100), (2, 0, 3, 100), (9, 0, 3, 0), (9, 1, 2, 0)]
+)
+def test_a_load_without_answers_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: int, failed: int, runs: int, rate: int
+) -> None:
+    processes = Pausing(pauses, failed=failed)
+
+    @contextmanager
+    def serving_it(_self: serving.Measuring, _settings: Settings) -> Iterator[Pausing]:
+        yield processes
+
+    monkeypatch.setattr(serving.Measuring, "serving", serving_it)
+    model = TunedModel.find(FakeBackend.write(tmp_path / "m"), Config())
+    measuring = serving.Measuring(
+        model=model, p99_ms=50.0, ask=pytest.fail, protocol="v2", in_flight=(8,), budget_s=9.0
+    )
+    (measured,) = measuring.measure(BEFORE)
+    assert (processes.runs, measured.answered) == (runs, rate)
+
+
 @pytest.fixture
 def slow_model(tmp_path: Path, site_with_fakes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """10 ms for a call of any size, and room for one request in each; served by a backend that is installed for it."""
@@ -350,8 +388,8 @@ def test_a_real_model_is_tuned_and_its_file_written(
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     where = ("--json", str(out), "--plot", str(picture))
     how = ("--p99", "2s", "--in-flight", "64", "--transport", "grpcio")
-    # What a budget leaves room for the machine says; here all that is tried are two, in loads of 0.2 s.
-    monkeypatch.setattr(serving, "_LONGEST_S", 0.2)
+    # What a budget leaves room for the machine says; here all that is tried are two, in loads of 0.5 s.
+    monkeypatch.setattr(serving, "_LONGEST_S", 0.5)
     result = CliRunner().invoke(main, ["tune", str(slow_model), *how, *where])
     assert result.exit_code == 0, result.output
     tuning = Tuning.model_validate_json(out.read_bytes())

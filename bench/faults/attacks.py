@@ -290,10 +290,12 @@ class _Peer:
 
     async def __aexit__(self, *_: object) -> None:
         self._tally.closed += self.over
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.wait([self._listening])
-        self._socket.close()
+        try:
+            if self._listening is not None:
+                self._listening.cancel()
+                await asyncio.wait([self._listening])
+        finally:  # the caller may be cancelled while it waits
+            self._socket.close()
 
     async def send(self, data: bytes) -> None:
         """Raises:

@@ -14,6 +14,7 @@ from bench import peers
 from bench.faults.client import NAME, TASK
 from bench.processes import Server, announcing, free_address
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.transport import Transport
 
 TIMEOUT_MS = 500
 """Of one attempt."""
@@ -90,7 +91,7 @@ class System:
 
     @property
     def title(self) -> str:
-        """ "ours-envoy peak_ewma"; or a baseline's name."""
+        """ "ours-grpcio peak_ewma"; or a baseline's name."""
         several = f" x{self.workers}" if self.workers > 1 else ""
         note = f" {self.note}" if self.note else ""
         return f"ours-{self.transport} {self.strategy}{several}{note}" if self.ours else self.name
@@ -136,7 +137,7 @@ def running(system: System, nodes: Sequence[str], folder: Path, log: IO[str]) ->
         with BASELINES[system.name](nodes) as server:
             yield Gateway(server=server)
         return
-    http = "" if system.transport == "envoy" else free_address()
+    http = "" if _transports()[system.transport].http_on_same_port else free_address()
     config = folder / "server.toml"
     if system.nodefile:
         (folder / NODEFILE).write_text(lines_of(nodes), encoding="utf-8")
@@ -192,9 +193,13 @@ def _original(weight: int, nodes: Sequence[str]) -> AbstractContextManager[Serve
 
 
 def transports() -> tuple[str, ...]:
-    """Those that are installed and can run."""
-    classes = Plugins().classes(Kind.TRANSPORTS)
-    return tuple(sorted(name for name, kind in classes.items() if not kind.missing()))
+    """Those that are installed and can run, the one with the highest priority first."""
+    usable = {name: kind for name, kind in _transports().items() if not kind.missing()}
+    return tuple(sorted(usable, key=lambda name: (-usable[name].priority, name)))
+
+
+def _transports() -> Mapping[str, type[Transport]]:
+    return Plugins().classes(Kind.TRANSPORTS)
 
 
 def strategies() -> tuple[str, ...]:

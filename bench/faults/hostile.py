@@ -119,9 +119,13 @@ def _strays(run: Course) -> int:
 
 
 def odd_tasks(system: System, pace: Pace, seed: int) -> Findings:
-    """Requests for tasks that there are not and cannot be, one after the other."""
+    """Requests for tasks that there are not and cannot be, one after the other. There are two routes: a request that
+    names no task goes to the only route there is."""
     kinds = [*_odd_requests()]
-    with set_up(system) as stage, grpc.insecure_channel(stage.gateway.server.address, options=OPTIONS) as channel:
+    with (
+        set_up(system.having(nodefile=True)) as stage,
+        grpc.insecure_channel(stage.gateway.server.address, options=OPTIONS) as channel,
+    ):
         call(channel, *kinds[0])
         times, codes = [], []
         end = time.monotonic() + pace.fault_s

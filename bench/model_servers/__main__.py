@@ -78,7 +78,7 @@ def main(
 
     \b
     python -m bench.model_servers --docs
-    python -m bench.model_servers --only ours-envoy,triton --models mmoe --rounds 1 --seconds 1
+    python -m bench.model_servers --only ours-grpcio,triton --models mmoe --rounds 1 --seconds 1
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
     console = Console(stderr=True)

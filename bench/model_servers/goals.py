@@ -29,15 +29,9 @@ def _rate(load: str, system: str, than: str, least: float) -> Goal:
 
 
 GOALS = (
-    _rate(BUSY, "ours-envoy", "triton", 3.0),
-    _rate(BUSY, "ours-envoy", "mlserver", 15.0),
-    _rate(BUSY, "ours-envoy", "seldon-core", 30.0),
-    Goal(table=NODE, load=BUSY, system="ours-envoy", than="triton", most=0.5),
-    Goal(table=NODE, load=_ALONE, system="ours-envoy", than="triton", most=0.4, figure="p50_ms"),
-    Goal(table=NODE, load=_ALONE, system="ours-envoy", than="seldon-core", most=0.45, figure="p50_ms"),
     _rate(BUSY, "ours-grpcio", "seldon-core", 8.0),
     _rate(BUSY, "ours-grpcio", "triton", 1.0),
-    _rate(f"resnet50@{max(MODELS['resnet50'].in_flight)}", "ours-envoy", BARE, 0.95),
+    _rate(f"resnet50@{max(MODELS['resnet50'].in_flight)}", "ours-grpcio", BARE, 0.95),
     Goal(table=NODE, load=BUSY, system="ours-grpcio", than=BARE, most=1.2, figure="memory_mb"),
 )
 
@@ -58,11 +52,11 @@ def _ahead(rows: Rows) -> list[Goal]:
 
 
 def _ahead_of_best(load: str, figure: _Figure, measured: Mapping[str, Figures]) -> Goal | None:
-    """What our node on Envoy should be beside the best of the peers by one figure; None if there is no peer."""
+    """What our node should be beside the best of the peers by one figure; None if there is no peer."""
     peers = {system.name: getattr(measured[system.name], figure) for system in PEERS if system.name in measured}
     if not peers:
         return None
     if figure == "requests_per_s":
-        return _rate(load, "ours-envoy", max(peers, key=lambda name: peers[name]), 1.0)
+        return _rate(load, "ours-grpcio", max(peers, key=lambda name: peers[name]), 1.0)
     best = min(peers, key=lambda name: peers[name])
-    return Goal(table=NODE, load=load, system="ours-envoy", than=best, most=1.0, figure=figure)
+    return Goal(table=NODE, load=load, system="ours-grpcio", than=best, most=1.0, figure=figure)

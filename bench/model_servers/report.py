@@ -141,11 +141,7 @@ class Report:
             yield system.name, f"{self.made_of[system.name]}: {system.how}", *map(_chosen, settings)
 
     def _remarks(self) -> Iterator[str]:
-        """What Envoy's stack takes, and who is left out."""
-        by_system = self.rows.get(goals.BUSY, {})
-        if {"ours-envoy", "ours-grpcio"} <= by_system.keys():
-            more = by_system["ours-envoy"].memory_mb - by_system["ours-grpcio"].memory_mb
-            yield f"Envoy adds {more:.0f} MB to a node of ours ({goals.BUSY})."
+        """The systems that are left out, and why."""
         for name, why in self.absent.items():
             yield f"{name} is left out, as it cannot be had here: {why}"
         for model, measured in self.measured.items():

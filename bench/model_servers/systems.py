@@ -154,16 +154,13 @@ def model_toml(model: Model, setting: Setting) -> str:
     return f"[batching]\nmax_rows = {model.batch}\nmax_delay_us = {setting.values['delay_us']}\n"
 
 
-def _ours(transport: str) -> Start:
-    @contextmanager
-    def start(model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
-        (folder / model.name / "model.toml").write_text(model_toml(model, setting), encoding="utf-8")
-        config = f"http_port = 0\n[models]\ndirectory = {str(folder)!r}\n"
-        config += f"[backends.torch]\nintra_op_threads = {model.threads}\n"
-        with serving(transport, config) as server:
-            yield server
-
-    return start
+@contextmanager
+def _ours(model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
+    (folder / model.name / "model.toml").write_text(model_toml(model, setting), encoding="utf-8")
+    config = f"http_port = 0\n[models]\ndirectory = {str(folder)!r}\n"
+    config += f"[backends.torch]\nintra_op_threads = {model.threads}\n"
+    with serving("grpcio", config) as server:
+        yield server
 
 
 def _values(model: Model, setting: Setting) -> dict[str, Any]:
@@ -331,16 +328,15 @@ def bare_model(model: Model, folder: Path) -> Iterator[bare.BareCalls]:
         yield server
 
 
-OURS = tuple(
+OURS = (
     System(
-        name=f"ours-{transport}",
-        how=f"`dl-inference-core serve`, transport {transport}, Open Inference over gRPC, metrics on, dynamic batching",
-        start=_ours(transport),
+        name="ours-grpcio",
+        how="`dl-inference-core serve`, transport grpcio, Open Inference over gRPC, metrics on, dynamic batching",
+        start=_ours,
         post=_POST_OPEN_INFERENCE,
         read=_read_open_inference,
         settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in _DELAYS_US),
-    )
-    for transport in ("grpcio", "envoy")
+    ),
 )
 PEERS = (
     System(

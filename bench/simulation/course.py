@@ -17,7 +17,7 @@ from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Endpoints, Pool
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import LoopClock, MemoryExchange
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 _PROTOCOL = PROTOCOLS["tfserving"]
@@ -106,7 +106,12 @@ class _Run:
         self._balancer.random = random.Random(seed + 1)  # noqa: S311
         self._endpoints = Endpoints(lambda node: self._nodes[node.address], HealthConfig(), self._metrics)
         self._forwarder = Forwarder(
-            self._route(joined=not scenario.joins), Pool(self._endpoints), self._balancer, self._metrics
+            self._route(joined=not scenario.joins),
+            Pool(self._endpoints),
+            self._balancer,
+            self._metrics,
+            LoopClock(self._loop),
+            "simulation",
         )
         self._requests: list[_Request] = []
         self._under_way: dict[asyncio.Task[None], None] = {}
@@ -161,15 +166,12 @@ class _Run:
 
     async def _ask(self, began: float) -> None:
         key = str(self._random.randrange(_KEYS))
-        call = Call(
-            method=_PROTOCOL.node_method,
-            request=b"",
-            metadata=(("x-routing-key", key),),
-            deadline=began + self._scenario.deadline_s,
-        )
+        metadata = (("x-routing-key", key),)
+        exchange = MemoryExchange(_PROTOCOL.node_method, b"", metadata, began + self._scenario.deadline_s)
         answered = True
         try:
-            await self._forwarder.answer(call, _PROTOCOL)
+            self._forwarder.begin(exchange, _PROTOCOL)
+            await exchange.outcome()
         except InferenceError:
             answered = False
         self._requests.append(_Request(began, self._loop.time() - began, answered))

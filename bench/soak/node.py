@@ -8,7 +8,8 @@ import sys
 from bench.contract import HEALTH, SERVING
 from dl_inference_core.cli import new_event_loop
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.transport import Call, Limits, Message, Methods
+from dl_inference_core.testing.loopback import CoroutineService
+from dl_inference_core.transport import Exchange, Limits, Message
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 DELAY = "delay-ms"
@@ -21,8 +22,8 @@ async def serve(arguments: list[str]) -> int:
     """Serve on the transport and the address that are the `arguments`, until standard input ends."""
     name, address = arguments
     transport = Plugins().make(Kind.TRANSPORTS, name, {}, "soak")
-    methods = Methods(unary={**{each.node_method: _echo for each in PROTOCOLS.values()}, HEALTH: _serving})
-    server = await transport.serve(methods, (address,), Limits())
+    service = CoroutineService({**{each.node_method: _echo for each in PROTOCOLS.values()}, HEALTH: _serving})
+    server = await transport.serve(service, (address,), Limits())
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     loop.add_reader(sys.stdin, ended.set)
@@ -33,14 +34,14 @@ async def serve(arguments: list[str]) -> int:
     return 0
 
 
-async def _echo(call: Call) -> Message:
-    for key, value in call.metadata:
+async def _echo(exchange: Exchange) -> Message:
+    for key, value in exchange.metadata:
         if key == DELAY:
             await asyncio.sleep(float(value) / 1000)
-    return call.request
+    return exchange.message
 
 
-async def _serving(_: Call) -> bytes:
+async def _serving(_: Exchange) -> bytes:
     return SERVING
 
 

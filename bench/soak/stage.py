@@ -34,16 +34,8 @@ class Node:
 
     def start(self) -> None:
         """Run it; returns once it serves."""
-        transport = Plugins().make(Kind.TRANSPORTS, self.transport, {}, "soak")
-        command: tuple[str, ...] = (sys.executable, "-m", "bench.soak.node", self.transport, self.address)
-        with ExitStack() as stack:
-            environment = None
-            if transport.hosted:
-                arguments = (self.transport, self.address)
-                program = stack.enter_context(transport.program(arguments, entry="bench.soak.node:serve"))
-                command, environment = program.command, program.environment
-            self._server = stack.enter_context(announcing(*command, environment=environment, ends_with_input=True))
-            self._running = stack.pop_all()
+        command = (sys.executable, "-m", "bench.soak.node", self.transport, self.address)
+        self._server = self._running.enter_context(announcing(*command, ends_with_input=True))
 
     def end(self, *, at_once: bool = False) -> None:
         """Let it finish what is in flight, as `serve` does on SIGTERM; or kill it `at_once`."""
@@ -58,10 +50,16 @@ class Stage:
     def __init__(self, folder: Path, nodes: Sequence[Node], transport: str, seed: int) -> None:
         self.nodes = nodes
         self.transport = transport
-        self.http_address = free_address()
+        self._one_port = Plugins().classes(Kind.TRANSPORTS)[transport].http_on_same_port
+        self._own_http_address = free_address()
         self.gateway: Server
         self._random = random.Random(seed)  # noqa: S311 - the same run again
         self._config, self._nodefile = folder / "gateway.toml", folder / "nodefile.txt"
+
+    @property
+    def http_address(self) -> str:
+        """The address that answers HTTP."""
+        return self.gateway.address if self._one_port else self._own_http_address
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -83,7 +81,7 @@ class Stage:
         self._write(weighted, passing=self._random.random() < 0.5)
 
     def _write(self, nodes: Sequence[str], *, passing: bool) -> None:
-        own_http = f"http_port = {self.http_address.rpartition(':')[2]}\n" if self.transport == "grpcio" else ""
+        own_http = "" if self._one_port else f"http_port = {self._own_http_address.rpartition(':')[2]}\n"
         routes = "".join(
             f'[[routes]]\nname = "{name}"\ntimeout_ms = {_TIMEOUT_MS}\nnodes = {list(nodes)}\n'
             for name in (NAME, PASSING)[: 1 + passing]
@@ -120,6 +118,4 @@ def set_up(transport: str, log: IO[str], seed: int) -> Iterator[Stage]:
         stage = Stage(Path(folder), nodes, transport, seed)
         stage.shuffle()
         stage.gateway = stack.enter_context(announcing(*stage.command, log=log))
-        if transport != "grpcio":
-            stage.http_address = stage.gateway.address
         yield stage

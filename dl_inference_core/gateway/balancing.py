@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 from dl_inference_core.config import PluginOptions
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire.orca import Load
 
 
@@ -56,7 +56,7 @@ class Balancer(ABC):
         class AnyOne(Balancer):
             name = "any_one"
 
-            def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+            def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
                 return self.random.choice(nodes)
     """
 
@@ -69,11 +69,11 @@ class Balancer(ABC):
         self.random = random.Random()  # noqa: S311 - no secret
 
     @abstractmethod
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
-        """One of `nodes`, for the next attempt at `call`, the client's own.
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
+        """One of `nodes`, for the next attempt at the client's `exchange`.
 
         While nothing has changed, neither who is usable nor a weight, `nodes` is the same tuple, so what is worked out
-        of a tuple may be kept as long as that comes again. Another attempt at a call is given a list.
+        of a tuple may be kept as long as that comes again. Another attempt at a request is given a list.
         """
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
@@ -108,7 +108,7 @@ class RoundRobin(Balancer):
         super().__init__(options)
         self._turn = -1
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         if self._turn < 0:
             self._turn = self.random.randrange(1 << 16)
         self._turn += 1

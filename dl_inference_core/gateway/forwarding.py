@@ -1,11 +1,18 @@
-"""A request's bytes to a node and the answer's bytes back: attempts, deadlines, what each outcome says of a node."""
+"""A request on its way through a gateway: admission → choice → attempt → answer, retry, hedge or failure.
+
+Read `Forwarder.begin`, then `_Forwarding` from top to bottom. The transport calls `begin` and tells of the end of
+attempts on its threads; health and reload call from the event loop. Each route has one lock, and everything that
+belongs to the route happens under it: admission, choice, counts, budgets, and all methods of the strategy. Exchanges
+are called, and the health of nodes is told, after the lock was released.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Sequence
-from typing import TypeAlias
+import logging
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from dl_inference_core.config import RouteConfig
 from dl_inference_core.errors import (
@@ -18,69 +25,93 @@ from dl_inference_core.errors import (
     NodeFailed,
     NoNodeAvailable,
     Overloaded,
+    RouteLoop,
 )
+from dl_inference_core.failures import fail
 from dl_inference_core.gateway.admission import Admission
 from dl_inference_core.gateway.balancing import Balancer, Outcome
+from dl_inference_core.gateway.clock import Clock
 from dl_inference_core.gateway.picking import Picker
 from dl_inference_core.gateway.pool import Node, Pool
 from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import Call, Message
+from dl_inference_core.transport import Exchange, Metadata, Timer, Trailers
 from dl_inference_core.wire import orca
-from dl_inference_core.wire.protocol import Protocol, well_formed
+from dl_inference_core.wire.protocol import Protocol
+
+_log = logging.getLogger(__name__)
 
 _OUTCOMES = {Blame.NODE: Outcome.FAILURE, Blame.NODE_SOFTLY: Outcome.OVERLOAD}
 _HEDGE_RESERVE = 10
-_FIRST, _HEDGE = "attempt", "hedge"
+"""Hedges that may be made beyond the share of the budget: else a route with few requests would have none."""
 _EARLY_S = 0.01
+"""An attempt that ends so long before its timeout has met a deadline of the node's own: clocks differ by less."""
 _WHOLE = 0.9
-
-Answer: TypeAlias = "tuple[Message, list[tuple[str, str | bytes]]]"
-"""A node's answer, and what came beside it."""
+"""An attempt that was given less of the route's timeout than that says nothing of its node."""
+HOPS = "x-dl-inference-hops"
+"""The metadata that names the gateways that a request has been through, by their ids, with commas between them."""
+_MOST_HOPS = 8
+"""Gateways that a request may go through: two or three tiers are usual, a loop through many gateways is longer."""
 
 
 class Forwarder:
-    """The upstream of a route to other nodes. Event loop only."""
+    """The upstream of a route to other nodes. Any thread, but for `configure` and `close`: event loop only."""
 
-    def __init__(self, config: RouteConfig, pool: Pool, balancer: Balancer, metrics: Metrics) -> None:
+    def __init__(
+        self, config: RouteConfig, pool: Pool, balancer: Balancer, metrics: Metrics, clock: Clock, gateway_id: str
+    ) -> None:
+        """Args:
+        gateway_id: of this gateway, the same in all of its processes; without commas.
+        """
+        self._gateway_id = gateway_id
+        self._first_hop = ((HOPS, gateway_id),)
         self.config = config
         self.pool = pool
+        self.clock = clock
+        self.metrics = metrics
+        self.lock = threading.RLock()
+        """Of everything that belongs to the route."""
         pool.changed = self._changed
         pool.returned = self._returned
-        self._metrics = metrics
-        self._picker = Picker(balancer, metrics)
-        self._recent = Recent()
-        self._admission = Admission(self._eligible, self._recent, metrics)
+        self.picker = Picker(balancer, metrics)
+        self.recent = Recent()
+        self._actions: list[Callable[[], None]] = []
+        """What requests do once the lock is released."""
+        self.admission = Admission(self.eligible, self.recent, metrics, clock, self.under_lock)
         self._set_budgets()
-        self._losing: set[asyncio.Task[Answer]] = set()
         self.recorded = False
         """Set by each attempt, for whoever wants to know of attempts since then to unset."""
         self.configure(config, balancer)
 
     def configure(self, config: RouteConfig, balancer: Balancer) -> list[Node]:
         """Take on a new config; returns the nodes that left, for `Pool.retire`. Requests in flight keep theirs."""
-        before, self.config = self.config, config
-        self.name = config.name or str(config.task_id)
-        self._timeout_s = config.timeout_ms / 1000
-        self._limited = config.node_in_flight > 0
-        self._second_chance = config.attempts > 1 and config.retry_failed
-        if _budgets(before) != _budgets(config):
-            self._set_budgets()
-        gone = self.pool.update(config.nodes)
-        self._picker.use(self.name, balancer)
-        self._picker.forget(gone)
-        self._admission.configure(self.name, config.node_in_flight, config.queue)
+        gone: list[Node] = []
+
+        def take_on() -> None:
+            before, self.config = self.config, config
+            self.name = config.name or str(config.task_id)
+            self.timeout_s = config.timeout_ms / 1000
+            self.limited = config.node_in_flight > 0
+            self._second_chance = config.attempts > 1 and config.retry_failed
+            if _budgets(before) != _budgets(config):
+                self._set_budgets()
+            gone.extend(self.pool.update(config.nodes))
+            self.picker.use(self.name, balancer)
+            self.picker.forget(gone)
+            self.admission.configure(self.name, config.node_in_flight, config.queue)
+
+        self.under_lock(take_on)
         return gone
 
     def _set_budgets(self) -> None:
         config = self.config
-        self._retries = Budget(config.retry_budget, config.retry_reserve, lambda: self.in_flight, full=True)
-        self._hedges = Budget(config.hedge_budget, _HEDGE_RESERVE, lambda: self.in_flight, full=False)
+        self.retries = Budget(config.retry_budget, config.retry_reserve, lambda: self.in_flight, full=True)
+        self.hedges = Budget(config.hedge_budget, _HEDGE_RESERVE, lambda: self.in_flight, full=False)
 
     @property
     def balancer(self) -> Balancer:
         """The strategy that chooses."""
-        return self._picker.balancer
+        return self.picker.balancer
 
     @property
     def ready(self) -> bool:
@@ -95,231 +126,311 @@ class Forwarder:
     @property
     def queued(self) -> int:
         """Requests that wait for a node to have room."""
-        return self._admission.queued
+        return self.admission.queued
 
-    async def answer(self, call: Call, protocol: Protocol) -> Message:
-        """Forward `call` to a node, and to another if the first fails by its own fault and time is left."""
-        end = time.monotonic() + self._timeout_s * self.config.attempts
-        if call.deadline is not None and call.deadline < end:
-            end = call.deadline
-        tried: list[Node] = []
-        nodes = (self._second_chance and self._retries.left and self.pool.due()) or (
-            await self._admission.admit(tried, end) if self._limited else self.pool.usable()
-        )
-        if not nodes:
-            raise NoNodeAvailable(f"route {self.name} has no nodes")
-        while True:
-            node = self._picker.choose(nodes, call)
-            tried.append(node)
-            self._take(node)
-            try:
-                if self.config.hedge:
-                    answer, trailers = await self._race(node, tried, call, protocol, end)
-                else:
-                    answer, trailers = await self._attempt(node, call, protocol, end)
-            except InferenceError as error:
-                nodes = await self._others_after(error, tried, end)
-                if not nodes:
-                    call.trailers.extend(error.trailers)
-                    raise
+    def begin(self, exchange: Exchange, protocol: Protocol) -> None:
+        """Forward `exchange` to a node, and to another if the first fails by its own fault and time is left.
+
+        Raises:
+            RouteLoop: it has been here before, or through eight gateways.
+            Overloaded: there is no room in the queue.
+        """
+        forwarding = _Forwarding(self, exchange, protocol, self._with_hop(exchange.metadata))
+        with self.lock:
+            nodes = self._second_chance and self.retries.left and self.pool.due()
+            if nodes or not self.limited:
+                forwarding.admitted(nodes or self.pool.usable())
             else:
-                if trailers:
-                    call.trailers.extend(trailers)
-                return answer
+                self.admission.admit(forwarding, forwarding.end)
+            actions = self.take_actions()
+        do(actions)
 
-    def _eligible(self, tried: Sequence[Node]) -> Sequence[Node]:
+    def _with_hop(self, metadata: Metadata) -> Metadata:
+        """The client's metadata, with this gateway's id in it."""
+        hops = next((str(value) for key, value in metadata if key == HOPS), "") if metadata else ""
+        if not hops:
+            return (*metadata, *self._first_hop)
+        ids = hops.split(",")
+        if self._gateway_id in ids:
+            raise RouteLoop(
+                f"route {self.name} leads back to this gateway: expected nodes that run models, or gateways that do "
+                "not forward to this one"
+            )
+        if len(ids) >= _MOST_HOPS:
+            raise RouteLoop(f"the request has been through {len(ids)} gateways; expected at most {_MOST_HOPS}")
+        return (*[pair for pair in metadata if pair[0] != HOPS], (HOPS, f"{hops},{self._gateway_id}"))
+
+    def eligible(self, tried: Sequence[Node]) -> Sequence[Node]:
         """The nodes that have not been tried: those that may be chosen, or else any."""
         usable = self.pool.usable()
         if not tried:
             return usable
         return [node for node in usable if node not in tried] or [node for node in self.pool.nodes if node not in tried]
 
-    async def _others_after(self, error: InferenceError, tried: Sequence[Node], end: float) -> Sequence[Node]:
-        """The nodes for one more attempt, after one that ended with `error`; none if there is to be none."""
-        if not error.another_node or not self._may_try_again(tried, end):
-            return ()
-        if isinstance(error, NodeFailed) and not (self.config.retry_failed or isinstance(error, AnswerMalformed)):
-            return ()
-        nodes = self._eligible(tried)
+    def after(self, action: Callable[[], None]) -> None:
+        """Have `action` done once the lock is released. Under the lock."""
+        self._actions.append(action)
+
+    def take_actions(self) -> list[Callable[[], None]]:
+        """What was put off under the lock, for `do` after it. Under the lock."""
+        actions, self._actions = self._actions, []
+        return actions
+
+    def under_lock(self, action: Callable[[], None]) -> None:
+        """Do `action` under the lock, and then what it has put off."""
+        with self.lock:
+            action()
+            actions = self.take_actions()
+        do(actions)
+
+    def _returned(self, node: Node) -> None:
+        with self.lock:
+            self.picker.returned(node)
+
+    def _changed(self) -> None:
+        """Requests that wait are admitted a moment later, when everybody knows of the change."""
+        if self.admission.queued:
+            self.clock.call_later(0, lambda: self.under_lock(self.admission.admit_waiting))
+
+    async def close(self) -> None:
+        """Release every node, once its attempts have ended."""
+        with self.lock:
+            gone = self.pool.update(())
+        await asyncio.gather(*(self.pool.retire(node) for node in gone))
+
+
+def do(actions: Iterable[Callable[[], None]]) -> None:
+    """Do what was put off until a route's lock was released: each for a request of its own."""
+    for action in actions:
+        try:
+            action()
+        except Exception:
+            _log.exception("a step of a request failed")
+
+
+class _Forwarding:
+    """One request: waiting → attempts, one after another or a hedge beside one → ended.
+
+    Attributes:
+        end: when it must have been answered, on the route's clock.
+        tried: the nodes that it had attempts on, those under way included.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_ended",
+        "_error",
+        "_exchange",
+        "_hedging",
+        "_late",
+        "_metadata",
+        "_protocol",
+        "_route",
+        "_running",
+        "end",
+        "tried",
+    )
+
+    def __init__(self, route: Forwarder, exchange: Exchange, protocol: Protocol, metadata: Metadata) -> None:
+        self._route = route
+        self._metadata = metadata
+        self._exchange = exchange
+        self._protocol = protocol
+        self._running = 0
+        """Attempts under way."""
+        self._answered = False
+        self._ended = False
+        """Whether it has failed, or the client has left."""
+        self._error: InferenceError | None = None
+        """Of the last attempt."""
+        self._hedging: Timer | None = None
+        self._late: Node | None = None
+        """The node whose attempt took so long that another one was begun beside it."""
+        self.tried: list[Node] = []
+        end = route.clock.now() + route.timeout_s * route.config.attempts
+        self.end = end if exchange.deadline is None else min(exchange.deadline, end)
+
+    # Waiting: under the lock
+
+    def waits(self) -> None:
+        self._route.after(lambda: self._exchange.on_cancel(self._leave))
+
+    def admitted(self, nodes: Sequence[Node]) -> None:
+        """Choose one of `nodes` and count an attempt on it, which is begun once the lock is released."""
+        route = self._route
         if not nodes:
-            return ()
-        if not self._retries.take():
-            self._metrics.retry_denied(self.name)
-            return ()
-        if not self._limited:
-            return nodes
-        try:
-            return await self._admission.admit(tried, end)
-        except Overloaded:
-            return ()
-
-    def _may_try_again(self, tried: Sequence[Node], end: float) -> bool:
-        """Whether attempts are left, and an answer could come in time: the quickest of the last ones would."""
-        return len(tried) < self.config.attempts and time.monotonic() + self._recent.least_s < end
-
-    def _take(self, node: Node) -> None:
-        """Count an attempt. `_attempt` is to follow at once, which gives the place back."""
+            self._fail_later(self._error or NoNodeAvailable(f"route {route.name} has no nodes"))
+            return
+        node = route.picker.choose(nodes, self._exchange)
+        self.tried.append(node)
+        self._running += 1
         node.in_flight += 1
-        if self._limited:
-            self._admission.began(node)
+        if route.limited:
+            route.admission.began(node)
+        route.after(partial(self._attempt, node))
 
-    async def _attempt(self, node: Node, call: Call, protocol: Protocol, end: float) -> Answer:
-        """One attempt, on a node whose place was taken."""
-        start = time.monotonic()
-        outgoing = Call(
-            method=protocol.node_method,
-            request=call.request,
-            metadata=call.metadata,
-            deadline=min(start + self._timeout_s, end),
+    def refused(self, error: Overloaded) -> None:
+        self._fail_later(self._error or error)
+
+    def _fail_later(self, error: InferenceError) -> None:
+        self._ended = True
+        self._stop_hedging()
+        self._route.after(lambda: fail(self._exchange, error))
+
+    # Attempts: without the lock
+
+    def _attempt(self, node: Node) -> None:
+        """Send the request to `node`."""
+        route, exchange = self._route, self._exchange
+        start = route.clock.now()
+        timeout_s = min(route.timeout_s, self.end - start)
+        if route.config.hedge and self._running == 1:
+            self._hedge_when_late(node)
+        exchange.forward(
+            node.endpoint.connection,
+            self._protocol.node_method,
+            partial(self._attempt_ended, node, timeout_s),
+            timeout_s=timeout_s,
+            metadata=self._metadata,
+            allow_empty=self._protocol.allow_empty,
         )
-        outcome = Outcome.NEUTRAL
-        try:
-            answer = await node.endpoint.connection.call(outgoing)
-            if not well_formed(answer):
-                raise AnswerMalformed(f"the answer is no {protocol.name} message")
-        except InferenceError as error:
-            cause = error.__cause__
-            # No other name: an exception that its own traceback leads to is garbage.
-            error = self._judged(node, error, outgoing, start, call.deadline)
-            error.trailers = outgoing.trailers
+
+    def _attempt_ended(
+        self, node: Node, timeout_s: float, error: InferenceError | None, trailers: Trailers, seconds: float
+    ) -> None:
+        """The transport tells how an attempt ended. An answer has gone to the client already."""
+        route, outcome = self._route, Outcome.SUCCESS
+        if error is None:
+            self._answered = True
+            node.endpoint.health.succeeded()
+        else:
+            error = self._judged(node, error, timeout_s, seconds)
             outcome = _OUTCOMES.get(error.blame, Outcome.NEUTRAL)
             if outcome is Outcome.FAILURE:
                 node.endpoint.health.failed(error)
-            raise error from cause
-        else:
-            outcome = Outcome.SUCCESS
-            node.endpoint.health.succeeded()
-            return answer, outgoing.trailers
-        finally:
-            node.in_flight -= 1
-            self._ended(node, outcome, time.monotonic() - start, outgoing)
+        route.metrics.attempt(route.name, node.address, outcome.value)
+        with route.lock:
+            self._running -= 1
+            self._record(node, outcome, trailers, seconds)
+            if self._answered or not self._running:
+                self._stop_hedging()
+            if error is not None and not self._answered and not self._ended:
+                self._go_on(error, trailers)
+            actions = route.take_actions()
+        do(actions)
 
-    def _judged(
-        self, node: Node, error: InferenceError, outgoing: Call, start: float, client_deadline: float | None
-    ) -> InferenceError:
+    def _judged(self, node: Node, error: InferenceError, timeout_s: float, seconds: float) -> InferenceError:
         """`error` with what only the gateway knows: whose deadline passed, and which node it was."""
+        route = self._route
         if isinstance(error, DeadlineExceeded):
-            assert outgoing.deadline is not None
-            if time.monotonic() < outgoing.deadline - _EARLY_S:  # a deadline of the node's own
+            if seconds < timeout_s - _EARLY_S:  # a deadline of the node's own
                 error = NodeFailed(str(error), Code.DEADLINE_EXCEEDED)
-            elif outgoing.deadline == client_deadline:
+            elif self.end == self._exchange.deadline and timeout_s < route.timeout_s:
                 return error
             else:
-                return self._timed_out(node, outgoing.deadline - start)
+                return self._timed_out(node, timeout_s)
         if error.blame in _OUTCOMES:
-            error.args = (f"route {self.name}: node {node.address}: {error}",)
+            error.args = (f"route {route.name}: node {node.address}: {error}",)
         return error
 
-    def _timed_out(self, node: Node, given_s: float) -> InferenceError:
+    def _timed_out(self, node: Node, timeout_s: float) -> InferenceError:
         """It is the node's fault, unless too little time was left by a wait in the queue."""
-        said = f"route {self.name}: node {node.address} did not answer within"
-        if not self._limited or given_s >= _WHOLE * self._timeout_s:
-            return AttemptTimedOut(f"{said} {self.config.timeout_ms} ms")
-        return DeadlineExceeded(f"{said} {given_s * 1000:.0f} ms, all that was left of the time for this request")
+        route = self._route
+        said = f"route {route.name}: node {node.address} did not answer within"
+        if not route.limited or timeout_s >= _WHOLE * route.timeout_s:
+            return AttemptTimedOut(f"{said} {route.config.timeout_ms} ms")
+        return DeadlineExceeded(f"{said} {timeout_s * 1000:.0f} ms, all that was left of the time for this request")
 
-    def _ended(self, node: Node, outcome: Outcome, seconds: float, outgoing: Call) -> None:
+    # After an attempt: under the lock
+
+    def _record(self, node: Node, outcome: Outcome, trailers: Trailers, seconds: float) -> None:
         """Tell everybody of an attempt; each decides for itself what it makes of it."""
-        self.recorded = True
-        self._metrics.attempt(self.name, node.address, outcome.value)
+        route = self._route
+        route.recorded = True
+        node.in_flight -= 1
         if outcome is Outcome.SUCCESS:
-            self._retries.earn()
-            self._recent.add(seconds)
-        if self._limited:
-            self._admission.ended(node)
-        load = orca.take(outgoing.trailers) if outgoing.trailers else None
+            route.retries.earn()
+            route.recent.add(seconds)
+        elif self._answered and node is self._late:
+            route.recent.add(seconds)  # at least; it is among the slowest in any case
+        if route.limited:
+            route.admission.ended(node)
         if node.removed:
             if not node.in_flight:
                 node.idle.set()
             return
-        if load is not None and self._picker.takes_reports:
-            self._picker.report(node, load)
-        self._picker.record(node, outcome, seconds)
+        if trailers and route.picker.takes_reports and (load := orca.read(trailers)) is not None:
+            route.picker.report(node, load)
+        route.picker.record(node, outcome, seconds)
 
-    def _raced(self, node: Node, call: Call, protocol: Protocol, end: float, name: str) -> asyncio.Task[Answer]:
-        """`_attempt` in a task, which gives the place back even if it is cancelled before it has begun."""
-        place = [node]
+    def _go_on(self, error: InferenceError, trailers: Trailers) -> None:
+        """After an attempt that failed: leave it to the one beside it, try another node, or fail."""
+        if error.another_node and self._running:
+            return
+        self._error = error
+        error.trailers = [pair for pair in trailers if pair[0] not in orca.TRAILERS] if trailers else ()
+        route = self._route
+        if not self._may_retry(error):
+            self._fail_later(error)
+        elif not route.limited:
+            self.admitted(route.eligible(self.tried))
+        else:
+            try:
+                route.admission.admit(self, self.end)
+            except InferenceError:  # no room, or no time
+                self._fail_later(error)
 
-        async def attempt() -> Answer:
-            return await self._attempt(place.pop(), call, protocol, end)
+    def _may_retry(self, error: InferenceError) -> bool:
+        """Whether there is to be one more attempt; takes it from the budget."""
+        route = self._route
+        if not error.another_node or not self._time_for_another():
+            return False
+        if isinstance(error, NodeFailed) and not (route.config.retry_failed or isinstance(error, AnswerMalformed)):
+            return False
+        if not route.eligible(self.tried):
+            return False
+        if not route.retries.take():
+            route.metrics.retry_denied(route.name)
+            return False
+        return True
 
-        def ended(_: asyncio.Task[Answer]) -> None:
-            if place:
-                self._give_back(place.pop())
+    def _time_for_another(self) -> bool:
+        """Whether attempts are left, and an answer could come in time: the quickest of the last ones would."""
+        route = self._route
+        return len(self.tried) < route.config.attempts and route.clock.now() + route.recent.least_s < self.end
 
-        task = asyncio.create_task(attempt(), name=name)
-        task.add_done_callback(ended)
-        return task
+    def _leave(self) -> None:
+        """The client has left. The transport cancels the attempts."""
+        route = self._route
+        self._ended = True
+        route.under_lock(lambda: route.admission.leave(self))
 
-    def _give_back(self, node: Node) -> None:
-        """Count an attempt no longer that has not begun."""
-        node.in_flight -= 1
-        if self._limited:
-            self._admission.ended(node)
-        if node.removed and not node.in_flight:
-            node.idle.set()
+    # Hedging: a second attempt beside one that takes longer than most have lately
 
-    async def _race(self, node: Node, tried: list[Node], call: Call, protocol: Protocol, end: float) -> Answer:
-        """`_attempt`; but if it takes longer than most have lately, one on another node beside it: the first answer
-        counts, and the other attempt is cancelled. If one fails the other may still answer."""
-        self._hedges.earn()
-        late_s = self._recent.late_s
-        if late_s is None or len(tried) >= self.config.attempts:
-            return await self._attempt(node, call, protocol, end)
-        begun = time.monotonic()
-        # No name is kept of a task that failed: its exception leads back to this frame, and they would be garbage.
-        racing = {self._raced(node, call, protocol, end, _FIRST)}
-        try:
-            done, racing = await asyncio.wait(racing, timeout=late_s)
-            if not done and (second := self._second(tried, call, end)) is not None:
-                tried.append(second)
-                self._take(second)
-                racing.add(self._raced(second, call, protocol, end, _HEDGE))
-            while True:
-                if not done:
-                    done, racing = await asyncio.wait(racing, return_when=asyncio.FIRST_COMPLETED)
-                if answered := [task for task in done if task.exception() is None]:
-                    if any(task.get_name() == _FIRST for task in racing):
-                        self._recent.add(time.monotonic() - begun)  # at least; it is among the slowest in any case
-                    return answered[0].result()
-                failed, done = sorted(done, key=_may_go_elsewhere, reverse=True), set()
-                if not racing or not _may_go_elsewhere(failed[-1]):
-                    return failed.pop().result()
-        finally:
-            for task in racing:
-                task.cancel()
-                self._losing.add(task)
-                task.add_done_callback(self._lost)
+    def _hedge_when_late(self, node: Node) -> None:
+        route = self._route
+        with route.lock:
+            route.hedges.earn()
+            late_s = route.recent.late_s
+            if late_s is not None and len(self.tried) < route.config.attempts and not self._answered:
+                self._hedging = route.clock.call_later(late_s, lambda: route.under_lock(lambda: self._hedge(node)))
 
-    def _second(self, tried: Sequence[Node], call: Call, end: float) -> Node | None:
-        """The node for one more attempt beside the one under way, if there is to be one."""
-        if not self._may_try_again(tried, end):
-            return None
-        nodes = [node for node in self._admission.room(()) if node not in tried]
-        if not nodes or not self._hedges.take():
-            return None
-        self._metrics.hedge(self.name)
-        return self._picker.choose(nodes, call)
+    def _hedge(self, late: Node) -> None:
+        """Under the lock."""
+        route = self._route
+        if self._hedging is None or self._running != 1 or self.tried[-1] is not late or not self._time_for_another():
+            return
+        self._hedging = None
+        nodes = [node for node in route.admission.room(()) if node not in self.tried]
+        if nodes and route.hedges.take():
+            self._late = late
+            route.metrics.hedge(route.name)
+            self.admitted(nodes)
 
-    def _lost(self, task: asyncio.Task[Answer]) -> None:
-        self._losing.discard(task)
-        if not task.cancelled():
-            task.exception()  # else asyncio complains that nobody has looked
-
-    def _returned(self, node: Node) -> None:
-        self._picker.returned(node)
-
-    def _changed(self) -> None:
-        self._admission.wake()
-
-    async def close(self) -> None:
-        """Release every node, once its attempts have ended."""
-        gone = self.pool.update(())
-        await asyncio.gather(*(self.pool.retire(node) for node in gone))
-
-
-def _may_go_elsewhere(failed: asyncio.Task[Answer]) -> bool:
-    error = failed.exception()
-    return isinstance(error, InferenceError) and error.another_node
+    def _stop_hedging(self) -> None:
+        if self._hedging is not None:
+            self._hedging.cancel()
+            self._hedging = None
 
 
 def _budgets(config: RouteConfig) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire.orca import Load
 
 _log = logging.getLogger(__name__)
@@ -43,18 +43,18 @@ class Picker:
         self._members: frozenset[Node] = frozenset()
         self._slow: deque[float] = deque(maxlen=_SLOW_TIMES)
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         """One of `nodes`, of which there is at least one."""
         begun = time.monotonic()
         try:
-            node = self.balancer.choose(nodes, call)
+            node = self.balancer.choose(nodes, exchange)
             if nodes is not self._given:  # a set takes the same time for four nodes and for a thousand
                 self._given, self._members = nodes, frozenset(nodes)
             if node not in self._members:
                 raise TypeError(f"it chose {node!r}, which is not among the nodes that it was given")
         except Exception:
             self._failed()
-            node = self._fallback.choose(nodes, call)
+            node = self._fallback.choose(nodes, exchange)
         if (now := time.monotonic()) - begun > _SLOW_S:
             self._kept_waiting(now)
         return node  # type: ignore[return-value] # one of `nodes`

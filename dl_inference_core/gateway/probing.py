@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from dl_inference_core import sockets
 from dl_inference_core.errors import Blame, Code, InferenceError, NodeGaveUp, NodeUnreachable
-from dl_inference_core.transport import Call, Connection
+from dl_inference_core.transport import Connection
 from dl_inference_core.wire.protocol import VERSIONS
 
 _log = logging.getLogger(__name__)
@@ -94,9 +94,7 @@ class Prober:
         deadline = time.monotonic() + self._timeout_s
         for question in self._known:
             try:
-                answer = await self._connection.call(
-                    Call(method=question.method, request=b"", deadline=deadline, background=True)
-                )
+                answer, _ = await self._connection.call(question.method, b"", timeout_s=deadline - time.monotonic())
             except InferenceError as error:
                 if error.code is Code.UNIMPLEMENTED:
                     continue

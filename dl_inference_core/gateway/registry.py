@@ -23,7 +23,7 @@ from dl_inference_core.config import NodeConfig, RegistryConfig, RouteConfig, re
 from dl_inference_core.errors import BadRequest, InferenceError, Overloaded, Unauthenticated
 from dl_inference_core.gateway.discovery import Complain
 from dl_inference_core.gateway.sharing import Share
-from dl_inference_core.transport import Call, UnaryHandler
+from dl_inference_core.transport import Begin, Exchange
 from dl_inference_core.wire import messages
 
 _TOPIC = "registrations"
@@ -113,8 +113,8 @@ class Registry:
         """A route as it makes them, without nodes."""
         return RouteConfig.model_construct(name="[gateway.registry.route]", nodes=(), **self._settings)
 
-    def methods(self) -> Mapping[str, UnaryHandler]:
-        """Handlers by method path; they raise nothing but InferenceError."""
+    def methods(self) -> Mapping[str, Begin]:
+        """What begins an exchange of each method, by path; raises InferenceError."""
         return {
             f"{messages.REGISTRY}/Register": self._register,
             f"{messages.REGISTRY}/Deregister": self._deregister,
@@ -172,30 +172,30 @@ class Registry:
             model.route = RouteConfig(name=name, task_id=task, nodes=nodes, **self._settings)
         return model.route
 
-    async def _register(self, call: Call) -> bytes:
-        self._authenticate(call)
-        request = messages.parse(messages.RegisterRequest, call.request)
-        registration = _registration(request, bytes(call.request))
+    def _register(self, exchange: Exchange) -> None:
+        self._authenticate(exchange)
+        request = messages.parse(messages.RegisterRequest, exchange.message)
+        registration = _registration(request, bytes(exchange.message))
         if registration.node.address in self.own:
             raise BadRequest(f"address: {registration.node.address} is this gateway's own")
         longest = self._config.lease_ms
         lease_ms = max(_SHORTEST_LEASE_MS, min(request.lease_ms or longest, longest))
         self._hold(registration, lease_ms)
         self._publish(registration, lease_ms)
-        return _body(messages.RegisterResponse(lease_ms=lease_ms))
+        exchange.reply(_body(messages.RegisterResponse(lease_ms=lease_ms)))
 
-    async def _deregister(self, call: Call) -> bytes:
-        self._authenticate(call)
-        request = messages.parse(messages.DeregisterRequest, call.request)
+    def _deregister(self, exchange: Exchange) -> None:
+        self._authenticate(exchange)
+        request = messages.parse(messages.DeregisterRequest, exchange.message)
         address = _address(request)
         lease = self._leases.get(address, {}).get(request.instance)
         if lease is not None:
             self._publish(lease.registration, 0)
             self._end(address, request.instance)
-        return _body(messages.DeregisterResponse())
+        exchange.reply(_body(messages.DeregisterResponse()))
 
-    def _authenticate(self, call: Call) -> None:
-        shown = next((value for key, value in call.metadata if key == "authorization"), "")
+    def _authenticate(self, exchange: Exchange) -> None:
+        shown = next((value for key, value in exchange.metadata if key == "authorization"), "")
         scheme, _, token = str(shown).partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token):
             raise Unauthenticated('expected "authorization: Bearer TOKEN" with the gateway\'s token')

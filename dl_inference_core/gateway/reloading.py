@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
+import uuid
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from pathlib import Path
 
@@ -12,13 +14,15 @@ from dl_inference_core import config as configs
 from dl_inference_core import nodefile
 from dl_inference_core.config import Config, NodeConfig, RouteConfig
 from dl_inference_core.errors import ConfigError, InferenceError
+from dl_inference_core.files import FileWatcher
 from dl_inference_core.gateway import discovery
 from dl_inference_core.gateway.balancing import Balancer
+from dl_inference_core.gateway.clock import Clock
 from dl_inference_core.gateway.discovery import Names, Resolve
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Endpoints, Node, Pool
 from dl_inference_core.gateway.registry import Registry
-from dl_inference_core.gateway.sharing import Exchange, Share
+from dl_inference_core.gateway.sharing import Share, StateSync
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import Connection
 
@@ -26,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 # A node file whose last line has no end is taken once it has stayed the same for this long.
 _PATIENCE_S = 2.0
+# Between the two looks of a reload: a file that is being written changes within it.
+_AGAIN_S = 0.25
 
 
 class Gateway:
@@ -41,6 +47,7 @@ class Gateway:
         config_file: Path | None,
         *,
         connect: Callable[[NodeConfig], Connection],
+        clock: Clock,
         balancer: Callable[[RouteConfig], Balancer],
         metrics: Metrics,
         share: Share | None = None,
@@ -50,6 +57,7 @@ class Gateway:
         config: with what the command line said, if anything, already in it.
         config_file: where it came from, to be watched; None if from nowhere.
         connect: makes the connection to a node.
+        clock: of the routes.
         balancer: makes a route's strategy; raises PluginError or ConfigError.
         share: to the other gateway processes, if there are any.
         resolve: looks up names that stand for nodes.
@@ -60,16 +68,18 @@ class Gateway:
         self._config = config
         self._poll_s = config.gateway.poll_interval_ms / 1000
         patience = math.ceil(_PATIENCE_S / self._poll_s)
-        self._config_file: nodefile.Watched | None = None
+        self._config_file: FileWatcher | None = None
         if config_file is not None:
-            self._config_file = nodefile.Watched(config_file, patience=patience)
+            self._config_file = FileWatcher(config_file, patience=patience)
         self._written = config
         """What the config file said at the start, without the command line."""
-        self._nodefile: nodefile.Watched | None = None
+        self._nodefile: FileWatcher | None = None
         self._from_nodefile: Mapping[int | str, RouteConfig] = {}
         if config.gateway.nodefile is not None:
-            self._nodefile = nodefile.Watched(config.gateway.nodefile, patience=patience)
+            self._nodefile = FileWatcher(config.gateway.nodefile, patience=patience)
         self._make_balancer = balancer
+        self._clock = clock
+        self._id = uuid.uuid4().hex[:16] if share is None else share.gateway_id
         self._metrics = metrics
         self._endpoints = Endpoints(connect, config.gateway.health, metrics)
         self.forwarders: Collection[Forwarder] = ()
@@ -88,9 +98,10 @@ class Gateway:
         )
         self._retiring: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
+        self._asked = asyncio.Event()
         self._refreshing: asyncio.Handle | None = None
         self._complained: dict[str, str] = {}
-        self._exchange = None if share is None else Exchange(share, self._endpoints, lambda: self.forwarders)
+        self._state_sync = None if share is None else StateSync(share, self._endpoints, lambda: self.forwarders)
         self.models: dict[str, Forwarder] = {}
         self.tasks: dict[int, Forwarder] = {}
         self._said: Mapping[str | int, RouteConfig] = {}
@@ -131,8 +142,8 @@ class Gateway:
         wanted = self._wanted(self._config.routes, self._from_nodefile)
         await self._names.start(wanted.values())
         self._apply(wanted)
-        if self._exchange is not None:
-            self._exchange.start()
+        if self._state_sync is not None:
+            self._state_sync.start()
         if self.registry is not None:
             self._make_balancer(self.registry.example)
             await self.registry.learn()
@@ -150,8 +161,8 @@ class Gateway:
         if self.registry is not None:
             self.registry.close()
         self._refreshed()
-        if self._exchange is not None:
-            self._exchange.close()
+        if self._state_sync is not None:
+            self._state_sync.close()
         await asyncio.gather(*(forwarder.close() for forwarder in self.forwarders), *self._retiring)
 
     def _wanted(
@@ -181,7 +192,9 @@ class Gateway:
         for key, route in wanted.items():
             forwarder = kept.get(key)
             if forwarder is None:
-                forwarder = Forwarder(route, Pool(self._endpoints), balancers[key], self._metrics)
+                forwarder = Forwarder(
+                    route, Pool(self._endpoints), balancers[key], self._metrics, self._clock, self._id
+                )
             elif forwarder.config != route:
                 gone += [(forwarder.pool, node) for node in forwarder.configure(route, balancers[key])]
             forwarders[key] = forwarder
@@ -274,13 +287,27 @@ class Gateway:
         endpoint = self._endpoints.find(node.target)
         return endpoint is None or endpoint.health.usable
 
+    def reload(self) -> None:
+        """Look at the files at once, and again a moment later, when what has changed counts."""
+        self._asked.set()
+
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._poll_s)
-            try:
-                await self._look()
-            except Exception:
-                _log.exception("looking at the config files failed; the routes stay as they are")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._poll_s):
+                    await self._asked.wait()
+            asked = self._asked.is_set()
+            self._asked.clear()
+            await self._look_or_complain()
+            if asked:
+                await asyncio.sleep(min(self._poll_s, _AGAIN_S))
+                await self._look_or_complain()
+
+    async def _look_or_complain(self) -> None:
+        try:
+            await self._look()
+        except Exception:
+            _log.exception("looking at the config files failed; the routes stay as they are")
 
     async def _look(self) -> None:
         if self._nodefile is not None and (content := await self._content(self._nodefile, "node file")) is not None:
@@ -289,7 +316,7 @@ class Gateway:
         if self._config_file is not None and (content := await self._content(self._config_file, "config")) is not None:
             self._take_config(content, self._config_file.path)
 
-    async def _content(self, file: nodefile.Watched, what: str) -> bytes | None:
+    async def _content(self, file: FileWatcher, what: str) -> bytes | None:
         content = await asyncio.to_thread(file.look)
         self._complain(f"{what} unreadable", file.complaint and f"{file.complaint}; the routes stay as they are")
         return content

@@ -24,6 +24,7 @@ import logging
 import math
 import os
 import socket
+import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -117,6 +118,11 @@ class Share:
         self._looking: asyncio.TimerHandle | None = None
         self._flushing: asyncio.TimerHandle | None = None
         self._complained_of: set[str] = set()
+
+    @property
+    def gateway_id(self) -> str:
+        """The id of the gateway whose processes these are: the same in each, and no other gateway's."""
+        return uuid.uuid5(uuid.NAMESPACE_URL, f"//{socket.gethostname()}{self._folder}").hex[:16]
 
     @property
     def others(self) -> int:
@@ -273,7 +279,7 @@ class Share:
                     _log.warning("what worker %d tells of %s makes no sense here", index, topic, exc_info=True)
 
 
-class Exchange:
+class StateSync:
     """Keeps alike what all workers' gateways know: which endpoints are left out, and what strategies have learned.
 
     The latest word counts, whoever's it is.
@@ -363,7 +369,8 @@ class Exchange:
         if type(balancer).learned is Balancer.learned:
             return []
         try:
-            learned = [(node.endpoint.target, balancer.learned(node)) for node in forwarder.pool.nodes]
+            with forwarder.lock:
+                learned = [(node.endpoint.target, balancer.learned(node)) for node in forwarder.pool.nodes]
         except Exception:
             self._balancer_raised(balancer)
             return []
@@ -384,8 +391,9 @@ class Exchange:
     def _learn(self, forwarder: Forwarder, node: Node, value: float) -> None:
         balancer = forwarder.balancer
         try:
-            balancer.learn(node, value)
-            learned = balancer.learned(node)
+            with forwarder.lock:
+                balancer.learn(node, value)
+                learned = balancer.learned(node)
         except Exception:
             self._balancer_raised(balancer)
             return

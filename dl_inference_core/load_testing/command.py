@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import dl_inference_core
 from dl_inference_core.config import ClientTls
+from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.load_testing import report
 from dl_inference_core.load_testing.processes import started
@@ -80,7 +80,7 @@ def run(
         request_bytes=len(message.body),
         processes=processes,
         connections=connections,
-        cpus=os.cpu_count() or 1,
+        cpus=cores(),
         rows=measured,
     )
     if json_file is not None:

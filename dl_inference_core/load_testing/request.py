@@ -17,6 +17,7 @@ from dl_inference_core import certificates
 from dl_inference_core.client import build
 from dl_inference_core.config import ClientTls
 from dl_inference_core.errors import BadRequest, Code, ConfigError, InferenceError, NodeFailed, from_status
+from dl_inference_core.files import decode
 from dl_inference_core.grpcio_transport import channel_credentials, name_options
 from dl_inference_core.tensors import Payload, Tensor, as_tensor
 from dl_inference_core.wire import messages, openinference
@@ -142,7 +143,7 @@ class Question:
                     with np.load(file, allow_pickle=False) as arrays:
                         payload: Payload = {name: as_tensor(array) for name, array in arrays.items()}
                 case ".json":
-                    payload = self._tensors(json.loads(file.read_text(encoding="utf-8")), dtype)
+                    payload = self._tensors(json.loads(decode(file.read_bytes())), dtype)
                 case _ if self.protocol == "seldon":
                     payload = file.read_bytes()
                 case _:

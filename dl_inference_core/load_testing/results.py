@@ -157,7 +157,7 @@ class Results(_Kept):
     Attributes:
         date: when it began, ISO 8601.
         contents: what was sent, for people.
-        cpus: how many this machine has.
+        cpus: how many the load tester may use.
     """
 
     version: str

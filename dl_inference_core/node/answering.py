@@ -7,30 +7,49 @@ import enum
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from dl_inference_core import children
+from dl_inference_core.coroutines import Coroutines
 from dl_inference_core.errors import (
+    AttemptCancelled,
     BadRequest,
     Code,
     DeadlineExceeded,
+    HandlerFailed,
     InferenceError,
     ModelNotFound,
     ModelNotReady,
 )
+from dl_inference_core.failures import fail
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.node.batching import Batching, NotRowwise, Part
+from dl_inference_core.node.handler_inputs import check_answer, inputs_of, kind_of, refused_by, unchanged
 from dl_inference_core.node.handling import Handler, narrow
 from dl_inference_core.node.load import LoadMeter, Work
+from dl_inference_core.node.reclaiming import Remains
+from dl_inference_core.node.rehearsal import rehearse
 from dl_inference_core.node.scheduling import CallJob, Outbox, QueueLimits, Worker, Workers, as_failure
+from dl_inference_core.node.sources import Sources
 from dl_inference_core.tensors import Request
-from dl_inference_core.transport import Call
-from dl_inference_core.wire import openinference, tfserving_examples, tfserving_models
-from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, Protocol
+from dl_inference_core.transport import Answer, Exchange
+from dl_inference_core.wire import messages, openinference, tfserving_examples, tfserving_models
+from dl_inference_core.wire.protocol import (
+    METADATA,
+    MULTI_INFERENCE,
+    PROTOCOLS,
+    READY,
+    SIGNATURES,
+    TRANSFORMS,
+    VERSIONS,
+    Protocol,
+)
 from dl_inference_core.wire.templates import Templates
 
 _log = logging.getLogger(__name__)
@@ -73,6 +92,8 @@ class Loaded:
         platform: the backend's name.
         threads: how many threads may run each instance.
         batching: None is one request at a time.
+        folder: the version's.
+        sources: the modules that were imported for it.
     """
 
     instances: tuple[Instance, ...]
@@ -80,11 +101,41 @@ class Loaded:
     threads: int = 1
     batching: Batching | None = None
     queue: QueueLimits = field(default_factory=QueueLimits)
+    folder: Path = Path()
+    sources: Sources = field(default_factory=Sources)
 
     @property
     def model(self) -> Model:
         """The first instance's."""
         return self.instances[0].model
+
+
+def unload(instances: list[Instance], sources: Sources, leads: list[object] | None = None) -> None:
+    """Close each model, whatever becomes of another, forget the sources, and free the memory of all. Runs on a thread
+    of the version.
+
+    Args:
+        instances: emptied; the caller must hold nothing of them elsewhere.
+        leads: further objects that may lead to parts of the models; emptied as well.
+    """
+    leads = leads if leads is not None else []
+    kinds = {type(instance.model) for instance in instances}
+    remains = Remains(*instances, *leads)
+    leads.clear()
+    try:
+        _close(instances, sources)
+    finally:
+        instances.clear()
+        remains.reclaim()
+        for kind in kinds:
+            kind.return_memory()
+
+
+def _close(instances: Sequence[Instance], sources: Sources) -> None:
+    with ExitStack() as stack:  # each, whatever becomes of another
+        stack.callback(sources.close)
+        for instance in instances:
+            stack.callback(instance.model.close)
 
 
 class LoadedVersion:
@@ -124,31 +175,47 @@ class LoadedVersion:
         self._workers.grow(len(self.loaded.instances) * self.loaded.threads)
 
     @property
+    def _where(self) -> str:
+        return f'model "{self._model_name}" version {self.number}'
+
+    @property
     def loaded(self) -> Loaded:
         """What was loaded; not before `load` has ended."""
         assert self._loaded is not None
         return self._loaded
 
-    async def answer(self, call: Call, protocol: Protocol, request: Request | None = None) -> bytes | Request:
-        """The answer's bytes; or the request, decoded, where it names another version.
+    def begin(
+        self,
+        exchange: Exchange,
+        protocol: Protocol,
+        request: Request | None = None,
+        *,
+        priority: int = 0,
+        expires: float = math.inf,
+    ) -> asyncio.Future[bytes | Request]:
+        """Queue an exchange. Gives the answer's bytes; or the request, decoded, where it names another version. Event
+        loop only.
+
+        Args:
+            priority, expires: as in `CallJob`.
 
         Raises:
-            InferenceError: Overloaded or DeadlineExceeded before any work; HandlerFailed for what handler or model
-                raised.
+            InferenceError: Overloaded, BadRequest or DeadlineExceeded before any work. What handler or model raised
+                becomes the future's exception.
         """
-        asked = _Asked(self, call, protocol, request, asyncio.get_running_loop().create_future())
-        self._workers.submit(asked)
-        return await asked.future  # type: ignore[no-any-return]
+        future: asyncio.Future[bytes | Request] = asyncio.get_running_loop().create_future()
+        self._workers.submit(_Asked(self, exchange, protocol, request, future, priority=priority, expires=expires))
+        return future
 
-    async def answer_each(self, call: Call, requests: Sequence[Request]) -> bytes:
-        """The answer to a MultiInference call, which asked for all of `requests`.
+    def begin_each(self, exchange: Exchange, requests: Sequence[Request]) -> asyncio.Future[bytes]:
+        """Queue a MultiInference call, which asked for all of `requests`; the first failure ends it.
 
         Raises:
-            InferenceError: as `answer`; the first failure ends it.
+            InferenceError: as `begin`.
         """
-        asked = _AskedForEach(self, call, requests, asyncio.get_running_loop().create_future())
-        self._workers.submit(asked)
-        return await asked.future  # type: ignore[no-any-return]
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._workers.submit(_AskedForEach(self, exchange, requests, future))
+        return future
 
     def _instance(self, worker: Worker) -> Instance:
         """What that thread runs."""
@@ -187,8 +254,10 @@ class LoadedVersion:
             else:
                 parts.append(part)
                 rows += part.rows
-                deadline = asked.call.deadline
-                if deadline is not None and time.monotonic() + worker.takes_s(1) <= deadline:
+                deadline = asked.exchange.deadline
+                if deadline is None:
+                    until = min(until, asked.held_until)
+                elif time.monotonic() + worker.takes_s(1) <= deadline:
                     soonest = min(soonest, deadline)
                     until = min(until, asked.held_until)
                 # One more would be answered in time, perhaps, but another no longer.
@@ -236,7 +305,8 @@ class LoadedVersion:
         return part
 
     def _answer_batch(self, instance: Instance, batching: Batching, batch: Sequence[Part], outbox: Outbox) -> None:
-        """Answer `batch` by one call of the model; should that fail, one by one."""
+        """Answer `batch` by one call of the model. A batch that fails is halved again and again: one request at fault
+        among N costs 2 log2 N more calls. Where the outputs cannot be taken apart, each request is called for alone."""
         batch = [part for part in batch if self._wanted(part.asked, outbox)]
         if not batch:
             return
@@ -246,18 +316,19 @@ class LoadedVersion:
             return instance.handler.run_batch(instance.model, inputs, requests)
 
         try:
-            shares = self._stage("run_model", batching.run, batch, model)
+            inputs, request = batch[0].inputs, batch[0].request
+            shares = self._run_model(instance, inputs, request, batching.run, batch, model, self._count_rows)
         except InferenceError as error:
             if isinstance(error.__cause__, NotRowwise):
                 self._complain(error.__cause__)
             if len(batch) == 1:
                 outbox.put(batch[0].asked.future, None, error)
                 return
-            for part in batch:
-                self._answer_batch(instance, batching, [part], outbox)
+            half = len(batch) // 2
+            alone = isinstance(error.__cause__, NotRowwise)
+            for smaller in ([part] for part in batch) if alone else (batch[:half], batch[half:]):
+                self._answer_batch(instance, batching, smaller, outbox)
             return
-        if self._metrics is not None and (rows := sum(part.rows for part in batch)):
-            self._metrics.batch(self._model_name, rows)
         for part, outputs in zip(batch, shares, strict=True):
             try:
                 answer = self._finish(instance, self._codec(part.asked.protocol), part.request, outputs)
@@ -266,6 +337,11 @@ class LoadedVersion:
             else:
                 outbox.put(part.asked.future, answer)
         outbox.send()
+
+    def _count_rows(self, rows: int) -> None:
+        """Count a call of the model with so many rows of requests; none are known where inputs have no rows."""
+        if self._metrics is not None and rows:
+            self._metrics.batch(self._model_name, rows)
 
     def _complain(self, why: NotRowwise) -> None:
         """Say, once, that requests share calls for nothing."""
@@ -297,7 +373,8 @@ class LoadedVersion:
             InferenceError: HandlerFailed for what is none.
         """
         inputs = self._inputs(instance, request)
-        outputs = self._stage("run_model", instance.handler.run_model, instance.model, inputs, request)
+        run_model = instance.handler.run_model
+        outputs = self._run_model(instance, inputs, request, run_model, instance.model, inputs, request)
         return self._finish(instance, codec, request, outputs)
 
     def _inputs(self, instance: Instance, request: Request) -> Any:
@@ -306,18 +383,19 @@ class LoadedVersion:
         if template is not None and template.inputs:
             payload: Any = request.payload
             return {name: payload[name] for name in template.inputs}
-        inputs = self._stage("preprocess", handler.preprocess, request)
+        inputs = self._stage("preprocess", inputs_of, handler, request)
+        children.end_child()  # a framework's threads are not there in a child, and its model may hang
         if template is not None and template.inputs is None:
-            template.inputs = _unchanged(inputs, request.payload) if handler.takes_what_fits else ()
+            template.inputs = unchanged(inputs, request.payload) if handler.takes_what_fits else ()
         return inputs
 
     def _codec(self, protocol: Protocol) -> Templates:
         """What decodes requests for this version, and encodes its answers."""
-        templates = self._templates.get(protocol.name)
+        templates = self._templates.get(protocol.codec_at)
         if templates is None:
             templates = Templates(protocol.codec, self._model_name, self.number)
-            if PROTOCOLS.get(protocol.name) is protocol:  # and not one of a single URL
-                self._templates[protocol.name] = templates
+            if type(protocol) is Protocol:  # REST makes a protocol of its own for each request
+                self._templates[protocol.codec_at] = templates
         return templates
 
     def _request(self, asked: _Asked, outbox: Outbox) -> Request | None:
@@ -328,7 +406,7 @@ class LoadedVersion:
             return asked.request
         try:
             request: Request = self._stage(
-                "decoding a request", self._codec(asked.protocol).decode_request, asked.call.request
+                "decoding a request", self._codec(asked.protocol).decode_request, asked.exchange.message
             )
         except InferenceError as error:
             outbox.put(asked.future, None, error)
@@ -340,16 +418,16 @@ class LoadedVersion:
 
     def _wanted(self, asked: CallJob, outbox: Outbox) -> bool:
         """Whether somebody waits for it and has time."""
-        deadline = asked.call.deadline
+        deadline = asked.exchange.deadline
         if deadline is not None and time.monotonic() >= deadline:
             late = DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
             outbox.put(asked.future, None, late)
             return False
-        return not asked.future.cancelled()
+        return not asked.future.done()
 
     def _finish(self, instance: Instance, codec: Templates, request: Request, outputs: Any) -> bytes:
         payload = self._stage("postprocess", instance.handler.postprocess, outputs, request)
-        return self._stage("encoding the answer", _encoded, codec, request, payload)  # type: ignore[no-any-return]
+        return self._stage("encoding the answer", _encoded, codec, instance.model, request, payload)  # type: ignore[no-any-return]
 
     def _stage(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -357,35 +435,82 @@ class LoadedVersion:
         except InferenceError:
             raise
         except BaseException as error:
-            raise as_failure(error, f'model "{self._model_name}" version {self.number}: {stage} failed: ') from error
+            raise as_failure(error, f"{self._where}: {stage} failed: ") from error
+
+    def _run_model(
+        self, instance: Instance, inputs: Any, request: Request, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """What `function`, which calls the model, returns.
+
+        Args:
+            inputs, request: what the model is called with, and for which request; of a batch the first.
+
+        Raises:
+            InferenceError: as `_stage`; HandlerFailed where the model refused what the handler's own `preprocess` had
+                made, rather than what the client had sent.
+        """
+        try:
+            return function(*args)
+        except InferenceError as error:
+            made = instance.handler.makes_inputs and not unchanged(inputs, request.payload)
+            if not (isinstance(error, BadRequest) and made and refused_by(instance.model, error)):
+                raise
+            raise HandlerFailed(f"{self._where}: it refuses what preprocess returned: {error}") from error
+        except BaseException as error:
+            explained = instance.model.explain(error)  # a handler may call the framework's own model
+            if isinstance(explained, BadRequest):
+                explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
+            raise as_failure(explained, f"{self._where}: run_model failed: ") from error
+
+    async def rehearse(self) -> str:
+        """As `rehearsal.rehearse`, on one of the threads, for the first instance.
+
+        Raises:
+            InferenceError: the handler cannot answer.
+        """
+
+        def job() -> str:
+            instance = self.loaded.instances[0]
+            with instance.model.session():
+                return rehearse(self.loaded.folder, instance.model, instance.handler)
+
+        return await self._workers.run(job)
 
     def waiting(self) -> int:
         """How many requests wait for one of the threads. Any thread."""
         return self._workers.waiting()
 
     async def close(self) -> None:
-        """Finish what was asked for, then close the model and let go of it."""
+        """Finish what was asked for, then close the model and free its memory."""
         await self._workers.close(self._release)
 
     def _release(self) -> None:
         loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            self._meter.forget(self._work)
-            with ExitStack() as stack:  # each, whatever becomes of another
-                for instance in loaded.instances:
-                    stack.callback(instance.model.close)
+        if loaded is None:
+            return
+        self._meter.forget(self._work)
+        instances, sources = list(loaded.instances), loaded.sources
+        del loaded  # or the models would outlive `unload`
+        unload(instances, sources)
 
 
-def _encoded(codec: Templates, request: Request, payload: Any) -> bytes:
-    return codec.encode_response(narrow(payload, request), request)
-
-
-def _unchanged(inputs: Any, payload: Any) -> tuple[str, ...]:
-    """The names of `inputs`, if they are the arrays of `payload` by the same names; else none."""
-    if not isinstance(inputs, Mapping) or not isinstance(payload, Mapping) or len(inputs) != len(payload):
-        return ()
-    same = all(name in payload and payload[name] is value for name, value in inputs.items())
-    return tuple(inputs) if same else ()
+def _encoded(codec: Templates, model: Model, request: Request, payload: Any) -> bytes:
+    """Raises:
+    BadRequest: the request asks for an output that is not in `payload`.
+    TypeError: the protocol cannot hold `payload`.
+    """
+    check_answer(payload)
+    try:
+        return codec.encode_response(narrow(payload, request), request)
+    except TypeError as error:
+        failure = error
+    try:  # the framework's own tensors, perhaps
+        return codec.encode_response(narrow(model.to_numpy(payload), request), request)
+    except TypeError as error:
+        failure = error
+    except RecursionError:  # it is nested more deeply than Python recurses
+        pass
+    raise TypeError(f"{failure}; postprocess returned {kind_of(payload)}") from failure
 
 
 class _Asked(CallJob):
@@ -396,12 +521,15 @@ class _Asked(CallJob):
     def __init__(
         self,
         version: LoadedVersion,
-        call: Call,
+        exchange: Exchange,
         protocol: Protocol,
         request: Request | None,
         future: asyncio.Future[Any],
+        *,
+        priority: int,
+        expires: float,
     ) -> None:
-        super().__init__(call, future)
+        super().__init__(exchange, future, priority=priority, expires=expires)
         self._version = version
         self.protocol = protocol
         self.request = request
@@ -423,9 +551,9 @@ class _AskedForEach(CallJob):
     __slots__ = ("_requests", "_version")
 
     def __init__(
-        self, version: LoadedVersion, call: Call, requests: Sequence[Request], future: asyncio.Future[Any]
+        self, version: LoadedVersion, exchange: Exchange, requests: Sequence[Request], future: asyncio.Future[Any]
     ) -> None:
-        super().__init__(call, future)
+        super().__init__(exchange, future)
         self._version = version
         self._requests = requests
 
@@ -445,11 +573,14 @@ class ServedModel:
     def __init__(self, name: str, meter: LoadMeter) -> None:
         self.name = name
         self._meter = meter
+        self._decoding = Coroutines()
         self.task_id: int | None = None
         self.versions: Mapping[int, VersionStatus] = MappingProxyType({})
         """Every version that is served, is to be, or was until a moment ago."""
         self.refusal = ""
         """Why its folder, as it is now, cannot be taken; "" if it can. What was loaded before stays."""
+        self.unserved_labels: Mapping[str, int] = MappingProxyType({})
+        """The labels of its config whose versions are not loaded. Each stays where it was, if it was anywhere."""
         self._loaded: Mapping[int, LoadedVersion] = {}
         self._labels: Mapping[str, int] = {}
         self._newest: LoadedVersion | None = None
@@ -461,6 +592,7 @@ class ServedModel:
         loaded: Mapping[int, LoadedVersion],
         versions: Mapping[int, VersionStatus],
         labels: Mapping[str, int],
+        unserved_labels: Mapping[str, int],
         refusal: str,
     ) -> None:
         """Replace everything, in one step. What is not in `loaded` gets no more requests and may be closed."""
@@ -468,6 +600,7 @@ class ServedModel:
         self.versions = MappingProxyType(dict(versions))
         self._loaded = loaded
         self._labels = labels
+        self.unserved_labels = MappingProxyType(dict(unserved_labels))
         self.refusal = refusal
         self._newest = loaded[max(loaded)] if loaded else None
 
@@ -476,71 +609,138 @@ class ServedModel:
         return sum(version.waiting() for version in self._loaded.values())
 
     @property
+    def loaded(self) -> Mapping[int, LoadedVersion]:
+        """The versions that answer requests, by number."""
+        return self._loaded
+
+    def describe_labels(self) -> str:
+        """What is wrong with `unserved_labels`; "" if there are none."""
+        if not self.unserved_labels:
+            return ""
+        said = ", ".join(f'"{label}" is version {number}' for label, number in sorted(self.unserved_labels.items()))
+        loaded = ", ".join(map(str, sorted(self._loaded))) or "none"
+        return f"version_labels: {said}; expected versions that are loaded, which are {loaded}"
+
+    @property
     def ready(self) -> bool:
         """Whether requests that name no version are answered."""
         return self._newest is not None
 
-    async def answer(self, call: Call, protocol: Protocol) -> bytes:
-        """The answer to `call`, from beginning to end by one version: the one that it names by number or label, or the
-        newest. `protocol` may also be one of `protocol.QUESTIONS`.
+    def begin(self, exchange: Exchange, protocol: Protocol) -> None:
+        """Have one version answer `exchange` from beginning to end: the one that it names by number or label, or the
+        newest. `protocol` may also be one of `protocol.QUESTIONS` or `protocol.TRANSFORMS`. Event loop only.
 
-        Cancelling it takes the request out of the queue; what runs already runs to its end.
+        The client's leaving takes the request out of the queue; what runs already runs to its end. The exchange fails
+        with:
 
-        Raises:
-            ModelNotFound: no such version.
-            ModelNotReady: that version, or with none named every version, cannot answer now.
-            DeadlineExceeded: `call.deadline` had passed before the request's turn came.
-            BadRequest: the request is malformed or does not fit the model; no version has that label.
-            HandlerFailed: handler or model raised, or the protocol cannot hold the answer; its cause is attached.
+        - ModelNotFound: there is no such version.
+        - ModelNotReady: that version, or with none named every version, cannot answer now.
+        - DeadlineExceeded: its deadline had passed before the request's turn came.
+        - BadRequest: the request is malformed or does not fit the model; no version has that label.
+        - HandlerFailed: handler or model raised, or the protocol cannot hold the answer.
         """
-        if not protocol.codec_at and protocol is not MULTI_INFERENCE:
-            return await _QUESTIONS[protocol.name](self, call)
+        if protocol.codec_at:
+            try:
+                self._infer(exchange, protocol)
+            except InferenceError as error:
+                self._fail(exchange, error)
+        elif protocol is MULTI_INFERENCE:
+            self._decoding.answer(exchange, self._multi_inference)
+        else:
+            exchange.reply(_QUESTIONS[protocol.name](self, exchange))
+
+    def _infer(self, exchange: Exchange, protocol: Protocol) -> None:
+        priority, expires = 0, math.inf
+        if protocol.read_queueing is not None:
+            asked = protocol.read_queueing(exchange.message)
+            priority = asked.priority
+            if asked.timeout_s:
+                expires = time.monotonic() + asked.timeout_s
+
+        def queue(version: LoadedVersion, request: Request | None) -> None:
+            # Between `_pick` and here nothing waits: a version gets no request after `publish` without it.
+            answering = version.begin(exchange, protocol, request, priority=priority, expires=expires)
+            exchange.on_cancel(answering.cancel)
+            answering.add_done_callback(answered)
+
+        def answered(answering: asyncio.Future[bytes | Request]) -> None:
+            if answering.cancelled():
+                exchange.fail(AttemptCancelled("the request was cancelled"))  # nothing, if the client has left
+                return
+            if (error := answering.exception()) is not None:
+                self._fail(exchange, error)
+                return
+            answer = answering.result()
+            if not isinstance(answer, Request):
+                exchange.reply(answer, self._meter.answered())
+                return
+            try:
+                queue(self._pick_for(answer), answer)
+            except InferenceError as failure:
+                self._fail(exchange, failure)
+
+        queue(self._pick(None), None)
+
+    def _fail(self, exchange: Exchange, error: BaseException) -> None:
+        if isinstance(error, InferenceError):
+            error.trailers = self._meter.answered(error)
+        fail(exchange, error)
+
+    async def _multi_inference(self, exchange: Exchange) -> Answer:
         try:
-            answer = await (self._infer(call, protocol) if protocol.codec_at else self._multi_inference(call))
+            requests = await asyncio.to_thread(tfserving_examples.decode_multi_inference, exchange.message)
+            answer = await self._pick_for(requests[0]).begin_each(exchange, requests)
         except InferenceError as error:
-            self._meter.answered(call, error)
+            error.trailers = self._meter.answered(error)
             raise
-        self._meter.answered(call)
-        return answer
+        return Answer(answer, self._meter.answered())
 
-    async def _infer(self, call: Call, protocol: Protocol) -> bytes:
-        # Between `_pick` and the queue nothing waits: a version gets no request after `publish` without it.
-        answer = await self._pick(None).answer(call, protocol)
-        while isinstance(answer, Request):
-            answer = await self._pick_for(answer).answer(call, protocol, answer)
-        return answer
+    def _same_message(self, exchange: Exchange) -> bytes:
+        self._pick(None)
+        return bytes(exchange.message)
 
-    async def _multi_inference(self, call: Call) -> bytes:
-        requests = await asyncio.to_thread(tfserving_examples.decode_multi_inference, call.request)
-        return await self._pick_for(requests[0]).answer_each(call, requests)
-
-    async def _metadata(self, call: Call) -> bytes:
+    def _metadata(self, exchange: Exchange) -> bytes:
         # Name and version stand where they stand in a ModelInferRequest.
-        loaded = self._pick(openinference.decode_request(call.request).version).loaded
+        loaded = self._pick(openinference.decode_request(exchange.message).version).loaded
         signature = loaded.model.signature
         return openinference.encode_metadata(
             self.name,
             sorted(self._loaded),
-            loaded.platform,
+            loaded.model.platform or loaded.platform,
             inputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.inputs],
             outputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.outputs],
         )
 
-    async def _signatures(self, call: Call) -> bytes:
-        version = self._pick_for(tfserving_models.decode_metadata_request(call.request))
+    def _ready(self, exchange: Exchange) -> bytes:
+        try:
+            self._pick(openinference.decode_request(exchange.message).version)
+        except ModelNotReady:
+            ready = False
+        else:
+            ready = True
+        body: bytes = messages.ModelReadyResponse(ready=ready).SerializeToString()
+        return body
+
+    def _signatures(self, exchange: Exchange) -> bytes:
+        version = self._pick_for(tfserving_models.decode_metadata_request(exchange.message))
         signatures = version.loaded.model.signatures
         return tfserving_models.encode_metadata(
             self.name,
             version.number,
             {
-                name: (signature.method, _described(signature.inputs), _described(signature.outputs))
+                name: tfserving_models.DescribedSignature(
+                    method=signature.method,
+                    inputs=_described(signature.inputs),
+                    outputs=_described(signature.outputs),
+                    defaults={spec.name: spec.default for spec in signature.inputs if spec.default is not None},
+                )
                 for name, signature in signatures.items()
             },
         )
 
-    async def _status(self, call: Call) -> bytes:
-        asked = tfserving_models.decode_status_request(call.request)
-        number = self._labelled(asked.label) if asked.label else asked.version
+    def _status(self, exchange: Exchange) -> bytes:
+        # TensorFlow Serving passes over a label here, and tells the states of all versions.
+        number = tfserving_models.decode_status_request(exchange.message).version
         statuses = {n: status for n, status in sorted(self.versions.items(), reverse=True) if number in (None, n)}
         if not statuses:
             which = "any versions" if number is None else f"version {number}"
@@ -587,7 +787,9 @@ class ServedModel:
         if picked is not None:
             return picked
         if version is None:
-            raise ModelNotReady(f'model "{self.name}" is not ready: {self._why()}')
+            loading = any(status.state is State.LOADING for status in self.versions.values())
+            what = "still loading" if loading else "not ready"
+            raise ModelNotReady(f'model "{self.name}" is {what}: {self._why()}')
         if version in self.versions:
             state = self.versions[version].state.value
             raise ModelNotReady(f'version {version} of model "{self.name}" is not ready: it is {state}')
@@ -604,10 +806,12 @@ class ServedModel:
         )
 
 
-_QUESTIONS: Mapping[str, Callable[[ServedModel, Call], Awaitable[bytes]]] = {
+_QUESTIONS: Mapping[str, Callable[[ServedModel, Exchange], bytes]] = {
     METADATA.name: ServedModel._metadata,
+    READY.name: ServedModel._ready,
     SIGNATURES.name: ServedModel._signatures,
     VERSIONS.name: ServedModel._status,
+    **{transform.name: ServedModel._same_message for transform in TRANSFORMS},
 }
 _TENSORFLOWS_STATES = {
     State.LOADING: "LOADING",

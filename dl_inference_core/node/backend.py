@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,19 +29,34 @@ class TensorSpec:
         dtype: its numpy dtype; None where the model does not say.
         shape: its sizes, None for a free one; None in place of the tuple where even the rank is unknown.
         native_name: what the framework calls it, where that is another name.
+        optional: whether a request may leave this input out; the model then uses its own default value.
+        default: the value of an optional input that is left out, read-only; None where only the model knows it.
+        number_dtype: the dtype to which numbers without a dtype of their own (JSON, Seldon's lists) are converted where
+            `dtype` is None; None leaves them as they were decoded.
     """
 
     name: str
     dtype: np.dtype[Any] | None = ANY
     shape: tuple[int | None, ...] | None = ANY
     native_name: str = ""
+    optional: bool = False
+    default: Tensor | None = field(default=None, repr=False, compare=False)
+    number_dtype: np.dtype[Any] | None = None
+
+    def takes_shape(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of that shape fits."""
+        sizes = self.shape
+        # Usually only the first size is free.
+        if sizes is None or (shape and sizes[:1] == (None,) and sizes[1:] == shape[1:]):
+            return True
+        return len(sizes) == len(shape) and all(size in (None, given) for size, given in zip(sizes, shape, strict=True))
 
     def __str__(self) -> str:
-        dtype = "any dtype" if self.dtype is None else self.dtype.name
+        dtype = "any dtype" if self.dtype is None else _named(self.dtype)
         shape = (
             "any shape" if self.shape is None else f"[{', '.join('?' if n is None else str(n) for n in self.shape)}]"
         )
-        return f'"{self.name}" ({dtype}, {shape})'
+        return f'"{self.name}" ({dtype}, {shape}{", optional" if self.optional else ""})'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,56 +66,95 @@ class Signature:
     Attributes:
         inputs: none means that the model does not say, and anything passes; or, if it is `exact`, that it takes none.
         method: a `tensors.Method`'s value, or a framework's own word.
+        checks_shapes: whether `bind` refuses a tensor of another shape than its input's; if not, the model decides.
+        positional: whether `inputs` are in the order in which the model takes them, so that the first one stands for a
+            tensor without a name where the model requires none.
     """
 
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
     method: str = Method.PREDICT.value
     exact: bool = False
+    checks_shapes: bool = True
+    positional: bool = False
+
+    @property
+    def unnamed(self) -> TensorSpec | None:
+        """The input for which a tensor without a name stands: the only one that the model requires; if it requires
+        none, its only one, or the first of a `positional` signature. None: there is no such input."""
+        required = [spec for spec in self.inputs if not spec.optional]
+        if not required and self.positional:
+            return self.inputs[0] if self.inputs else None
+        among = required or self.inputs
+        return among[0] if len(among) == 1 else None
 
     def bind(self, tensors: Tensors, *, cast: bool = False) -> dict[str, Tensor]:
-        """`tensors` checked against the inputs. With `cast`, numbers are converted where no value changes kind:
-        any number to a floating-point dtype, whole numbers to an integer one; what is empty is of any dtype.
+        """`tensors` checked against the inputs, in the order of the signature. An optional input that is missing gets
+        its default, or stays missing where only the model knows that. With `cast`, numbers are converted where no value
+        changes kind: any number to a floating-point dtype, whole numbers to an integer one; an empty tensor is
+        converted to any dtype.
 
         Raises:
             BadRequest: a name, dtype or shape that does not fit; names what was expected.
         """
         if not self.inputs and not self.exact:
             return dict(tensors)
-        if len(tensors) != len(self.inputs) or any(spec.name not in tensors for spec in self.inputs):
+        specs = [spec for spec in self.inputs if spec.name in tensors or not spec.optional]
+        if len(tensors) != len(specs) or any(spec.name not in tensors for spec in specs):
             given = ", ".join(f'"{name}"' for name in sorted(tensors)) or "none"
             expected = f"the inputs {', '.join(map(str, self.inputs))}" if self.inputs else "no inputs"
-            raise BadRequest(f"input size does not match signature: expected {expected}; got {given}")
-        return {spec.name: _fit(spec, tensors[spec.name], cast) for spec in self.inputs}
+            # What was sent in excess and what is missing is said in TensorFlow Serving's words.
+            extra = ",".join(sorted(tensors.keys() - {spec.name for spec in specs}))
+            missing = ",".join(sorted({spec.name for spec in specs} - tensors.keys()))
+            raise BadRequest(
+                f"input size does not match signature: expected {expected}; got {given}. Sent extra: {{{extra}}}. "
+                f"Missing but required: {{{missing}}}."
+            )
+        bound = {spec.name: _fit(spec, tensors[spec.name], cast, self.checks_shapes) for spec in specs}
+        if len(specs) == len(self.inputs):
+            return bound
+        defaults = {spec.name: spec.default for spec in self.inputs if spec.default is not None}
+        bound = {**defaults, **bound}
+        return {spec.name: bound[spec.name] for spec in self.inputs if spec.name in bound}
 
     def bind_one(self, tensor: Tensor, *, cast: bool) -> dict[str, Tensor]:
-        """A tensor without a name, as the model's only input.
+        """A tensor without a name, as the input `unnamed`.
 
         Raises:
-            BadRequest: as `bind`; or the model has several inputs.
+            BadRequest: as `bind`; or the model has no such input.
         """
         if not self.inputs and not self.exact:
             return {"input": tensor}
-        if len(self.inputs) != 1:
+        spec = self.unnamed
+        if spec is None:
             raise BadRequest(
                 f"the model has {len(self.inputs)} inputs, {', '.join(map(str, self.inputs)) or 'none'}: "
                 "one tensor without a name cannot stand for them"
             )
-        return self.bind({self.inputs[0].name: tensor}, cast=cast)
+        return self.bind({spec.name: tensor}, cast=cast)
+
+    def fits_shapes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether each of `inputs`, arrays or the framework's tensors, has a shape that its input takes; what has no
+        shape does not."""
+        for spec in self.inputs:
+            if spec.name in inputs:
+                shape = getattr(inputs[spec.name], "shape", None)
+                if shape is None or not spec.takes_shape(tuple(shape)):
+                    return False
+        return True
 
 
-def _fit(spec: TensorSpec, tensor: Tensor, cast: bool) -> Tensor:
-    if spec.dtype is not None and tensor.dtype != spec.dtype:
-        if not cast or (tensor.size and (tensor.dtype.kind not in "biuf" or spec.dtype.kind == "O")):
-            raise BadRequest(f"input {spec} does not take dtype {tensor.dtype.name}")
-        tensor = _convert(tensor, spec, spec.dtype)
-    shape = spec.shape
-    # Nearly always the rows alone are free.
-    if shape is None or (tensor.ndim and shape[:1] == (None,) and shape[1:] == tensor.shape[1:]):
-        return tensor
-    if len(shape) != tensor.ndim or any(
-        size not in (None, given) for size, given in zip(shape, tensor.shape, strict=True)
-    ):
+def _named(dtype: np.dtype[Any]) -> str:
+    return "string" if dtype.kind == "O" else dtype.name
+
+
+def _fit(spec: TensorSpec, tensor: Tensor, cast: bool, check_shape: bool) -> Tensor:
+    dtype = spec.number_dtype if cast and spec.dtype is None else spec.dtype
+    if dtype is not None and tensor.dtype != dtype:
+        if not cast or (tensor.size and (tensor.dtype.kind not in "biuf" or dtype.kind == "O")):
+            raise BadRequest(f"input {spec} does not take dtype {_named(tensor.dtype)}")
+        tensor = _convert(tensor, spec, dtype)
+    if check_shape and not spec.takes_shape(tensor.shape):
         raise BadRequest(f"input {spec} does not take shape {list(tensor.shape)}")
     return tensor
 
@@ -136,10 +191,19 @@ class Model(ABC):
     signature: Signature = Signature()
     """The default one."""
 
+    platform: str = ""
+    """The platform in the Open Inference Protocol's metadata: framework_format, by Triton's name where Triton has one
+    ("tensorflow_savedmodel"); "" is the backend's name."""
+
     @property
     def signatures(self) -> Mapping[str, Signature]:
-        """Every signature by its name."""
+        """Every signature that requests can ask for, by its name."""
         return {DEFAULT_SIGNATURE: self.signature}
+
+    @property
+    def unserved(self) -> Mapping[str, str]:
+        """By name, why a signature that the model's files have is not among `signatures`."""
+        return {}
 
     @property
     @abstractmethod
@@ -158,6 +222,11 @@ class Model(ABC):
             BadRequest: the framework says that it is the inputs' fault.
             Exception: whatever the framework raises; the client sees INTERNAL with a request id.
         """
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The error to report in place of `error`, which a call of `native` raised: BadRequest where the framework says
+        that it is the inputs' fault, or an error whose first line says what was wrong. By default `error` itself."""
+        return error
 
     @abstractmethod
     def to_native(self, value: Any) -> Any:
@@ -179,6 +248,11 @@ class Model(ABC):
     def close(self) -> None:
         """Release what garbage collection would not."""
 
+    @classmethod
+    def return_memory(cls) -> None:
+        """Give free memory that the framework keeps back to the system, a device's included. Called on any thread, once
+        a model of this class has been closed and its objects have been freed."""
+
 
 class Backend(ABC):
     """A framework that loads models. One object per process, made with what `[backends.NAME]` says in the config.
@@ -189,6 +263,9 @@ class Backend(ABC):
     name: ClassVar[str]
     Options: ClassVar[type[PluginOptions]] = PluginOptions
     ModelOptions: ClassVar[type[PluginOptions]] = PluginOptions
+    refuses_shapes: ClassVar[bool] = False
+    """Whether a model itself refuses inputs of a shape that it cannot take, by BadRequest. Only then can
+    `check_shapes = false` leave shapes to it."""
 
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
@@ -221,3 +298,33 @@ class Backend(ABC):
         Raises:
             ModelError: what is wrong with the model, and what would help.
         """
+
+
+def on_demand(cls: type[Backend], make: Callable[[], Backend]) -> Backend:
+    """A backend that stands for one of class `cls` and calls `make` for it when the first model is loaded, once per
+    process: a backend that cannot be made stops only the models that need it. Any thread.
+
+    What `make` raises is raised by that `load`; the next `load` tries again.
+    """
+
+    class OnDemand(Backend):
+        name = cls.name
+        Options = cls.Options
+        ModelOptions = cls.ModelOptions
+        refuses_shapes = cls.refuses_shapes
+
+        def __init__(self) -> None:
+            super().__init__(PluginOptions())
+            self._lock = threading.Lock()
+            self._made: Backend | None = None
+
+        @classmethod
+        def recognises(cls_, directory: Path) -> bool:  # noqa: N804 - `cls` is the class that this one stands for
+            return cls.recognises(directory)
+
+        def load(self, directory: Path, options: PluginOptions, device: str) -> Model:
+            with self._lock:
+                made = self._made = self._made or make()
+            return made.load(directory, options, device)
+
+    return OnDemand()

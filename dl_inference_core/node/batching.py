@@ -8,12 +8,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
 from dl_inference_core.config import PluginOptions
+from dl_inference_core.node.backend import Signature
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Request
 
 Key: TypeAlias = "tuple[Any, ...]"
@@ -101,10 +103,20 @@ class Batching:
     """How one version batches. Any thread.
 
     Attributes:
-        signatures: those whose requests may share batches; None is all.
+        signatures: the names of those whose requests may share batches; None is all.
     """
 
-    def __init__(self, config: BatchingConfig, join: Join, signatures: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        config: BatchingConfig,
+        join: Join,
+        signatures: Iterable[str] | None = None,
+        unchecked: Mapping[str, Signature] = MappingProxyType({}),
+    ) -> None:
+        """Args:
+        unchecked: by name, the signatures that leave shapes to the model. A request whose inputs do not have such a
+            signature's shapes is run alone, and is neither padded nor split.
+        """
         self.max_rows = config.max_rows
         self.delay_s = config.max_delay_us / 1e6
         self.tolerance = config.tolerance
@@ -113,6 +125,7 @@ class Batching:
         self._buckets = {name: (bucket, sorted(bucket.to)) for name, bucket in config.buckets.items()}
         self._splits = config.enabled is True
         self._join = join
+        self._unchecked = unchecked
         self.signatures = None if signatures is None else frozenset(signatures)
 
     @property
@@ -145,6 +158,9 @@ class Batching:
         if self.signatures is not None and signature not in self.signatures:
             return alone
         if not isinstance(inputs, Mapping) or not inputs:
+            return alone
+        unchecked = self._unchecked.get(signature)
+        if unchecked is not None and not unchecked.fits_shapes(inputs):
             return alone
         cut: Mapping[str, tuple[int, int]] = {}
         if self._buckets:
@@ -195,8 +211,14 @@ class Batching:
                 rows += part.rows
             yield batch
 
-    def run(self, parts: Sequence[Part], model: Callable[[Any], Any]) -> list[Any]:
+    def run(
+        self, parts: Sequence[Part], model: Callable[[Any], Any], called: Callable[[int], None] = lambda rows: None
+    ) -> list[Any]:
         """Each part's outputs, of calls of `model` with the rows of all together.
+
+        Args:
+            called: told of each call of `model` that succeeded, with the number of rows of requests in it: copies that
+                fill it up to one of `allowed_rows` do not count.
 
         Raises:
             NotRowwise: the outputs cannot be taken apart.
@@ -205,10 +227,15 @@ class Batching:
         rows = sum(part.rows for part in parts)
         inputs = parts[0].inputs
         if len(parts) == 1 and not self._is_remade(rows):
-            return [_cut(model(inputs), parts[0].cut)]
+            outputs = model(inputs)
+            called(rows)
+            return [_cut(outputs, parts[0].cut)]
         if len(parts) > 1:
             inputs = {name: self._join([part.inputs[name] for part in parts]) for name in inputs}
-        outputs = self._call(inputs, rows, model) if rows <= self.max_rows else self._in_pieces(inputs, rows, model)
+        if rows <= self.max_rows:
+            outputs = self._call(inputs, rows, model, called)
+        else:
+            outputs = self._in_pieces(inputs, rows, model, called)
         shares, start = [], 0
         for part in parts:
             stop = start + part.rows
@@ -220,19 +247,24 @@ class Batching:
         """Whether inputs of so many rows, of one request, are split or padded."""
         return self._splits if rows > self.max_rows else bool(self._allowed and rows) and rows not in self._allowed
 
-    def _in_pieces(self, inputs: Mapping[str, Any], rows: int, model: Callable[[Any], Any]) -> Any:
+    def _in_pieces(
+        self, inputs: Mapping[str, Any], rows: int, model: Callable[[Any], Any], called: Callable[[int], None]
+    ) -> Any:
         pieces = []
         for start in range(0, rows, self.max_rows):
             piece = {name: value[start : start + self.max_rows] for name, value in inputs.items()}
-            pieces.append(self._call(piece, min(self.max_rows, rows - start), model))
+            pieces.append(self._call(piece, min(self.max_rows, rows - start), model, called))
         return {name: self._join([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _call(self, inputs: Mapping[str, Any], rows: int, model: Callable[[Any], Any]) -> Any:
+    def _call(
+        self, inputs: Mapping[str, Any], rows: int, model: Callable[[Any], Any], called: Callable[[int], None]
+    ) -> Any:
         size = self._allowed[bisect_left(self._allowed, rows)] if self._allowed else rows
         if size > rows:
             more = size - rows
             inputs = {name: self._join([value, *[value[-1:]] * more]) for name, value in inputs.items()}
         outputs = model(inputs)
+        called(rows)
         for name, value in _named(outputs):
             if not getattr(value, "shape", None) or value.shape[0] != size:
                 raise NotRowwise(

@@ -6,13 +6,15 @@ outputs back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dl_inference_core.config import PluginOptions
-from dl_inference_core.errors import BadRequest
+from dl_inference_core.errors import BadRequest, FailedPrecondition, InferenceError, ModelError
 from dl_inference_core.node.backend import Model, Signature
+from dl_inference_core.node.rest_inputs import bind_rest
 from dl_inference_core.tensors import (
     DEFAULT_SIGNATURE,
     Form,
@@ -25,21 +27,26 @@ from dl_inference_core.tensors import (
     from_json,
 )
 
-_EXPECTED = {
-    Method.CLASSIFY: ("classification", frozenset({"classes", "scores"})),
-    Method.REGRESS: ("regression", frozenset({"outputs"})),
+_RESULTS = {
+    Method.CLASSIFY: ("classification", ("classes", "scores")),
+    Method.REGRESS: ("regression", ("outputs",)),
 }
-"""What TensorFlow Serving calls a signature for each method, and the outputs that one must have."""
+"""For each method TensorFlow Serving's noun for it, and the outputs of which its signature must have one or more; it
+has no more outputs than these."""
+_EXAMPLES = "inputs"
+"""TensorFlow Serving's name for the input that takes the examples of Classify and Regress."""
 
 
 class Handler:
     """The business end of a model: subclass it, override what differs, and name it in `model.toml` (`handler = "…"`),
     or define it in a `handler.py` beside the model.
 
-    One object per loaded version, or per copy of its model where it has several. Methods run on the model's own
-    threads, one at a time per thread, inside the model's session (for torch: inference mode). Where requests share a
-    call of the model, `preprocess` is called for each of them first, and `postprocess` for each of them last. What they
-    raise, the client sees as INTERNAL with a request id; raise `BadRequest` to tell the client that its input is wrong.
+    One object per loaded version, or per copy of its model where it has several. Methods are plain functions, not
+    `async`: they run on the model's own threads, one at a time per thread, inside the model's session (for torch:
+    inference mode). Where requests share a call of the model, `preprocess` is called for each of them first, and
+    `postprocess` for each of them last. What they raise, the client sees as INTERNAL with a request id; raise
+    `BadRequest` to tell the client that its input is wrong. If the model refuses what a `preprocess` of one's own
+    returned, the client sees INTERNAL, too.
 
     A handler in full::
 
@@ -65,24 +72,48 @@ class Handler:
     anything of one request on `self`, nor give away the same array twice."""
     Options: ClassVar[type[PluginOptions]] = PluginOptions
 
+    @classmethod
+    def described(cls) -> str:
+        """The handler as messages name it. A class in a `handler.py` need not have a name of its own."""
+        return f'handler "{cls.name}"' if "name" in vars(cls) else f"handler class {cls.__qualname__}"
+
     def __init__(self, options: PluginOptions) -> None:
         self.options = options
         self.signature = Signature()
         """The model's default one."""
         self.signatures: Mapping[str, Signature] = {DEFAULT_SIGNATURE: self.signature}
 
+    def prepare(self, model: Model, directory: Path) -> None:
+        """Take the model's signatures, then `load`. The service calls it, so that a handler whose `load` is its own has
+        the signatures without `super()`. Not to be overridden by handlers.
+
+        Raises:
+            ModelError: `load` is asynchronous.
+        """
+        self.signature = model.signature
+        self.signatures = model.signatures
+        load: Callable[[Model, Path], Any] = self.load
+        if is_awaitable(load(model, directory)):
+            raise ModelError(
+                f"{self.described()}: its load returned a coroutine; it must be a plain function, not async"
+            )
+
     def load(self, model: Model, directory: Path) -> None:
         """Called once, after the model is loaded and before the first request, on a thread that runs it and inside its
-        session: the place to warm it up.
+        session: the place to read a vocabulary, and to warm the model up. `self.signature` and `self.signatures` are
+        the model's by then. By default does nothing.
 
         Args:
             directory: the version's folder, for what lies beside the model: a vocabulary, labels.
         """
-        self.signature = model.signature
-        self.signatures = model.signatures
 
     def preprocess(self, request: Request) -> Any:
-        """What `run_model` takes, from a request. By default its tensors, checked against the model's signature.
+        """What `run_model` takes, from a request: by default its tensors, checked against the model's signature.
+
+        The default `run_model` takes a dict, by input name, of the framework's tensors or of what numpy reads: arrays,
+        numbers, text, lists, images, tables; or one of these alone, where the model has one input. What numpy reads
+        gets the dtype that the model states for the input. The client's own tensors, returned as they are, are checked
+        as by the default.
 
         Raises:
             BadRequest: the request does not fit the model.
@@ -90,36 +121,31 @@ class Handler:
         return bind(self.signature_for(request), request)
 
     def signature_for(self, request: Request) -> Signature:
-        """The signature that a request asks for. One for Predict will do for Classify and Regress too if it has their
-        outputs: TensorFlow 2 writes no other.
+        """The signature that a request asks for. Classify and Regress take any signature with the inputs and outputs
+        that they need, whatever its own method is, as TensorFlow Serving does by default.
 
         Raises:
-            BadRequest: the model has none of that name, or it is for another method.
+            BadRequest, FailedPrecondition: the model has no signature of that name, in the words and with the code
+                that TensorFlow Serving has for each method.
+            BadRequest: the signature does not have the inputs and outputs that the method needs.
         """
         signature = self._find_signature(request)
-        if request.method is Method.PREDICT or request.method.value == signature.method:
-            return signature
-        noun, outputs = _EXPECTED[request.method]
-        if signature.method != Method.PREDICT.value or outputs.isdisjoint(spec.name for spec in signature.outputs):
-            raise BadRequest(
-                f"Expected {noun} signature method_name to be {request.method.value}. Was: {signature.method}; for "
-                f"Predict it would do with an output named {' or '.join(sorted(outputs))}"
-            )
+        if request.method is not Method.PREDICT:
+            _check_results(signature, request.method)
         return signature
 
     def _find_signature(self, request: Request) -> Signature:
         name = request.signature or DEFAULT_SIGNATURE
         signature = self.signatures.get(name)
         if signature is None:
-            have = ", ".join(f'"{name}"' for name in sorted(self.signatures)) or "none"
-            raise BadRequest(f'Serving signature name: "{name[:100]}" not found in signature def; the model has {have}')
+            raise _unknown_signature(name[:100], request, self.signatures)
         return signature
 
     def run_model(self, model: Model, inputs: Any, request: Request) -> Any:
         """Call `model`, once or several times. By default once, on what `preprocess` returned.
 
         Raises:
-            BadRequest: the model has no signature of the name that the request asks for.
+            BadRequest, FailedPrecondition: the model has no signature of the name that the request asks for.
         """
         return self.run_batch(model, inputs, [request])
 
@@ -132,6 +158,18 @@ class Handler:
         """
         self._find_signature(requests[0])
         return model(inputs, requests[0].signature or DEFAULT_SIGNATURE)
+
+    @property
+    def calls_signatures(self) -> bool:
+        """Whether the model is called by its signatures, so that a model without any cannot answer."""
+        cls = type(self)
+        return cls.run_model is Handler.run_model and cls.run_batch is Handler.run_batch
+
+    @property
+    def makes_inputs(self) -> bool:
+        """Whether `preprocess` is the handler's own: if the model refuses what it returned, that is not the client's
+        fault."""
+        return type(self).preprocess is not Handler.preprocess
 
     @property
     def takes_batches(self) -> bool:
@@ -154,8 +192,83 @@ class Handler:
         return cls.preprocess is Handler.preprocess and cls.signature_for is Handler.signature_for
 
     def postprocess(self, outputs: Any, request: Request) -> Payload:
-        """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values."""
+        """The answer, from what `run_model` returned: named tensors, one tensor, bytes, str, or JSON values.
+
+        REST and Seldon's jsonData send lists as they are. The typed protocols make tensors of them, and fail where a
+        tensor could hold a list only by changing it (`[True, 3]`); an empty list has no dtype of its own. Answer with
+        arrays where clients need one dtype.
+        """
         return outputs  # type: ignore[no-any-return]
+
+
+def _unknown_signature(name: str, request: Request, signatures: Mapping[str, Signature]) -> InferenceError:
+    """TensorFlow Serving's words and code: REST looks the signature up before it reads the inputs, gRPC's Predict when
+    it runs the model."""
+    have = ", ".join(f'"{each}"' for each in sorted(signatures)) or "none"
+    if request.method is not Method.PREDICT:
+        return BadRequest(f"No signature was found with the name: {name}; the model has {have}")
+    if request.layout is not None:
+        return BadRequest(f'Serving signature name: "{name}" not found in signature def; the model has {have}')
+    return FailedPrecondition(f'Serving signature key "{name}" not found. The model has {have}')
+
+
+def _check_results(signature: Signature, method: Method) -> None:
+    """Raises:
+    BadRequest: examples cannot be the input of `signature`, or its outputs are not results of `method`.
+    """
+    noun, names = _RESULTS[method]
+    inputs = [spec.name for spec in signature.inputs]
+    outputs = [spec.name for spec in signature.outputs]
+    if len(inputs) != 1:
+        raise BadRequest(f"Expected one input Tensor. The signature has {', '.join(inputs) or 'none'}")
+    if not 1 <= len(outputs) <= len(names):
+        count = "one" if len(names) == 1 else "one or two"
+        plural = "" if len(names) == 1 else "s"
+        raise BadRequest(
+            f"Expected {count} output Tensor{plural}, found {len(outputs)}. The signature has "
+            f"{', '.join(outputs) or 'none'}"
+        )
+    if inputs != [_EXAMPLES]:
+        raise BadRequest(
+            f"No {noun} inputs found in SignatureDef: its input is {inputs[0]}; expected {_EXAMPLES}, which takes "
+            "examples"
+        )
+    if set(outputs).isdisjoint(names):
+        expected = " or ".join(f'"{name}"' for name in names)
+        words = f"Expected {noun} signature outputs to contain at least one of {expected}."
+        if method is Method.REGRESS:
+            words = f"No {noun} outputs found in SignatureDef: expected {expected}."
+        raise BadRequest(f"{words} The signature has {', '.join(outputs)}")
+
+
+def is_awaitable(returned: Any) -> bool:
+    """Whether a method returned something to be awaited. A coroutine is closed, or Python warns that nobody did."""
+    if inspect.iscoroutine(returned):
+        returned.close()
+    return inspect.isawaitable(returned)
+
+
+def check_function(where: str, function: Any, *arguments: str, **keywords: Any) -> None:
+    """Check what a handler or a `processor.py` has under the name of a function that the service calls.
+
+    Args:
+        where: names it in the error.
+        arguments: the names of those that the service gives it by position; `keywords`, those by name.
+
+    Raises:
+        ModelError: it is not a plain function, or does not take these arguments.
+    """
+    if not callable(function):
+        raise ModelError(f"{where} is {function!r}; expected a function")
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise ModelError(f"{where} is async; expected a plain function: a model has threads of its own")
+    try:
+        inspect.signature(function).bind(*arguments, **keywords)
+    except ValueError:  # it has no signature, as some functions that are written in C
+        pass
+    except TypeError:
+        expected = ", ".join((*arguments, *(("**kwargs",) if keywords else ())))
+        raise ModelError(f"{where} does not take its arguments, {expected}") from None
 
 
 def bind(signature: Signature, request: Request) -> dict[str, Any]:
@@ -165,6 +278,8 @@ def bind(signature: Signature, request: Request) -> dict[str, Any]:
         BadRequest: bytes or text, which no default can turn into tensors; or tensors that do not fit.
     """
     payload = request.payload
+    if request.layout is not None:
+        return bind_rest(signature, payload, request.layout)
     match request.form:
         case Form.TENSORS | Form.TENSORS_RAW:
             assert isinstance(payload, Mapping)
@@ -192,13 +307,15 @@ def narrow(payload: Payload, request: Request) -> Payload:
     """`payload` with only the outputs that the request asked for.
 
     Raises:
-        BadRequest: an output that is not among them.
+        BadRequest: an output that is not among them; in TensorFlow Serving's words.
     """
     if not request.outputs:
         return payload
     outputs: Tensors = payload if isinstance(payload, Mapping) else {"output": as_tensor(payload)}
-    unknown = [name for name in request.outputs if name not in outputs]
-    if unknown:
-        have = ", ".join(f'"{name}"' for name in outputs)
-        raise BadRequest(f'output tensor alias not found in signature: "{unknown[0]}"; the model gives {have}')
+    for name in request.outputs:
+        if name not in outputs:
+            raise BadRequest(
+                f"output tensor alias not found in signature: {name[:100]} Outputs expected to be in the set "
+                f"{{{','.join(sorted(outputs))}}}."
+            )
     return {name: outputs[name] for name in request.outputs}

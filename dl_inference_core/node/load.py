@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dl_inference_core.config import cores
+from dl_inference_core.cpus import available_cpus
 from dl_inference_core.errors import Blame, InferenceError
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Trailers
 from dl_inference_core.wire import orca
 
 _WINDOW_S = 2.0
@@ -57,7 +57,7 @@ class LoadMeter:
         self._answered = 0
         self._failed = 0
         self._work: set[Work] = set()
-        self._cores = cores()
+        self._cpus = available_cpus()
         self._samples = deque([self._sample()])
         self._trailers: tuple[tuple[str, bytes], ...] = ()
 
@@ -76,8 +76,9 @@ class LoadMeter:
         """A version will not work any more. Any thread."""
         self._work.discard(work)
 
-    def answered(self, call: Call, error: InferenceError | None = None) -> None:
-        """`call` was answered, or failed with `error`; if it is time for a report, that becomes a part of its trailers.
+    def answered(self, error: InferenceError | None = None) -> Trailers:
+        """A request was answered, or failed with `error`; returns the trailers to go with that: a report, if it is time
+        for one.
 
         Failures that are not the node's own do not count: they take next to no time, and would be taken for speed.
         """
@@ -91,7 +92,8 @@ class LoadMeter:
             self._report_at = now + self._pause
             if now - self._samples[-1].at >= _FRESH_S:
                 self._trailers = orca.trailers(self._report())
-            call.trailers.extend(self._trailers)
+            return self._trailers
+        return ()
 
     def _report(self) -> bytes:
         now = self._sample()
@@ -109,7 +111,7 @@ class LoadMeter:
                 qps=(now.answered - since.answered) / seconds,
                 eps=(now.failed - since.failed) / seconds,
             ),
-            cpu=(now.cpu - since.cpu) / (seconds * self._cores),
+            cpu=(now.cpu - since.cpu) / (seconds * self._cpus),
         )
 
     def _sample(self) -> _Sample:

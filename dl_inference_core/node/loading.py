@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field
 
+from dl_inference_core import children
 from dl_inference_core.config import NamedModel, PluginOptions, validated
-from dl_inference_core.errors import ModelError
-from dl_inference_core.node.answering import Instance, Loaded
+from dl_inference_core.errors import InferenceError, ModelError, text_of
+from dl_inference_core.files import decode
+from dl_inference_core.node.answering import Instance, Loaded, unload
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.batching import BatchingConfig
-from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.handling import Handler, check_function
+from dl_inference_core.node.model_files import is_ignored
 from dl_inference_core.node.processor import Processor
+from dl_inference_core.node.reclaiming import take_variables
 from dl_inference_core.node.scheduling import QueueLimits
-from dl_inference_core.node.sources import load_module
+from dl_inference_core.node.sources import Sources, load_module
 from dl_inference_core.node.warm_up import warm_up
 
 CONFIG_FILE = "model.toml"
+
+_METHODS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "load": ("model", "directory"),
+        "preprocess": ("request",),
+        "run_model": ("model", "inputs", "request"),
+        "run_batch": ("model", "inputs", "requests"),
+        "postprocess": ("outputs", "request"),
+    }
+)
+"""Those of a handler that the service calls, with the arguments that each is given."""
+
+_FIRST_WARNING_S = 30.0
+"""Seconds after which a load counts as slow: most take less, the import of a framework included."""
 
 T = TypeVar("T")
 
@@ -47,7 +68,7 @@ class ModelConfig(PluginOptions):
     model's folder only"""
     version_labels: dict[str, int] = Field(default={})
     """names for versions, as `{stable = 3}`, by which TensorFlow Serving's clients may ask for them; in the model's
-    folder only"""
+    folder only. A label of a version that is not loaded stays where it was; a warning and `check` name it"""
     backend: str | None = None
     """the backend; if left out, the one that recognises the version's files"""
     handler: str | None = None
@@ -64,6 +85,10 @@ class ModelConfig(PluginOptions):
     warm_up: bool = True
     """whether the model is run on samples before it is ready; false for one that counts its calls, which then batches
     only if it is told to"""
+    check_shapes: bool = True
+    """whether a request is refused if an input has another rank or size than the signature's; false, which the command
+    `tfserving` sets, gives such a request to the model alone, in no batch, and the model answers or refuses it; only
+    TensorFlow's models can refuse it, so for other backends shapes are always checked"""
     batching: BatchingConfig = BatchingConfig(enabled="auto")
     """how requests share a call of the model"""
     queue: QueueLimits = QueueLimits()
@@ -94,10 +119,10 @@ def read_config(
     for folder in folders:
         file = folder / CONFIG_FILE
         try:
-            table = tomllib.loads(file.read_text(encoding="utf-8"))
+            table = tomllib.loads(decode(file.read_bytes()))
         except FileNotFoundError:
             continue
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise ModelError(f"{file}: {error}") from error
         if folder is not folders[0] and (misplaced := MODELS_OWN & table.keys()):
             raise ModelError(f"{file}: {min(misplaced)} belongs in the model's folder, {folders[0] / CONFIG_FILE}")
@@ -109,7 +134,7 @@ def read_config(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
     """Attributes:
-    backends: every backend there is, made.
+    backends: every installed backend.
     handlers: every installed handler.
     defaults: as of `read_config`.
     """
@@ -118,9 +143,12 @@ class Loader:
     handlers: Mapping[str, type[Handler]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def load(self, named: NamedModel, folder: Path) -> Loaded:
+    def load(self, named: NamedModel, folder: Path, sources: Sources | None = None) -> Loaded:
         """The version of `named` in `folder`, which may be the model's own. Blocks; call it on a thread that will run
         it.
+
+        Args:
+            sources: takes the modules that the load imports; new ones by default.
 
         Raises:
             InferenceError: why it cannot be loaded; a ModelError unless a plugin had other words for it.
@@ -130,19 +158,29 @@ class Loader:
         backend = self._backend(config, folder)
         options = validated(backend.ModelOptions, config.options, f"options of backend {backend.name}")
         instances: list[Instance] = []
+        sources = sources or Sources()
+
+        def add_instance(device: str) -> None:
+            handler = self._handler(config, folders[::-1], runs_sources=named.sources)
+            instance = Instance(model=backend.load(folder, options, device), handler=handler)
+            instances.append(instance)
+            _check_signatures(folder, instance)
+            with instance.model.session(), _naming(f"{handler.described()}: its load failed"):
+                handler.prepare(instance.model, folder)
+            if backend.refuses_shapes and not config.check_shapes:
+                _leave_shapes_to_model(handler)
+
         try:
-            for device in (config.devices or (config.device,)) * config.instances:
-                handler = self._handler(config, folders[::-1], runs_sources=named.sources)
-                instances.append(Instance(model=backend.load(folder, options, device), handler=handler))
-                with instances[-1].model.session():
-                    handler.load(instances[-1].model, folder)
-            batchings = [
-                warm_up(folder, instance.model, instance.handler, config.batching, samples=config.warm_up)
-                for instance in instances
-            ]
-        except BaseException:
-            for instance in instances:
-                instance.model.close()
+            with sources:
+                for device in (config.devices or (config.device,)) * config.instances:
+                    add_instance(device)
+                batchings = [
+                    warm_up(folder, instance.model, instance.handler, config.batching, samples=config.warm_up)
+                    for instance in instances
+                ]
+        except BaseException as error:
+            children.end_child(error)  # which has none of the threads and devices that closing a model may need
+            unload(instances, sources, take_variables(error))
             raise
         return Loaded(
             instances=tuple(instances),
@@ -150,12 +188,14 @@ class Loader:
             threads=config.threads,
             batching=min(batchings, key=lambda batching: batching.max_rows if batching is not None else 0),
             queue=config.queue,
+            folder=folder,
+            sources=sources,
         )
 
     def _backend(self, config: ModelConfig, folder: Path) -> Backend:
         if config.backend is not None:
             return _named(self.backends, config.backend, "backend")
-        fitting = [backend for backend in self.backends.values() if backend.recognises(folder)]
+        fitting = self._fitting(folder)
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
@@ -163,8 +203,15 @@ class Loader:
             raise ModelError(
                 f"{folder}: several backends recognise it ({names}); say which with `backend` in {CONFIG_FILE}"
             )
-        files = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+        files = ", ".join(sorted(path.name for path in folder.iterdir() if not is_ignored(path.name))) or "nothing"
         raise ModelError(f"{folder}: no backend recognises it ({_names(self.backends)}); it holds {files}")
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether any backend recognises the files in `folder`."""
+        return bool(self._fitting(folder))
+
+    def _fitting(self, folder: Path) -> list[Backend]:
+        return [backend for backend in self.backends.values() if _recognises(backend, folder)]
 
     def _handler(self, config: ModelConfig, folders: tuple[Path, ...], *, runs_sources: bool) -> Handler:
         handler_file = _find("handler.py", folders)
@@ -181,14 +228,129 @@ class Loader:
             cls = Processor
         else:
             cls = Handler
-        options = validated(cls.Options, config.handler_options, f"handler_options of handler {cls.name}")
+        _check_class(cls)
+        options = validated(cls.Options, config.handler_options, f"handler_options of {cls.described()}")
         if not issubclass(cls, Processor):
-            return cls(options)
-        if processor_file is None:
+            arguments: tuple[Any, ...] = (options,)
+        elif processor_file is not None:
+            arguments = (options, load_module(processor_file))
+        else:
             raise ModelError(
-                f'handler "{cls.name}" needs a processor.py in {" or ".join(map(str, folders))}; there is none'
+                f"{cls.described()} needs a processor.py in {' or '.join(map(str, folders))}; there is none"
             )
-        return cls(options, load_module(processor_file))
+        with _naming(f"{cls.described()} cannot be made"):
+            handler = cls(*arguments)
+        _check_methods(handler)
+        return handler
+
+
+async def load_in_time(loading: Awaitable[None], sources: Sources, what: str, timeout_s: float) -> None:
+    """Wait for `loading`; log that it takes long after 30 s, 60 s, 120 s and so on. If it takes too long, or the caller
+    is cancelled, `loading` is cancelled, and other loads may import although a thread of this one goes on.
+
+    Args:
+        sources: those that the load imports into. The time for which it waits for other loads' imports does not count.
+        what: the model and its version, for messages.
+        timeout_s: seconds that it may take; 0 means no limit.
+
+    Raises:
+        ModelError: it took longer than `timeout_s`.
+        InferenceError: as `loading`.
+    """
+    task = asyncio.ensure_future(loading)
+    began, warning_s = time.monotonic(), _FIRST_WARNING_S
+    limit = f"; it is given up after {timeout_s:g} s (load_timeout_s)" if timeout_s else ""
+    try:
+        while True:
+            took_s = time.monotonic() - began
+            left_s = timeout_s + sources.waited_s() - took_s if timeout_s else warning_s
+            if left_s <= 0:
+                raise ModelError(
+                    f"the load took longer than {timeout_s:g} s (load_timeout_s), so it was given up; "
+                    "it is not tried again before its files change or the server starts again"
+                )
+            if took_s >= warning_s:
+                waits = ", because it waits for the imports of another model" if sources.waits else ""
+                _log.warning("still loading %s after %g s%s%s", what, warning_s, waits, limit)
+                warning_s *= 2
+            done, _ = await asyncio.wait((task,), timeout=min(left_s, warning_s - took_s))
+            if done:
+                return task.result()
+    finally:
+        if not task.done():
+            sources.give_up()
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+def _check_signatures(folder: Path, instance: Instance) -> None:
+    """Warn of each signature that is not served.
+
+    Raises:
+        ModelError: none is, and the handler needs one.
+    """
+    for name, reason in instance.model.unserved.items():
+        _log.warning('%s: signature "%s" is not served: %s', folder, name, reason)
+    if instance.model.signatures or not instance.handler.calls_signatures:
+        return
+    reasons = "; ".join(f'"{name}": {reason}' for name, reason in sorted(instance.model.unserved.items()))
+    raise ModelError(
+        f"{folder}: the model has no signature that can be served ({reasons or 'it was saved without any'}), so it "
+        "could not answer a request; save it with a signature, or give it a handler with a run_model of its own"
+    )
+
+
+def _leave_shapes_to_model(handler: Handler) -> None:
+    handler.signature = replace(handler.signature, checks_shapes=False)
+    handler.signatures = {
+        name: replace(signature, checks_shapes=False) for name, signature in handler.signatures.items()
+    }
+
+
+def _recognises(backend: Backend, folder: Path) -> bool:
+    """Whether `backend` recognises the files in `folder`; a backend that fails at that must not stop the others."""
+    try:
+        return backend.recognises(folder)
+    except BaseException as error:
+        _log.warning('%s: backend "%s" cannot tell whether it is one of its models: %r', folder, backend.name, error)
+        return False
+
+
+def _check_class(cls: type[Handler]) -> None:
+    """Raises:
+    ModelError: its options cannot be validated, or it replaces a method of the service's own.
+    """
+    options: Any = cls.Options
+    if not (isinstance(options, type) and issubclass(options, PluginOptions)):
+        raise ModelError(
+            f"{cls.described()}: its Options is {options!r}; expected a subclass of "
+            "dl_inference_core.config.PluginOptions"
+        )
+    if cls.prepare not in (Handler.prepare, Processor.prepare):
+        raise ModelError(f"{cls.described()}: prepare is a method of the service's own; give yours another name")
+
+
+def _check_methods(handler: Handler) -> None:
+    """Raises:
+    ModelError: a method is not a plain function, or does not take its arguments.
+    """
+    for name, arguments in _METHODS.items():
+        check_function(f"{handler.described()}: {name}", getattr(handler, name), *arguments)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Says what failed where a handler's own code raises.
+
+    Raises:
+        ModelError: `what`; the cause is attached.
+    """
+    try:
+        yield
+    except InferenceError:
+        raise
+    except BaseException as error:
+        raise ModelError(what) from error
 
 
 def _find(name: str, folders: tuple[Path, ...]) -> Path | None:
@@ -212,7 +374,9 @@ def _named(there: Mapping[str, T], name: str, kind: str) -> T:
     try:
         return there[name]
     except KeyError:
-        raise ModelError(f'no {kind} has the name "{name}" ({_names(there)})') from None
+        raise ModelError(
+            f'no {kind} has the name "{name}" ({_names(there)}); `dl-inference-core plugins` tells what is broken'
+        ) from None
 
 
 def _names(there: Mapping[str, Any]) -> str:
@@ -224,10 +388,10 @@ def in_words(error: BaseException) -> str:
     words: list[str] = []
     link: BaseException | None = error
     while link is not None:
-        text = str(link)
+        text = text_of(link)
         known = type(link).__module__ == ModelError.__module__
         said = text if known and text else f"{type(link).__name__}: {text}" if text else type(link).__name__
-        if not any(text and text in before for before in words):
+        if not any(said in before for before in words):
             words.append(said)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return "; because of ".join(words)

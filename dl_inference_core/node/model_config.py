@@ -9,10 +9,11 @@ from types import MappingProxyType
 
 from dl_inference_core.config import ModelsConfig, NamedModel
 from dl_inference_core.errors import BadRequest, Code, ConfigError, PermissionDenied, ReloadFailed
+from dl_inference_core.files import FileWatcher
 from dl_inference_core.node import tfserving_config
 from dl_inference_core.node.answering import ServedModel, State
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire import messages
 
 _log = logging.getLogger(__name__)
@@ -26,16 +27,19 @@ class NamedModels:
         ConfigError: `config.config_file` cannot be used, or names a model that `config.named` names.
         """
         self._config = config
-        self._content = b""
+        self._file: FileWatcher | None = None
+        self._pending: bytes | None = None
+        """What the file said at the last look, if it could not be taken."""
+        self._complaint = ""
+        """Why the last look failed."""
+        self._looking = asyncio.Lock()  # SIGHUP may ask for a look while the one of the interval goes on
         self._repository: Repository
         self._tasks: set[asyncio.Task[None]] = set()
         self._ours: Mapping[str, NamedModel] = MappingProxyType(config.named)
         if config.config_file is not None:
-            try:
-                self._content = config.config_file.read_bytes()
-            except OSError as error:
-                raise ConfigError(f"{config.config_file}: {error.strerror or error}") from error
-            self._ours = self._with_ours(tfserving_config.parse(self._content, config.config_file) or {})
+            # A change counts at the first look, as in TensorFlow Serving: looks may be minutes apart.
+            self._file = FileWatcher(config.config_file, patience=0)
+            self._ours = self._with_ours(tfserving_config.parse(self._file.read(), config.config_file) or {})
         self.models = self._ours
         """By name, as of now."""
 
@@ -51,7 +55,7 @@ class NamedModels:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def reload(self, call: Call) -> bytes:
+    async def reload(self, exchange: Exchange) -> bytes:
         """TensorFlow Serving's HandleReloadConfigRequest: the models that it names take the place of all those named
         before, and the answer comes when each has loaded or failed. A client that leaves does not undo it. Sources in
         a folder that only a client names are not run.
@@ -65,7 +69,7 @@ class NamedModels:
             raise PermissionDenied(
                 "this server takes no config from clients; to allow it, set accept_config = true under [models]"
             )
-        config = messages.parse(messages.ReloadConfigRequest, call.request).config
+        config = messages.parse(messages.ReloadConfigRequest, exchange.message).config
         if config.WhichOneof("config") != "model_config_list":
             raise BadRequest(
                 "ServerModelConfig type not supported by HandleReloadConfigRequest."
@@ -75,6 +79,13 @@ class NamedModels:
             models = tfserving_config.named_models(config, "ReloadConfigRequest")
         except ConfigError as error:
             raise BadRequest(str(error)) from error
+        for name, model in models.items():
+            platform = model.settings.get("backend")
+            if platform is not None and platform not in self._repository.backends:
+                known = ", ".join(sorted(self._repository.backends)) or "none"
+                raise BadRequest(
+                    f"Model {name} requests unsupported platform {platform[:100]}; the platforms are {known}"
+                )
         trusted = {model.path for model in self._ours.values() if model.sources}
         models = {name: model.model_copy(update={"sources": model.path in trusted}) for name, model in models.items()}
         _log.info("a client has replaced the models: %s", ", ".join(models) or "none")
@@ -84,26 +95,37 @@ class NamedModels:
         return response.SerializeToString()  # type: ignore[no-any-return]
 
     async def _watch(self) -> None:
-        assert self._config.config_file is not None
-        file, said = self._config.config_file, ""
         while True:
             await asyncio.sleep(self._config.config_poll_interval_ms / 1000)
-            try:
-                content = await asyncio.to_thread(file.read_bytes)
-                if content == self._content:
-                    said = ""
-                    continue
-                models = tfserving_config.parse(content, file)
-                if models is not None:  # nothing at all is a file that is being written
-                    self._ours = self._with_ours(models)
-                    await self._replace(self._ours)
-                    self._content, said = content, ""
-            except (ConfigError, OSError) as error:
-                if said != (said := str(error)):
-                    _log.warning("all stays as it is: %s", error)
-            except Exception as error:
-                if said != (said := repr(error)):
-                    _log.exception("following %s failed", file)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at the `model_config_file`, if there is one, and take over what has changed. What goes wrong is logged,
+        once, and changes nothing."""
+        if self._file is not None:
+            async with self._looking:
+                await self._look(self._file)
+
+    async def _look(self, file: FileWatcher) -> None:
+        before, self._complaint = self._complaint, ""
+        try:
+            content = await asyncio.to_thread(file.look)
+            if file.complaint:
+                raise ConfigError(file.complaint)
+            self._pending = self._pending if content is None else content
+            models = tfserving_config.parse(self._pending, file.path) if self._pending is not None else None
+            if models is not None:  # a file without any list is being written
+                self._ours = self._with_ours(models)
+                await self._replace(self._ours)
+            self._pending = None
+        except (ConfigError, OSError) as error:
+            self._complaint = str(error)
+            if self._complaint != before:
+                _log.warning("keeping the current models: %s", error)
+        except Exception as error:
+            self._complaint = repr(error)
+            if self._complaint != before:
+                _log.exception("following %s failed", file.path)
 
     def _with_ours(self, models: Mapping[str, NamedModel]) -> Mapping[str, NamedModel]:
         if both := sorted(models.keys() & self._config.named.keys()):

@@ -19,14 +19,14 @@ import numpy as np
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Model
-from dl_inference_core.node.handling import Handler, bind
-from dl_inference_core.tensors import Form, Payload, Request
+from dl_inference_core.node.handling import Handler, bind, check_function
+from dl_inference_core.tensors import Form, Payload, Request, by_name
 
 
 class Processor(Handler):
     """Runs the functions of a `processor.py`. Where one is missing: arrays become the framework's tensors, the
     framework's own model is called on them, and its tensors become arrays again, in dicts and lists too. A model that
-    states its inputs' dtypes is given, without `preprocess` and `run_model`, what fits them, as by the default handler.
+    names its inputs is given, without `preprocess` and `run_model`, what fits them, as by the default handler.
     """
 
     name = "processor"
@@ -46,18 +46,27 @@ class Processor(Handler):
             module: the loaded `processor.py`.
 
         Raises:
-            ModelError: it defines none of the three functions, or one of the names is no function.
+            ModelError: it defines none of the three functions; or one of the names is not a plain function, or does not
+                take its arguments.
         """
         super().__init__(options)
-        self._preprocess = _function(module, "preprocess")
-        self._run_model = _function(module, "run_model")
-        self._postprocess = _function(module, "postprocess")
+        self._preprocess = _function(module, "preprocess", "x")
+        self._run_model = _function(module, "run_model", "model", "x")
+        self._postprocess = _function(module, "postprocess", "x")
         if not (self._preprocess or self._run_model or self._postprocess):
             raise ModelError(f"{module.__file__}: defines none of preprocess, run_model and postprocess")
 
-    def load(self, model: Model, directory: Path) -> None:
-        super().load(model, directory)
+    def prepare(self, model: Model, directory: Path) -> None:
         self._model = model
+        super().prepare(model, directory)
+
+    @property
+    def makes_inputs(self) -> bool:
+        return self._preprocess is not None
+
+    @property
+    def calls_signatures(self) -> bool:
+        return self._run_model is None
 
     def preprocess(self, request: Request) -> Any:
         x: Any = request.payload
@@ -70,26 +79,38 @@ class Processor(Handler):
         return self._model.to_native(x)
 
     def _fit(self, x: Any, request: Request) -> Any:
-        """What the model itself takes: `x`, or what becomes of it where the model states its inputs' dtypes."""
+        """What the model itself takes: `x`, or what becomes of it where the model names its inputs."""
         if isinstance(x, bytes | str):
             raise BadRequest(f"this model takes tensors, not {request.form.value}: its processor.py has no preprocess")
         signature = self.signature_for(request)
-        inputs = signature.inputs
-        if request.form in (Form.TENSORS, Form.TENSORS_RAW) and isinstance(x, Mapping):
-            signature.bind(x)
-        if not inputs or any(spec.dtype is None for spec in inputs):
+        if not signature.inputs:
             return x
         bound = bind(signature, request)
-        return bound if len(bound) > 1 else bound[inputs[0].name]
+        spec = signature.unnamed
+        return bound[spec.name] if spec is not None and bound.keys() == {spec.name} else bound
 
     def run_model(self, model: Model, inputs: Any, request: Request) -> Any:
         if self._run_model is not None:
             return self._run_model(model.native, inputs, **_kwargs(request))
         inputs = model.to_native(inputs)
+        if not self.signature.inputs and isinstance(inputs, Mapping) and inputs.keys() == {"input"}:
+            (inputs,) = inputs.values()  # a value without a name, for a model without names
         arguments = {name: request.tags[name] for name in self.options.model_arguments if name in request.tags}
-        if isinstance(inputs, Mapping) and inputs.keys() == {spec.name for spec in self.signature.inputs}:
-            return model.native(**{**arguments, **inputs})
-        return model.native(inputs, **arguments)
+        try:
+            if isinstance(inputs, Mapping) and self._are_named(inputs):
+                return model.native(**{**arguments, **inputs})
+            return model.native(inputs, **arguments)
+        except Exception as error:
+            explained = model.explain(error)
+            if self.makes_inputs or explained is error:
+                raise
+            raise explained from error
+
+    def _are_named(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `inputs` are the model's, by its own names, rather than one input that is a dict."""
+        specs = self.signature.inputs
+        required = {spec.name for spec in specs if not spec.optional}
+        return bool(inputs) and required <= inputs.keys() <= {spec.name for spec in specs}
 
     def postprocess(self, outputs: Any, request: Request) -> Payload:
         if self._postprocess is not None:
@@ -97,10 +118,10 @@ class Processor(Handler):
         return _payload(self._model.to_numpy(outputs))  # type: ignore[no-any-return]
 
 
-def _function(module: ModuleType, name: str) -> Callable[..., Any] | None:
-    function = getattr(module, name, None)
-    if function is not None and not callable(function):
-        raise ModelError(f"{module.__file__}: {name} is no function but a {type(function).__name__}")
+def _function(module: ModuleType, name: str, *arguments: str) -> Callable[..., Any] | None:
+    function: Callable[..., Any] | None = getattr(module, name, None)
+    if function is not None:
+        check_function(f"{module.__file__}: {name}", function, *arguments, meta=None)
     return function
 
 
@@ -109,16 +130,13 @@ def _kwargs(request: Request) -> dict[str, Any]:
 
 
 def _payload(value: Any) -> Any:
-    """`value` with each list of numbers, however deep, as an array, if it is rectangular."""
+    """`value` with names for keys, and numpy's scalars as arrays.
+
+    Lists stay lists: whether they could be arrays depends on what is in them, and the form of an answer must not.
+
+    Raises:
+        TypeError: as `by_name`.
+    """
     if isinstance(value, Mapping):
-        return {str(name): _payload(item) for name, item in value.items()}
-    if isinstance(value, np.generic):
-        return np.asarray(value)
-    if isinstance(value, list | tuple) and value:
-        try:
-            array = np.asarray(value)
-        except (ValueError, TypeError):
-            return list(value)
-        # A list of numbers and text would become text throughout; one of objects, who knows what.
-        return array if array.dtype.kind in "biuf" else list(value)
-    return value
+        return by_name(value, _payload)
+    return np.asarray(value) if isinstance(value, np.generic) else value

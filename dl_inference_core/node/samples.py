@@ -20,16 +20,18 @@ FREE_SIZE = 32
 
 def samples(signature: Signature, rows: int, generator: np.random.Generator) -> dict[str, Tensor] | None:
     """Inputs that fit `signature`, with `rows` where the first size is free: whole numbers of 0 and 1, which are places
-    in any vocabulary, normally distributed floats. None: the signature does not say enough, or wants strings."""
+    in any vocabulary, normally distributed floats. An optional input for which none can be made is left out. None: the
+    signature does not say enough, or requires strings."""
     if not signature.inputs:
         return None
     made: dict[str, Tensor] = {}
     for spec in signature.inputs:
         tensor = _sample(spec, rows, generator)
-        if tensor is None:
+        if tensor is not None:
+            made[spec.name] = tensor
+        elif not spec.optional:
             return None
-        made[spec.name] = tensor
-    return made
+    return made or None
 
 
 def _sample(spec: TensorSpec, rows: int, generator: np.random.Generator) -> Tensor | None:

@@ -18,9 +18,17 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, Field, model_validator
 
+from dl_inference_core import children
 from dl_inference_core.config import PluginOptions
-from dl_inference_core.errors import BadRequest, HandlerFailed, InferenceError, Overloaded
-from dl_inference_core.transport import Call
+from dl_inference_core.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    HandlerFailed,
+    InferenceError,
+    Overloaded,
+    text_of,
+)
+from dl_inference_core.transport import Exchange
 
 T = TypeVar("T")
 
@@ -52,14 +60,14 @@ class QueueLimits(PluginOptions):
     max_mb: int = Field(default=256, ge=1)
     """how many MiB they may have together; one alone may have more"""
     max_wait_ms: int = Field(default=0, ge=0)
-    """how long one may be expected to wait; 0 is no limit"""
+    """how long one may be expected to wait; 0 means no limit"""
     priorities: int = Field(default=1, ge=1, le=16)
     """how many priorities there are: 1 is served first; in a full queue a request takes the place of one that would be
     served later"""
     default_priority: int | None = Field(default=None, ge=1)
     """of a request that names none; the last one if left out"""
     priority_metadata: str = Field(default="x-priority", pattern=r"^[a-z0-9_.-]+$")
-    """the gRPC metadata that names it"""
+    """the gRPC metadata that names it; it counts before the parameter `priority` of an Open Inference request"""
 
     @model_validator(mode="after")
     def _priorities(self) -> QueueLimits:
@@ -67,19 +75,23 @@ class QueueLimits(PluginOptions):
             raise ValueError(f"default_priority is {self.default_priority}, and priorities {self.priorities}")
         return self
 
-    def priority(self, call: Call) -> int:
+    def priority(self, exchange: Exchange, asked: int = 0) -> int:
         """The priority of `call`, from 0.
+
+        Args:
+            asked: what the request itself asks for, from 1; 0, or more than there are priorities, is the default one,
+                as in Triton.
 
         Raises:
             BadRequest: its metadata names none that there is.
         """
-        for key, value in call.metadata:
+        for key, value in exchange.metadata:
             if key == self.priority_metadata:
                 text = value if isinstance(value, str) else value.decode(errors="replace")
                 if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= self.priorities:
                     raise BadRequest(f"metadata {key}: expected 1 to {self.priorities}; got {text[:20]!r}")
                 return int(text) - 1
-        return (self.default_priority or self.priorities) - 1
+        return (asked if 1 <= asked <= self.priorities else self.default_priority or self.priorities) - 1
 
 
 class Job(ABC):
@@ -124,17 +136,35 @@ class CallJob(Job):
     """A call's request to be answered.
 
     Attributes:
+        priority: what the request asks for, from 1; 0 is the default.
+        expires: when it has waited for too long in the queue, by `time.monotonic`.
+        taken: whether a thread has taken it out of the queue.
         size: of its message, in bytes.
-        held_until: when it is to be worked on, by `time.monotonic`, whoever may come: half the time to its deadline.
+        held_until: when it is to be worked on, by `time.monotonic`, whoever may come: half the time to its deadline, or
+            to `expires`.
     """
 
-    __slots__ = ("call", "held_until", "size")
+    __slots__ = ("exchange", "expires", "held_until", "priority", "size", "taken")
 
-    def __init__(self, call: Call, future: asyncio.Future[Any]) -> None:
+    def __init__(
+        self, exchange: Exchange, future: asyncio.Future[Any], *, priority: int = 0, expires: float = math.inf
+    ) -> None:
         super().__init__(future)
-        self.call = call
-        self.size = len(call.request)
-        self.held_until = math.inf if call.deadline is None else (self.since + call.deadline) / 2
+        self.exchange = exchange
+        self.priority = priority
+        self.expires = expires
+        self.taken = False
+        self.size = len(exchange.message)
+        first = expires if exchange.deadline is None else min(exchange.deadline, expires)
+        self.held_until = (self.since + first) / 2
+
+    def expire(self) -> None:
+        """Refuse the request if it still waits. Event loop only."""
+        if not self.taken and not self.future.done():
+            waited_ms = (time.monotonic() - self.since) * 1000
+            # The first words are Triton's.
+            late = f"Request timeout expired: the request waited {waited_ms:.0f} ms in the queue, as long as it may"
+            self.future.set_exception(Overloaded(late))
 
 
 class Outbox:
@@ -166,6 +196,7 @@ class Outbox:
 
 def as_failure(error: BaseException, what: str = "") -> InferenceError:
     """`error` as the client sees it: its own words where they are ours, even a handler's SystemExit else."""
+    children.end_child(error)
     if isinstance(error, InferenceError):
         return error
     failure = HandlerFailed(f"{what}{in_short(error)}")
@@ -175,10 +206,7 @@ def as_failure(error: BaseException, what: str = "") -> InferenceError:
 
 def in_short(error: BaseException) -> str:
     """The type and the first line of `error`, for a status message."""
-    try:
-        text = str(error).strip().partition("\n")[0]
-    except Exception:  # a handler's own, that cannot even say what it is
-        text = ""
+    text = text_of(error).strip().partition("\n")[0]
     if len(text) > 200:
         text = f"{text[:199]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -285,11 +313,12 @@ class _Queue:
 
     def put_call(self, job: CallJob) -> None:
         """Raises:
+        DeadlineExceeded: its deadline passed before it came.
         Overloaded: there is no room for it.
         BadRequest: it names a priority that is none.
         """
         limits = self._limits
-        priority = limits.priority(job.call) if limits.priorities > 1 else 0
+        priority = limits.priority(job.exchange, job.priority) if limits.priorities > 1 else 0
         ousted = None
         with self._lock:
             if len(self._free_at) >= self.threads or any(self._calls):
@@ -306,6 +335,10 @@ class _Queue:
             if self._rests and (self.waiting() >= self._enough or job.held_until < self._until):
                 self._wake()
         self._tokens.put(True)
+        if job.expires < math.inf:
+            # Not `call_at`: uvloop's clock is not `time.monotonic`.
+            timer = job.future.get_loop().call_later(job.expires - time.monotonic(), job.expire)
+            job.future.add_done_callback(lambda _: timer.cancel())
         if ousted is not None and not ousted.future.done():
             ousted.future.set_exception(self._full("a request of a higher priority has taken its place"))
 
@@ -320,13 +353,16 @@ class _Queue:
         """Returns whose place it takes.
 
         Raises:
+            DeadlineExceeded: the deadline passed before the request came.
             Overloaded: there is none.
         """
         limits = self._limits
+        deadline = job.exchange.deadline
+        if deadline is not None and job.since >= deadline:
+            raise DeadlineExceeded(f"the deadline passed before the request came to the queue of model {self._name}")
         before = sum(map(len, self._calls[: priority + 1]))
         wait_s, together = self._wait(before)
         takes_s = wait_s + self.effort.seconds(together)
-        deadline = job.call.deadline
         if deadline is not None and job.since + _MARGIN * takes_s > deadline:
             raise self._full(f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline")
         if limits.max_wait_ms and wait_s * 1000 > limits.max_wait_ms:
@@ -376,6 +412,7 @@ class _Queue:
                 for calls in self._calls:
                     if calls:
                         job = calls.popleft()
+                        job.taken = True
                         self._bytes -= job.size
                         self._taken += 1
                         return job
@@ -497,6 +534,7 @@ class Worker:
             self._jobs.has(self.number, 1)
             self.spent = seconds, time.monotonic()
             requests = job.run(self)
+            children.end_child()
             del job  # or its request would live until the next one
             self._let_gather()
             took_s = time.monotonic() - self.spent[1]
@@ -595,11 +633,12 @@ class Workers:
             last = not self._left
         if last:
             self._at_end()
+            del self._at_end  # it leads to the version, and the version leads here
 
     def _end(self, at_end: Callable[[], None], ended: asyncio.Future[None]) -> None:
         try:
             at_end()
-        except Exception:
+        except BaseException:  # a model may raise anything when it is closed, and `close` must return
             _log.exception("closing %s failed", self._name)
         outbox = Outbox()
         outbox.put(ended, None)

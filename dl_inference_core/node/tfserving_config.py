@@ -47,7 +47,7 @@ def named_models(message: Any, where: str, folder: Path | None = None) -> dict[s
         place = f'{where}: model_config_list.config[{index}] ("{config.name[:100]}")'
         name = checked_name(config.name, place)
         if name in models:
-            raise ConfigError(f"{place}: the name stands twice; expected one config for each model")
+            raise ConfigError(f"{place}: Illegal to list model {name} multiple times in config list")
         path = checked_path(config.base_path, place, folder)
         models[name] = NamedModel(path=path, settings=_settings(config, place), flat=False)
         if config.HasField("logging_config"):
@@ -91,7 +91,7 @@ def checked_path(base_path: str, place: str, folder: Path | None) -> Path:
     if folder is not None:
         return folder / path
     if not path.is_absolute():
-        raise ConfigError(f"{place}: base_path is {base_path}; expected an absolute path")
+        raise ConfigError(f"{place}: Expected model to have an absolute path or URI; got base_path()={base_path}")
     return path
 
 
@@ -102,9 +102,15 @@ def _settings(config: Any, place: str) -> dict[str, Any]:
         settings["version_labels"] = _labels(config.version_labels, place)
     if config.model_type:
         if config.model_platform:
-            raise ConfigError(f"{place}: model_type and model_platform are both given; expected model_platform alone")
+            raise ConfigError(
+                f"{place}: Illegal setting both ModelServerConfig::model_type (deprecated) and "
+                "ModelServerConfig::model_platform; expected model_platform alone"
+            )
         if config.model_type != _TENSORFLOW:
-            raise ConfigError(f'{place}: model_type is {config.model_type}; expected model_platform: "tensorflow"')
+            raise ConfigError(
+                f"{place}: ModelServerConfig::model_type choice {config.model_type} not supported; "
+                'expected model_platform: "tensorflow"'
+            )
         _log.warning('%s: model_type is deprecated; model_platform: "tensorflow" says the same', place)
         settings["backend"] = "tensorflow"
     elif config.model_platform:

@@ -20,6 +20,7 @@ import numpy as np
 from dl_inference_core.errors import InferenceError, ModelError
 from dl_inference_core.node.backend import Model, Signature
 from dl_inference_core.node.batching import Batching, BatchingConfig
+from dl_inference_core.node.handler_inputs import inputs_of, kind_of
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.samples import of_rows, read_samples, rows_of
 from dl_inference_core.node.samples import samples as made_samples
@@ -82,17 +83,17 @@ def warm_up(
         return None
     fewer = tuple(size for size in config.allowed_rows if size <= run.largest)
     limited = config.model_copy(update={"max_rows": run.largest, "allowed_rows": fewer})
-    return Batching(limited, model.join, batching.signatures)
+    return Batching(limited, model.join, batching.signatures, _unchecked(handler))
 
 
 def _batching(samples: _Samples | None, model: Model, handler: Handler, config: BatchingConfig) -> Batching | None:
     if config.enabled is False:
         return None
-    batching = Batching(config, model.join)
+    batching = Batching(config, model.join, unchecked=_unchecked(handler))
     if config.enabled is True:
         if not handler.takes_batches:
             raise ModelError(
-                f'[batching]: handler "{handler.name}" takes one request at a time: its run_model is its own. Give it '
+                f"[batching]: {handler.described()} takes one request at a time: its run_model is its own. Give it "
                 "a run_batch, too, or say enabled = false"
             )
         for name in model.signatures:
@@ -108,7 +109,12 @@ def _batching(samples: _Samples | None, model: Model, handler: Handler, config: 
             may.append(name)
         elif why:
             _log.warning('%s: requests for signature "%s" do not share batches: %s', samples.directory, name, why)
-    return Batching(config, model.join, may) if may else None
+    return Batching(config, model.join, may, _unchecked(handler)) if may else None
+
+
+def _unchecked(handler: Handler) -> dict[str, Signature]:
+    """By name, the signatures that leave shapes to the model."""
+    return {name: signature for name, signature in handler.signatures.items() if not signature.checks_shapes}
 
 
 def _is_rowwise(signature: Signature) -> bool:
@@ -143,6 +149,8 @@ def _differs(model: Model, handler: Handler, batching: Batching, name: str, samp
 
 
 def _difference(alone: Sequence[Mapping[str, Tensor]], together: Mapping[str, Tensor], tolerance: float) -> str:
+    if not isinstance(together, Mapping):
+        return f"run_batch returned {kind_of(together)}; expected tensors by name"
     for name, value in together.items():
         if not np.ndim(value) or len(value) != len(alone):
             return f'output "{name}" has the shape {list(np.shape(value))} for {len(alone)} rows'
@@ -232,7 +240,7 @@ def _answer_recorded(directory: Path, model: Model, handler: Handler) -> None:
             raise ModelError(f"{directory / FILE} has over {MOST_RECORDS} records")
         try:
             for request in _requests(record):
-                inputs = handler.preprocess(request)
+                inputs = inputs_of(handler, request)
                 handler.postprocess(handler.run_model(model, inputs, request), request)
         except Exception as error:
             raise ModelError(f"{where} cannot be answered") from error

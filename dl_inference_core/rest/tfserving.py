@@ -6,24 +6,25 @@ import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import unquote
 
 from google.protobuf import json_format
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Mount
 
 from dl_inference_core.errors import BadRequest, Code
-from dl_inference_core.rest.answering import Refused, Rest
+from dl_inference_core.rest.answering import Rest, decoded, raw_path
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol
 
 if TYPE_CHECKING:
     from dl_inference_core.wire.protocol import Codec
 
-# Matched before percent-decoding, so that a name may hold "/" and ":".
-_MODEL = r"/v1/models/(?P<model>[^/:]+)(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
-_QUESTION = re.compile(_MODEL + r"(?P<metadata>/metadata)?")
-_VERB = re.compile(_MODEL + r":(?P<verb>predict|classify|regress)")
+# Matched before percent-decoding, so that a name may hold "/" and ":". A path without a model would ask for the status
+# of every model; TensorFlow Serving knows the path and refuses it.
+_MODELS, _MODEL = r"/v1/models", r"/(?P<model>[^/:]+)"
+_VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
+_QUESTION = re.compile(rf"{_MODELS}(?:{_MODEL})?{_VERSION}(?P<metadata>/metadata)?")
+_VERB = re.compile(rf"{_MODELS}{_MODEL}{_VERSION}:(?P<verb>predict|classify|regress)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +50,13 @@ class _Inference(Protocol):
         return cast("Codec", CODECS[self.verb](self.addressed))
 
 
-def routes(rest: Rest) -> tuple[BaseRoute, ...]:
-    """Everything below `/v1`."""
-    return (Mount("/v1", app=rest.app(TfServing(rest).answer)),)
+def routes(rest: Rest, *, cors: bool = False) -> tuple[BaseRoute, ...]:
+    """Everything below `/v1`.
+
+    Args:
+        cors: whether pages of other origins may read the answers.
+    """
+    return (Mount("/v1", app=rest.app(TfServing(rest).answer, cors=cors)),)
 
 
 class TfServing:
@@ -66,19 +71,18 @@ class TfServing:
         Raises:
             InferenceError: any failure.
         """
-        path = _raw_path(request)
-        if found := _VERB.fullmatch(path):
-            _allow(request, "POST")
+        path, method = raw_path(request), request.method
+        if method == "POST" and (found := _VERB.fullmatch(path)):
             return await self._infer(request, _addressed(found), found["verb"])
-        if found := _QUESTION.fullmatch(path):
-            _allow(request, "GET", "HEAD")
+        if method in ("GET", "HEAD") and (found := _QUESTION.fullmatch(path)):
+            if not found["model"]:
+                raise BadRequest("Missing model name in request.")
             question = self._metadata if found["metadata"] else self._status
             return await question(_addressed(found))
-        if path == "/v1/models":
-            raise BadRequest("Missing model name in request.")
         raise BadRequest(
-            f"Malformed request: {request.method} {path[:200]}; expected "
-            "/v1/models/MODEL[/versions/NUMBER|/labels/LABEL] and nothing, /metadata, :predict, :classify or :regress"
+            f"Malformed request: {method} {path[:200]}; expected POST and "
+            "/v1/models/MODEL[/versions/NUMBER|/labels/LABEL] with :predict, :classify or :regress, or GET and the "
+            "same with /metadata or nothing"
         )
 
     async def _infer(self, request: Request, addressed: Addressed, verb: str) -> bytes:
@@ -127,39 +131,18 @@ class TfServing:
         return _dumped({"model_spec": _printed(answer.model_spec), "metadata": {"signature_def": _printed(signatures)}})
 
 
-def _raw_path(request: Request) -> str:
-    raw: bytes = request.scope["raw_path"]
-    return raw.partition(b"?")[0].decode("latin-1")
-
-
-def _allow(request: Request, *methods: str) -> None:
-    if request.method not in methods:
-        raise Refused(
-            f"Malformed request: {request.method} is not for this path; expected {methods[0]}",
-            405,
-            allow=", ".join(methods),
-        )
-
-
 def _addressed(found: re.Match[str]) -> Addressed:
     """Raises:
-    BadRequest: a version that no model can have; what is no UTF-8 after percent-decoding.
+    BadRequest: a version that no model can have; what is not UTF-8 after percent-decoding.
     """
     version = found["version"]
     if version is not None and (len(version) > 19 or int(version) >= 2**63):
         raise BadRequest(f"Failed to convert version: {version[:100]} to numeric.")
     return Addressed(
-        model=_decoded(found["model"], "model name"),
+        model=decoded(found["model"], "model name"),
         version=None if version is None else int(version),
-        label=_decoded(found["label"] or "", "version label"),
+        label=decoded(found["label"] or "", "version label"),
     )
-
-
-def _decoded(quoted: str, what: str) -> str:
-    try:
-        return unquote(quoted, errors="strict")
-    except UnicodeDecodeError:
-        raise BadRequest(f"Failed to decode {what}: {quoted[:200]}; expected UTF-8, percent-encoded") from None
 
 
 def _spec(addressed: Addressed) -> dict[str, Any]:

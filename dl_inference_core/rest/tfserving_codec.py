@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,25 +13,31 @@ from typing import Any
 import numpy as np
 
 from dl_inference_core.errors import BadRequest
+from dl_inference_core.rest.documents import checked_object, from_base64, parsed
 from dl_inference_core.rest.tfserving import Addressed
-from dl_inference_core.tensors import Form, Json, Payload, Request, Response, Tensor, Tensors, as_json, as_tensors
+from dl_inference_core.tensors import (
+    Form,
+    Json,
+    Layout,
+    Payload,
+    Request,
+    Response,
+    Tensor,
+    Tensors,
+    as_tensor,
+    as_tensors,
+    by_name,
+    json_kind,
+)
 from dl_inference_core.wire.arrays import BFLOAT16, STRING, from_strings, native
 from dl_inference_core.wire.tfserving_examples import CLASSIFY, REGRESS, ExamplesCodec, encode_example
 
-_LARGEST = float(np.finfo(np.float32).max)
 _FEW = 64
 """As many floats are written one by one in the time that arrays take to set out, 0.1 ms."""
 _TENS = np.array([10.0**power for power in range(23)])
 """The powers of ten that a double holds exactly."""
-
-
-@dataclass(slots=True, kw_only=True)
-class PredictRequest(Request):
-    """Attributes:
-    rows: whether it came as `instances`, a value for each, and is to be answered so; else as `inputs`, whole tensors.
-    """
-
-    rows: bool
+_WHOLE = range(2**24, 2**53)
+"""Where every float32 is a whole number, and every whole number a double."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +50,35 @@ class PredictCodec:
 
     addressed: Addressed
 
-    def decode_request(self, body: bytes) -> PredictRequest:
-        document = _parsed(body)
+    def decode_request(self, body: bytes) -> Request:
+        document = checked_object(parsed(body, _unwrapped))
         rows = "instances" in document
         if rows and "inputs" in document:
             raise BadRequest("Not formatted correctly expecting only one of 'inputs' or 'instances' keys to exist")
         if not rows and "inputs" not in document:
             raise BadRequest("Missing 'inputs' or 'instances' key")
-        return PredictRequest(
+        return Request(
             payload=_columns(document["instances"]) if rows else document["inputs"],
             form=Form.JSON,
-            rows=rows,
+            layout=Layout.ROWS if rows else Layout.COLUMNS,
             **_spec(self.addressed, document),
         )
 
-    def encode_response(self, response: Response, request: PredictRequest) -> bytes:
-        """A handler may answer what no tensor holds: then that is written as it is."""
-        try:
-            tensors = as_tensors(response.payload)
-        except TypeError:
-            values = _other(response.payload, request.rows)
-        else:
-            values = _rows(tensors) if request.rows else _joined(_written(tensors))
-        return _dumped({"predictions" if request.rows else "outputs": values})
+    def encode_response(self, response: Response, request: Request) -> bytes:
+        """Arrays, or arrays by name, are outputs as TensorFlow Serving writes them: one alone without its name.
+
+        Python's own values, or a mapping in which there is one, are written as they are, so that the form of an answer
+        does not depend on the values in it. For rows they are a list, or lists by name, which become a list of objects.
+
+        Raises:
+            BadRequest: outputs that cannot be listed in rows, or that JSON cannot hold.
+            TypeError: Python's own values that JSON cannot hold, or that are not a value for each row.
+        """
+        outputs = _outputs(response.payload)
+        if request.layout is Layout.ROWS:
+            values = _plain_rows(response.payload) if outputs is None else _rows(outputs)
+            return _dumped({"predictions": values})
+        return _dumped({"outputs": _plain(response.payload) if outputs is None else _joined(_written(outputs))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +95,16 @@ class ResultsCodec:
     addressed: Addressed
 
     def decode_request(self, body: bytes) -> Request:
-        document = _parsed(body)
+        document = checked_object(parsed(body, _unwrapped))
         if "examples" not in document:
-            raise BadRequest("key 'examples' is expected and was not found")
+            raise BadRequest("When method is classify, key 'examples' is expected and was not found")
         examples = document["examples"]
         if not isinstance(examples, list):
             raise BadRequest("Expecting 'examples' value to be an list/array")
         if not examples:
             raise BadRequest("'examples' value is an empty array")
         # Messages that stand behind one another are one message, merged.
-        context = _example(document["context"], "context") if "context" in document else b""
+        context = _example(document["context"], "the context") if "context" in document else b""
         serialized = [context + _example(example, f"example {index}") for index, example in enumerate(examples)]
         return Request(
             payload=from_strings(serialized, len(serialized)),
@@ -127,40 +138,11 @@ CODECS: Mapping[str, Callable[[Addressed], PredictCodec | ResultsCodec]] = Mappi
 """By the verb at the URL's end."""
 
 
-def _parsed(body: bytes) -> dict[str, Any]:
-    """Raises:
-    BadRequest: it is no JSON object; a number that no double holds; malformed base64.
-    """
-    try:
-        document = json.loads(bytes(body).decode("utf-8-sig"), object_hook=_unwrapped, parse_float=_float)
-    except UnicodeDecodeError as error:
-        raise BadRequest(f"JSON Parse error: the document is no UTF-8: {error.reason} at {error.start}") from None
-    except RecursionError:
-        raise BadRequest("JSON Parse error: the document is nested too deeply") from None
-    except ValueError as error:
-        what = "The document is empty" if not body.strip() else str(error)
-        raise BadRequest(f"JSON Parse error: {what}") from None
-    if not isinstance(document, dict):
-        raise BadRequest("JSON Value: Is not object; expected an object at the top")
-    return document
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise BadRequest(f"JSON Parse error: Number too big to be stored in double: {text[:100]}")
-    return value
-
-
 def _unwrapped(found: dict[str, Any]) -> Any:
     """The bytes that an object stands for, if it is `{"b64": "..."}`; padding and white space are optional."""
     if len(found) != 1 or not isinstance(text := found.get("b64"), str):
         return found
-    text = "".join(text.split())
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError as error:
-        raise BadRequest(f'Unable to base64 decode the value of "b64": {error}') from None
+    return from_base64(text, 'the value of "b64"')
 
 
 def _spec(addressed: Addressed, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +168,7 @@ def _columns(instances: Any) -> Json:
     named = isinstance(first, dict)
     for index, instance in enumerate(instances):
         if isinstance(instance, dict) is not named:
-            wanted, got = ("object", "value/list") if named else ("value/list", "object")
+            wanted, got = ("object", "list") if named else ("value/list", "object")
             raise BadRequest(f"Expecting {wanted} but got {got} at item {index} of input list")
         if named and instance.keys() != first.keys():
             raise BadRequest(
@@ -199,18 +181,26 @@ def _columns(instances: Any) -> Json:
 def _example(features: Any, what: str) -> bytes:
     """A `tf.Example`, serialized."""
     if not isinstance(features, dict):
-        raise BadRequest(f"{what}: Example must be JSON object; got {type(features).__name__}")
-    for name, value in features.items():
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, float) and _LARGEST < abs(item) < math.inf:
-                raise BadRequest(
-                    f'{what}: feature "{name}": Cannot convert JSON value: {item} to float without loss of precision.'
-                )
+        raise BadRequest(f"Example must be JSON object but got JSON {json_kind(features)}; it is {what}")
     try:
         serialized: bytes = encode_example(features).SerializeToString()
     except (TypeError, ValueError) as error:
-        raise BadRequest(f"{what}: {error}") from None
+        raise BadRequest(f"{error}; it is in {what}") from None
     return serialized
+
+
+def _outputs(payload: Payload) -> dict[str, Tensor] | None:
+    """`payload` as outputs by name, if it is made of numpy's values alone; None if it is, or holds, Python's own.
+
+    Raises:
+        TypeError: an array of objects that are not strings.
+    """
+    if isinstance(payload, np.ndarray | np.generic):
+        return as_tensors(payload)
+    if not isinstance(payload, Mapping) or not payload:
+        return None
+    numpy_alone = all(isinstance(value, np.ndarray | np.generic) for value in payload.values())
+    return as_tensors(payload) if numpy_alone else None
 
 
 def _rows(tensors: Tensors) -> list[Any]:
@@ -219,30 +209,33 @@ def _rows(tensors: Tensors) -> list[Any]:
     Raises:
         BadRequest: the outputs do not have a first axis of one size.
     """
-    size = None
     for name, tensor in tensors.items():
         if not tensor.ndim:
             raise BadRequest(f"Tensor name: {name} has no shape information; ask for it with 'inputs'")
-        if size not in (None, len(tensor)):
+    _check_sizes(tensors)
+    columns = _written(tensors)
+    return _joined(columns) if len(columns) < 2 else _transposed(columns)
+
+
+def _check_sizes(columns: Mapping[str, Any]) -> None:
+    """Raises:
+    BadRequest: they are not equally long.
+    """
+    expected = len(next(iter(columns.values())))
+    for name, column in columns.items():
+        if len(column) != expected:
             raise BadRequest(
-                f"Tensor name: {name} has inconsistent batch size: {len(tensor)} expecting: {size}; "
+                f"Tensor name: {name} has inconsistent batch size: {len(column)} expecting: {expected}; "
                 "ask for it with 'inputs'"
             )
-        size = len(tensor)
-    columns = _written(tensors)
-    if len(columns) < 2:
-        return _joined(columns)  # type: ignore[no-any-return]
+
+
+def _transposed(columns: Mapping[str, Any]) -> list[Any]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _joined(values: dict[str, Any]) -> Any:
-    """The only value of one, or all of them by name.
-
-    Raises:
-        TypeError: there are none.
-    """
-    if not values:
-        raise TypeError("the model gave no outputs")
+    """The only value of one, or all of them by name."""
     return values if len(values) > 1 else next(iter(values.values()))
 
 
@@ -273,21 +266,23 @@ def _text(name: str, value: bytes) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise BadRequest(
-            f'output "{name}" is no UTF-8 ({error.reason} at {error.start}): '
+            f'output "{name}" is not UTF-8 ({error.reason} at {error.start}): '
             'JSON holds it only under a name that ends in "_bytes"; gRPC does under any'
         ) from None
 
 
 def shortest(values: Tensor) -> Tensor:
     """float32 `values` as the float64 of the fewest decimal digits that are still those float32: 0.1 for what is
-    0.10000000149011612."""
+    0.10000000149011612. Whole numbers, ids and times among them, keep all digits for as long as a float64 has them:
+    123456792 for what numpy writes as 123456790."""
     given = values.ravel()
     if given.size <= _FEW:
-        return np.array([float(str(value)) for value in given]).reshape(values.shape)
+        return np.array([_short(value) for value in given.tolist()]).reshape(values.shape)
     with np.errstate(invalid="ignore"):  # signalling NaN
         exact = given.astype(np.float64)
     short = exact.copy()
-    near = (np.abs(exact) > 1e-12) & (np.abs(exact) < 1e26)
+    whole = (np.abs(exact) >= _WHOLE.start) & (np.abs(exact) < _WHOLE.stop)
+    near = (np.abs(exact) > 1e-12) & (np.abs(exact) < 1e26) & ~whole
     left = np.flatnonzero(near)
     for digits in range(6, 10):
         value = exact[left]
@@ -298,18 +293,45 @@ def shortest(values: Tensor) -> Tensor:
         fits = tried.astype(np.float32) == given[left]
         short[left[fits]] = tried[fits]
         left = left[~fits]
-    for index in (*left, *np.flatnonzero(~near & np.isfinite(exact) & (exact != 0))):
-        short[index] = float(str(given[index]))
+    for index in (*left, *np.flatnonzero(~near & ~whole & np.isfinite(exact) & (exact != 0))):
+        short[index] = _short(exact[index])
     return short.reshape(values.shape)
 
 
-def _other(payload: Payload, rows: bool) -> Json:
+def _short(value: float) -> float:
+    return value if _WHOLE.start <= abs(value) < _WHOLE.stop else float(str(np.float32(value)))
+
+
+def _plain(value: Any, name: str = "") -> Any:
+    """Python's own values as they are, and numpy's values in them as outputs are written; `name` is the nearest key."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item, key) for key, item in by_name(value, lambda item: item).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _nested(name, native(as_tensor(value)))
+    if isinstance(value, bytes):
+        return _base64(value) if name.endswith("_bytes") else _text(name, value)
+    return value
+
+
+def _plain_rows(payload: Any) -> list[Any]:
     """Raises:
-    TypeError: a value for each instance was asked for, and this is no list.
+    BadRequest: lists by name that are not equally long.
+    TypeError: it is neither a list nor lists by name.
     """
-    if rows and not isinstance(payload, list):
-        raise TypeError(f"expected tensors or a list, a value for each instance; got {type(payload).__name__}")
-    return as_json(payload)
+    if isinstance(payload, list | tuple):
+        return _plain(payload)  # type: ignore[no-any-return]
+    if not isinstance(payload, Mapping) or not payload or not all(map(_is_list, payload.values())):
+        raise TypeError(
+            f"expected tensors or a list, a value for each instance, or lists by name; got {type(payload).__name__}"
+        )
+    _check_sizes(payload)
+    return _transposed(_plain(payload))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _dumped(content: Json) -> bytes:

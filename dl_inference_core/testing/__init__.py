@@ -40,17 +40,20 @@ import pytest
 # Before they are imported, so that a failed assertion shows its values.
 pytest.register_assert_rewrite(
     *(f"dl_inference_core.testing.{name}" for name in ("plugin", "fakes", "balancer", "backend", "handler")),
-    *(f"dl_inference_core.testing.{name}" for name in ("loopback", "transport_servers", "transport_tls", "transport")),
+    *(
+        f"dl_inference_core.testing.{name}"
+        for name in ("loopback", "transport_exchanges", "transport_servers", "transport_tls", "transport")
+    ),
 )
 
 from dl_inference_core.testing.backend import BackendConformance  # noqa: E402
 from dl_inference_core.testing.balancer import BalancerConformance  # noqa: E402
-from dl_inference_core.testing.fakes import CALL, FakeBackend, FakeModel, FakeNode  # noqa: E402
+from dl_inference_core.testing.fakes import EXCHANGE, FakeBackend, FakeModel, FakeNode  # noqa: E402
 from dl_inference_core.testing.handler import HandlerConformance  # noqa: E402
 from dl_inference_core.testing.transport import TransportConformance  # noqa: E402
 
 __all__ = [
-    "CALL",
+    "EXCHANGE",
     "BackendConformance",
     "BalancerConformance",
     "FakeBackend",

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from dl_inference_core.errors import ModelError
+from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Backend, Model, Signature
 from dl_inference_core.tensors import Tensors, as_json
 from dl_inference_core.testing.plugin import PluginConformance, assert_equal
@@ -130,7 +130,8 @@ class BackendConformance(PluginConformance):
     def test_says_what_it_takes_and_gives(self, model: Model) -> None:
         assert isinstance(model.signature, Signature)
         if model.signature.inputs:
-            assert {spec.name for spec in model.signature.inputs} == self.inputs.keys()
+            required = {spec.name for spec in model.signature.inputs if not spec.optional}
+            assert required <= self.inputs.keys() <= {spec.name for spec in model.signature.inputs}
         for spec in model.signature.outputs:
             assert spec.name in self.outputs
             expected = self.outputs[spec.name]
@@ -139,6 +140,17 @@ class BackendConformance(PluginConformance):
                 assert len(spec.shape) == expected.ndim
                 for size, given in zip(spec.shape, expected.shape, strict=True):
                     assert size is None or size == given
+
+    def test_refuses_an_input_that_it_does_not_have(self, model: Model, thread: ThreadPoolExecutor) -> None:
+        if not model.signature.inputs:
+            pytest.skip("the model does not name its inputs")
+
+        def call() -> None:
+            more = {**self.inputs, "no such input": next(iter(self.inputs.values()))}
+            with model.session(), pytest.raises(BadRequest, match="no such input"):
+                model(more)
+
+        thread.submit(call).result()
 
     def test_leaves_its_inputs_as_they_were(self, model: Model, thread: ThreadPoolExecutor) -> None:
         before = copy.deepcopy(dict(self.inputs))

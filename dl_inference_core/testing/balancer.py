@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import pytest
 
 from dl_inference_core.gateway.balancing import Balancer, Outcome
-from dl_inference_core.testing.fakes import CALL, FakeNode
+from dl_inference_core.testing.fakes import EXCHANGE, FakeNode
 from dl_inference_core.testing.plugin import PluginConformance
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire.orca import Load
 
 _LOAD = Load(utilization=0.5, qps=100.0, eps=1.0)
@@ -41,9 +41,9 @@ class BalancerConformance(PluginConformance):
     """Whether it sends less to a node that fails: then at most a tenth of its part, within a second. Where it does not,
     such a node must still not attract requests."""
 
-    def call(self, number: int) -> Call:
-        """The client's call of that number; for strategies that read calls."""
-        return CALL
+    def exchange(self, number: int) -> Exchange:
+        """The request of that number; for strategies that read requests."""
+        return EXCHANGE
 
     def make(self) -> Balancer:
         return self.balancer_class(self.balancer_class.Options(**self.options))
@@ -69,12 +69,12 @@ class BalancerConformance(PluginConformance):
         for given in (nodes, tuple(nodes)):
             before = list(given)
             for _ in range(50):
-                assert _is_among(balancer.choose(given, CALL), before)
+                assert _is_among(balancer.choose(given, EXCHANGE), before)
                 assert list(given) == before
 
     def test_chooses_the_only_node(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         for node in nodes * 3:
-            assert balancer.choose([node], CALL) is node
+            assert balancer.choose([node], EXCHANGE) is node
 
     def test_never_chooses_a_node_that_is_not_given_this_time(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         outcomes = list(Outcome)
@@ -82,29 +82,29 @@ class BalancerConformance(PluginConformance):
             given = [node for bit, node in enumerate(nodes) if turn >> bit & 1] or nodes
             if turn % 2:
                 given.reverse()
-            chosen = balancer.choose(tuple(given) if turn % 3 else given, self.call(turn))
+            chosen = balancer.choose(tuple(given) if turn % 3 else given, self.exchange(turn))
             assert _is_among(chosen, given)
             balancer.record(chosen, outcomes[turn % 7 % len(outcomes)], 0.001 * turn)
 
     def test_tells_nodes_apart_by_identity(self, balancer: Balancer) -> None:
         twins = [FakeNode("10.0.0.1:8500"), FakeNode("10.0.0.1:8500")]
-        balancer.choose(twins, CALL)
+        balancer.choose(twins, EXCHANGE)
         balancer.forget(twins[0])
         for _ in range(10):
-            assert balancer.choose(twins[1:], CALL) is twins[1]
+            assert balancer.choose(twins[1:], EXCHANGE) is twins[1]
 
     def test_takes_new_nodes_and_new_weights_while_running(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         for turn in range(60):
             nodes[turn % 4].weight = turn % 3
             nodes[turn % 4].in_flight = turn % 5
             given = [*nodes, FakeNode(f"10.0.1.{turn}:8500")]
-            assert _is_among(balancer.choose(given, CALL), given)
+            assert _is_among(balancer.choose(given, EXCHANGE), given)
 
     def test_copes_with_weights_that_are_all_zero(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         for node in nodes:
             node.weight = 0
         for _ in range(20):
-            chosen = balancer.choose(nodes, CALL)
+            chosen = balancer.choose(nodes, EXCHANGE)
             assert _is_among(chosen, nodes)
             balancer.record(chosen, Outcome.FAILURE, 0.1)
 
@@ -120,7 +120,7 @@ class BalancerConformance(PluginConformance):
             balancer.learn(stranger, 0.5)
             assert balancer.learned(stranger) is None
             balancer.forget(stranger)
-            assert _is_among(balancer.choose(nodes, CALL), nodes)
+            assert _is_among(balancer.choose(nodes, EXCHANGE), nodes)
 
     def test_keeps_nothing_of_a_forgotten_node_even_if_an_attempt_ends_later(
         self, balancer: Balancer, nodes: list[FakeNode]
@@ -128,7 +128,7 @@ class BalancerConformance(PluginConformance):
         leaving = nodes.pop()
         given = (*nodes, leaving)
         for turn in range(40):
-            chosen = balancer.choose(given, self.call(turn))
+            chosen = balancer.choose(given, self.exchange(turn))
             balancer.report(chosen, _LOAD)
             balancer.record(chosen, Outcome.SUCCESS if turn % 2 else Outcome.FAILURE, 0.1)
         balancer.forget(leaving)
@@ -140,12 +140,12 @@ class BalancerConformance(PluginConformance):
         del leaving, chosen, given
         gc.collect()
         assert trace() is None, "the balancer still holds on to the node"
-        assert _is_among(balancer.choose(nodes, CALL), nodes)
+        assert _is_among(balancer.choose(nodes, EXCHANGE), nodes)
 
     def test_does_not_block(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         started = time.perf_counter()
         for _ in range(1000):
-            balancer.record(balancer.choose(nodes, CALL), Outcome.SUCCESS, 0.01)
+            balancer.record(balancer.choose(nodes, EXCHANGE), Outcome.SUCCESS, 0.01)
         each = (time.perf_counter() - started) / 1000
         assert each < 200e-6, f"{each * 1e6:.0f} µs for one choice and its outcome; a few are expected"
 
@@ -165,7 +165,7 @@ class BalancerConformance(PluginConformance):
         assert taken[nodes[1]] == 0
 
     def test_a_node_that_fails_at_once_attracts_nothing(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
-        simulation = Simulation(balancer, nodes, self.call)
+        simulation = Simulation(balancer, nodes, self.exchange)
         simulation.run(1)
         simulation.failing.add(nodes[1])
         simulation.run(1)
@@ -175,7 +175,7 @@ class BalancerConformance(PluginConformance):
         assert part <= (0.1 if self.learns else 1.15), f"{part:.2f} of a fair part of the attempts"
 
     def test_a_node_that_is_back_soon_gets_its_part_again(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
-        simulation = Simulation(balancer, nodes, self.call)
+        simulation = Simulation(balancer, nodes, self.exchange)
         simulation.run(1)
         simulation.failing.add(nodes[1])
         simulation.run(1)
@@ -193,7 +193,7 @@ class BalancerConformance(PluginConformance):
     def test_is_the_same_under_the_same_clock_and_chance(self, nodes: list[FakeNode]) -> None:
         runs = []
         for _ in range(2):
-            simulation = Simulation(self.make(), nodes, self.call)
+            simulation = Simulation(self.make(), nodes, self.exchange)
             simulation.run(0.5)
             simulation.failing.add(nodes[1])
             simulation.run(0.5)
@@ -204,7 +204,7 @@ class BalancerConformance(PluginConformance):
         runs = []
         for storm in (False, True):
             balancer = self.make()
-            simulation = Simulation(balancer, nodes, self.call)
+            simulation = Simulation(balancer, nodes, self.exchange)
             for turn in range(20):
                 simulation.run(0.05)
                 for seconds in (0.0, 5.0) * 10 if storm else ():
@@ -215,27 +215,27 @@ class BalancerConformance(PluginConformance):
     def test_takes_load_reports(self, balancer: Balancer, nodes: list[FakeNode]) -> None:
         given = tuple(nodes)
         for turn in range(100):
-            chosen = balancer.choose(given, self.call(turn))
+            chosen = balancer.choose(given, self.exchange(turn))
             balancer.report(chosen, _NO_LOAD if turn % 3 else _LOAD)
             balancer.record(chosen, Outcome.SUCCESS, 0.01)
 
     def test_understands_what_another_process_has_learned(self, nodes: list[FakeNode]) -> None:
         one, other = self.make(), self.make()
-        simulation = Simulation(one, nodes, self.call)
+        simulation = Simulation(one, nodes, self.exchange)
         simulation.failing.add(nodes[1])
         simulation.run(1)
         for node in nodes:
             one.report(node, _LOAD)
         if type(one).learned is not Balancer.learned:
             assert any(one.learned(node) is not None for node in nodes), "it has learned nothing in a second"
-        other.choose(nodes, self.call(0))
+        other.choose(nodes, self.exchange(0))
         for node in nodes:
             if (value := one.learned(node)) is not None:
                 other.learn(node, value)
                 assert other.learned(node) == pytest.approx(value, rel=0.01)
                 other.learn(node, value)
                 assert other.learned(node) == pytest.approx(value, rel=0.01)
-            assert _is_among(other.choose(nodes, CALL), nodes)
+            assert _is_among(other.choose(nodes, EXCHANGE), nodes)
 
 
 class Simulation:
@@ -254,7 +254,7 @@ class Simulation:
         self,
         balancer: Balancer,
         nodes: Sequence[FakeNode],
-        call: Callable[[int], Call],
+        exchange: Callable[[int], Exchange],
         rate: float = 300,
         seconds: Callable[[FakeNode, float], float] = lambda node, chance: 0.01 + 0.01 * chance,
     ) -> None:
@@ -268,7 +268,7 @@ class Simulation:
         self.attempts: list[tuple[float, int]] = []
         self._balancer = balancer
         self._nodes = nodes
-        self._call = call
+        self._exchange = exchange
         self._rate = rate
         self._seconds = seconds
         self._chance = random.Random(1)  # noqa: S311 - no secret
@@ -298,11 +298,11 @@ class Simulation:
         heappush(self._events, (self.now + seconds, next(self._number), happens))
 
     def _arrive(self) -> None:
-        self._attempt(self._given, self._call(next(self._number)), attempts=2)
+        self._attempt(self._given, self._exchange(next(self._number)), attempts=2)
         self._at(self._chance.expovariate(self._rate), self._arrive)
 
-    def _attempt(self, given: Sequence[FakeNode], call: Call, attempts: int) -> None:
-        node = self._balancer.choose(given, call)
+    def _attempt(self, given: Sequence[FakeNode], exchange: Exchange, attempts: int) -> None:
+        node = self._balancer.choose(given, exchange)
         assert isinstance(node, FakeNode)
         began = self.now
         fails = node in self.failing
@@ -314,7 +314,7 @@ class Simulation:
             self._balancer.record(node, Outcome.FAILURE if fails else Outcome.SUCCESS, self.now - began)
             others = [other for other in self._given if other is not node]
             if fails and others and attempts > 1:
-                self._attempt(others, call, attempts - 1)
+                self._attempt(others, exchange, attempts - 1)
 
         self._at(0.001 if fails else self._seconds(node, self._chance.random()), end)
 
@@ -328,7 +328,7 @@ def _drive(balancer: Balancer, nodes: Sequence[FakeNode], times: int) -> dict[Fa
     taken = dict.fromkeys(nodes, 0)
     given = tuple(nodes)
     for _ in range(times):
-        chosen = balancer.choose(given, CALL)
+        chosen = balancer.choose(given, EXCHANGE)
         assert isinstance(chosen, FakeNode)
         taken[chosen] += 1
         balancer.record(chosen, Outcome.SUCCESS, 0.01)

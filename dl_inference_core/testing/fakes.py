@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from dl_inference_core.config import PluginOptions
-from dl_inference_core.errors import ModelError
+from dl_inference_core.errors import BadRequest, ModelError
+from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node.backend import Backend, Model, Signature, TensorSpec
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor
-from dl_inference_core.transport import Call
 
-CALL = Call(method="/inference.GRPCInferenceService/ModelInfer", request=b"")
-"""A call for balancers, where nothing depends on which."""
+EXCHANGE = LocalExchange("/inference.GRPCInferenceService/ModelInfer")
+"""An exchange for balancers, where nothing depends on which."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -68,6 +68,9 @@ class FakeModel(Model):
 
     def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
         self.calls.append(dict(inputs))
+        names = {spec.name for spec in self.signature.inputs}
+        if names and (unknown := sorted(inputs.keys() - names)):
+            raise BadRequest(f'the model has no input "{unknown[0]}"; it takes {", ".join(sorted(names))}')
         if self.sleep_s:
             time.sleep(self.sleep_s)
         if self.fail:

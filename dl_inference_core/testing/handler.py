@@ -12,6 +12,7 @@ import pytest
 
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.node.backend import Model
+from dl_inference_core.node.handler_inputs import inputs_of
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.tensors import Payload, Request, as_json, as_tensors
 from dl_inference_core.testing.fakes import FakeModel
@@ -55,17 +56,17 @@ class HandlerConformance(PluginConformance):
     def handler(self, model: Model, directory: Path) -> Handler:
         handler = self.handler_class(self.handler_class.Options(**self.options))
         with model.session():
-            handler.load(model, directory)
+            handler.prepare(model, directory)
         return handler
 
     def _answer(self, handler: Handler, model: Model, request: Request) -> Payload:
         with model.session():
-            inputs = handler.preprocess(request)
+            inputs = inputs_of(handler, request)
             outputs = handler.run_model(model, inputs, request)
             return handler.postprocess(outputs, request)
 
     def test_is_a_handler_with_a_name_and_plain_methods(self) -> None:
-        self._check_class(self.handler_class, Handler, ["load", "preprocess", "run_model", "postprocess"])
+        self._check_class(self.handler_class, Handler, ["load", "preprocess", "run_model", "run_batch", "postprocess"])
 
     def test_options_are_strict(self) -> None:
         self._check_options(self.handler_class.Options, self.options)
@@ -86,7 +87,7 @@ class HandlerConformance(PluginConformance):
     def test_keeps_requests_apart_that_are_under_way_together(self, handler: Handler, model: Model) -> None:
         """Several threads may be between two steps of different requests, so nothing of one may be kept on `self`."""
         with model.session():
-            inputs = [handler.preprocess(request) for request, _ in self.samples]
+            inputs = [inputs_of(handler, request) for request, _ in self.samples]
             outputs = [
                 handler.run_model(model, given, request)
                 for given, (request, _) in zip(inputs, self.samples, strict=True)

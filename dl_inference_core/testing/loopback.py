@@ -7,8 +7,7 @@ import contextlib
 import functools
 import random
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
@@ -16,17 +15,18 @@ import grpc.aio
 import pytest
 
 from dl_inference_core.config import ClientTls, ServerTls
-from dl_inference_core.errors import DeadlineExceeded, InferenceError
+from dl_inference_core.coroutines import Coroutines, StreamHandler, UnaryHandler
+from dl_inference_core.errors import Code, DeadlineExceeded, InferenceError
 from dl_inference_core.testing.plugin import PluginConformance
 from dl_inference_core.transport import (
-    Call,
     Connection,
+    Exchange,
     Limits,
-    Methods,
+    Message,
+    Metadata,
+    Method,
     Server,
-    StreamHandler,
     Transport,
-    UnaryHandler,
 )
 
 ECHO = "/conformance.Test/Echo"
@@ -75,19 +75,75 @@ class LoopbackConformance(PluginConformance):
             runner.run(bounded())
 
 
-async def echo(call: Call) -> bytes:
-    return call.request
+class CoroutineService:
+    """A service whose methods coroutines answer.
+
+    Attributes:
+        endings: the method and the code of each exchange that has ended.
+    """
+
+    private_trailers = frozenset({"x-private"})
+
+    def __init__(self, unary: Mapping[str, UnaryHandler], streaming: Mapping[str, StreamHandler] | None = None) -> None:
+        self.methods = {path: Method() for path in unary} | {path: Method(streaming=True) for path in streaming or {}}
+        self.endings: list[tuple[str, Code]] = []
+        self._unary = unary
+        self._streaming = streaming or {}
+        self._coroutines = Coroutines()
+
+    def begin_all(self, exchanges: Sequence[Exchange]) -> None:
+        for exchange in exchanges:
+            if exchange.method in self._unary:
+                self._coroutines.answer(exchange, self._unary[exchange.method])
+            else:
+                self._coroutines.answer_stream(exchange, self._streaming[exchange.method])
+
+    def ended(self, exchange: Exchange, code: Code) -> None:
+        assert isinstance(code, Code), "equal to a number, but no number"
+        self.endings.append((exchange.method, code))
+
+
+class DirectService:
+    """A service whose only method, ECHO, a function begins."""
+
+    private_trailers = frozenset({"x-private"})
+
+    def __init__(self, begin: Callable[[Exchange], object], *, streaming: bool = False) -> None:
+        self.methods = {ECHO: Method(streaming=streaming)}
+        self.endings: list[tuple[str, Code]] = []
+        self._begin = begin
+        self._loop = asyncio.get_running_loop()
+        self._ended = asyncio.Event()
+
+    def begin_all(self, exchanges: Sequence[Exchange]) -> None:
+        for exchange in exchanges:
+            self._begin(exchange)
+
+    def ended(self, exchange: Exchange, code: Code) -> None:
+        assert isinstance(code, Code), "equal to a number, but no number"
+        self.endings.append((exchange.method, code))
+        self._loop.call_soon_threadsafe(self._ended.set)
+
+    async def has_ended(self, count: int) -> None:
+        """Wait until so many exchanges have."""
+        while len(self.endings) < count:
+            self._ended.clear()
+            await self._ended.wait()
+
+
+async def echo(exchange: Exchange) -> Message:
+    return exchange.message
 
 
 class Recorder:
     """A handler that answers with the request, and keeps its calls."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[Exchange] = []
 
-    async def __call__(self, call: Call) -> bytes:
-        self.calls.append(call)
-        return call.request
+    async def __call__(self, exchange: Exchange) -> Message:
+        self.calls.append(exchange)
+        return exchange.message
 
 
 class Hold:
@@ -98,14 +154,14 @@ class Hold:
         self.release = asyncio.Event()
         self.cancelled = asyncio.Event()
 
-    async def __call__(self, call: Call) -> bytes:
+    async def __call__(self, exchange: Exchange) -> Message:
         self.entered.set()
         try:
             await self.release.wait()
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
-        return call.request
+        return exchange.message
 
     async def was_entered(self) -> None:
         async with asyncio.timeout(10):
@@ -115,9 +171,9 @@ class Hold:
         async with asyncio.timeout(within_s):
             await self.cancelled.wait()
 
-    async def stream(self, call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def stream(self, exchange: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
         yield b"first"
-        yield await self(call)
+        yield await self(exchange)
 
 
 @asynccontextmanager
@@ -129,8 +185,8 @@ async def serving(
     tls: ServerTls | None = None,
 ) -> AsyncIterator[str]:
     """A server on the loopback interface, on which `warm` works too: its address."""
-    methods = Methods(unary={**(unary or {}), WARM: echo}, streaming=streaming or {})
-    server = await transport.serve(methods, LOOPBACK, limits or Limits(), tls=tls)
+    service = CoroutineService({**(unary or {}), WARM: echo}, streaming or {})
+    server = await transport.serve(service, LOOPBACK, limits or Limits(), tls=tls)
     assert isinstance(server, Server)
     try:
         yield f"127.0.0.1:{server.ports[0]}"
@@ -205,7 +261,19 @@ def by_key(metadata: Iterable[tuple[str, str | bytes]]) -> list[tuple[str, str |
     return sorted(((key, value) for key, value in metadata), key=lambda item: item[0])
 
 
-async def error_of(call: Coroutine[Any, Any, bytes]) -> InferenceError:
+async def ask(
+    connection: Connection,
+    method: str = ECHO,
+    message: bytes = b"",
+    *,
+    metadata: Metadata = (),
+    timeout_s: float | None = None,
+) -> Message:
+    """The message of a node's answer."""
+    return (await connection.call(method, message, metadata=metadata, timeout_s=timeout_s)).message
+
+
+async def error_of(call: Coroutine[Any, Any, Any]) -> InferenceError:
     with pytest.raises(InferenceError) as error:
         await call
     return error.value
@@ -213,7 +281,7 @@ async def error_of(call: Coroutine[Any, Any, bytes]) -> InferenceError:
 
 async def warm(connection: Connection) -> None:
     """A call there and back, so that the connection stands."""
-    assert await connection.call(Call(method=WARM, request=b"warm")) == b"warm"
+    assert await ask(connection, WARM, b"warm") == b"warm"
 
 
 async def refusal(connection: Connection, within_s: float, *, lost: int = 0) -> InferenceError:
@@ -224,9 +292,8 @@ async def refusal(connection: Connection, within_s: float, *, lost: int = 0) -> 
     """
     async with asyncio.timeout((1 + lost) * within_s):
         while True:
-            deadline = time.monotonic() + within_s
             try:
-                await connection.call(Call(method=ECHO, request=b"", deadline=deadline))
+                await ask(connection, timeout_s=within_s)
             except DeadlineExceeded:
                 if not lost:
                     raise
@@ -240,7 +307,7 @@ async def reached(connection: Connection, within_s: float) -> None:
     async with asyncio.timeout(within_s):
         while True:
             try:
-                await connection.call(Call(method=ECHO, request=b""))
+                await ask(connection)
             except InferenceError:
                 await asyncio.sleep(0.02)
             else:

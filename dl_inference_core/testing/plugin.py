@@ -23,8 +23,9 @@ class PluginConformance:
     def _check_class(cls: type[Any], interface: type[Any], plain: Sequence[str]) -> None:
         assert issubclass(cls, interface)
         assert not inspect.isabstract(cls), f"abstract: {sorted(cls.__abstractmethods__)}"
-        assert isinstance(cls.name, str)
-        assert cls.name, "a class without a name cannot be named in a config"
+        name = vars(cls).get("name")
+        assert isinstance(name, str), "expected a `name` of the class's own: an inherited name is another class's"
+        assert name, "a class without a name cannot be named in a config"
         for method in plain:
             assert not inspect.iscoroutinefunction(getattr(cls, method)), f"{method} must be a plain function"
 

@@ -1,4 +1,5 @@
-"""The suite for transports, over real sockets: calls here, servers in `transport_servers`, TLS in `transport_tls`."""
+"""The suite for transports, over real sockets: calls here; exchanges and forwarding in `transport_exchanges`,
+servers in `transport_servers`, TLS in `transport_tls`."""
 
 from __future__ import annotations
 
@@ -26,6 +27,7 @@ from dl_inference_core.testing.loopback import (
     HOLD,
     Hold,
     Recorder,
+    ask,
     asynchronous,
     by_key,
     connected,
@@ -36,12 +38,13 @@ from dl_inference_core.testing.loopback import (
     serving,
     warm,
 )
+from dl_inference_core.testing.transport_exchanges import ExchangeConformance
 from dl_inference_core.testing.transport_servers import ServerConformance
 from dl_inference_core.testing.transport_tls import TlsConformance
-from dl_inference_core.transport import Call, Limits, Transport
+from dl_inference_core.transport import Answer, Exchange, Limits, Message, Transport
 
 
-class TransportConformance(ServerConformance, TlsConformance):
+class TransportConformance(ExchangeConformance, ServerConformance, TlsConformance):
     """What every transport must keep, over real sockets on the loopback interface::
 
     class TestGrpcioTransport(TransportConformance):
@@ -68,36 +71,36 @@ class TransportConformance(ServerConformance, TlsConformance):
     )
     @asynchronous
     async def test_bytes_go_there_and_back(self, transport: Transport, message: bytes) -> None:
-        seen: list[Call] = []
+        seen: list[Exchange] = []
 
-        async def reverse(call: Call) -> bytes:
-            seen.append(call)
-            return call.request[::-1]
+        async def reverse(exchange: Exchange) -> bytes:
+            seen.append(exchange)
+            return bytes(exchange.message[::-1])
 
         async with pair(transport, reverse) as connection:
-            assert await connection.call(Call(method=ECHO, request=message)) == message[::-1]
-        assert [(call.method, call.request) for call in seen] == [(ECHO, message)]
+            assert await ask(connection, ECHO, message) == message[::-1]
+        assert [(exchange.method, exchange.message) for exchange in seen] == [(ECHO, message)]
 
     @asynchronous
     async def test_handlers_run_on_the_loop_that_made_the_server(self, transport: Transport) -> None:
         loops = []
 
-        async def note(call: Call) -> bytes:
+        async def note(exchange: Exchange) -> bytes:
             loops.append(asyncio.get_running_loop())
             return b""
 
         async with pair(transport, note) as connection:
-            await connection.call(Call(method=ECHO, request=b""))
+            await ask(connection)
         assert loops == [asyncio.get_running_loop()]
 
     @asynchronous
     async def test_an_unknown_method_is_unimplemented(self, transport: Transport) -> None:
         async with pair(transport, echo) as connection:
             for method in ("/conformance.Test/Unknown", "/conformance.Other/Echo"):
-                error = await error_of(connection.call(Call(method=method, request=b"")))
+                error = await error_of(ask(connection, method, b""))
                 assert error.code is Code.UNIMPLEMENTED
                 assert error.blame is Blame.CLIENT
-            assert await connection.call(Call(method=ECHO, request=b"still here")) == b"still here"
+            assert await ask(connection, ECHO, b"still here") == b"still here"
 
     @asynchronous
     async def test_metadata_arrive_in_order_and_nothing_of_the_protocol_with_them(self, transport: Transport) -> None:
@@ -109,9 +112,8 @@ class TransportConformance(ServerConformance, TlsConformance):
             ("x-tag", "two, three"),
             ("empty-bin", b""),
         )
-        deadline = time.monotonic() + 10
         async with pair(transport, note) as connection:
-            await connection.call(Call(method=ECHO, request=b"", metadata=sent, deadline=deadline))
+            await ask(connection, metadata=sent, timeout_s=10)
         assert by_key(note.calls[0].metadata) == by_key(sent)
 
     @asynchronous
@@ -126,19 +128,19 @@ class TransportConformance(ServerConformance, TlsConformance):
     async def test_trailers_come_back_with_an_answer_and_with_an_error(self, transport: Transport) -> None:
         sent: list[tuple[str, str | bytes]] = [("x-load", "0.5"), ("x-report-bin", b"\0\x01\xff"), ("x-load", "0.6")]
 
-        async def answer(call: Call) -> bytes:
-            call.trailers.extend(sent)
-            if call.request == b"fail":
-                raise NodeFailed("failed on purpose")
-            return b"answered"
+        async def answer(exchange: Exchange) -> Answer:
+            if exchange.message == b"fail":
+                error = NodeFailed("failed on purpose")
+                error.trailers = sent
+                raise error
+            return Answer(b"answered", sent)
 
         async with pair(transport, answer) as connection:
-            good = Call(method=ECHO, request=b"")
-            await connection.call(good)
-            bad = Call(method=ECHO, request=b"fail")
-            await error_of(connection.call(bad))
-        assert by_key(good.trailers) == by_key(sent)
-        assert by_key(bad.trailers) == by_key(sent)
+            answered = await connection.call(ECHO, b"")
+            error = await error_of(connection.call(ECHO, b"fail"))
+        assert answered.message == b"answered"
+        assert by_key(answered.trailers) == by_key(sent)
+        assert by_key(error.trailers) == by_key(sent)
 
     @asynchronous
     async def test_an_official_client_that_compresses_is_answered(self, transport: Transport) -> None:
@@ -149,7 +151,7 @@ class TransportConformance(ServerConformance, TlsConformance):
             official(address, compression=grpc.Compression.Gzip) as channel,
         ):
             assert await channel.unary_unary(ECHO)(message, timeout=10) == message
-        assert note.calls[0].request == message
+        assert note.calls[0].message == message
         assert note.calls[0].metadata == ()
 
     @asynchronous
@@ -158,18 +160,15 @@ class TransportConformance(ServerConformance, TlsConformance):
         arrived = asyncio.Event()
         waiting: dict[bytes, asyncio.Future[None]] = {}
 
-        async def wait(call: Call) -> bytes:
-            future = waiting[call.request] = asyncio.get_running_loop().create_future()
+        async def wait(exchange: Exchange) -> bytes:
+            future = waiting[bytes(exchange.message)] = asyncio.get_running_loop().create_future()
             if len(waiting) == count:
                 arrived.set()
             await future
-            return b"answer to " + call.request
+            return b"answer to " + bytes(exchange.message)
 
         async with pair(transport, wait) as connection:
-            calls = [
-                asyncio.ensure_future(connection.call(Call(method=ECHO, request=b"%d" % number)))
-                for number in range(count)
-            ]
+            calls = [asyncio.ensure_future(ask(connection, ECHO, b"%d" % number)) for number in range(count)]
             async with asyncio.timeout(20):
                 await arrived.wait()
             for future in reversed(waiting.values()):
@@ -187,11 +186,11 @@ class TransportConformance(ServerConformance, TlsConformance):
     ) -> None:
         limit = 64 * 1024
 
-        async def answer(call: Call) -> bytes:
-            return call.request if large == "request" else b"x" * int(call.request)
+        async def answer(exchange: Exchange) -> Message:
+            return exchange.message if large == "request" else b"x" * int(exchange.message)
 
-        def call(size: int) -> Call:
-            return Call(method=ECHO, request=b"x" * size if large == "request" else b"%d" % size)
+        def message(size: int) -> bytes:
+            return b"x" * size if large == "request" else b"%d" % size
 
         async with pair(
             transport,
@@ -199,17 +198,17 @@ class TransportConformance(ServerConformance, TlsConformance):
             Limits(message_bytes=limit if smaller != "client" else 4 * limit),
             Limits(message_bytes=limit if smaller != "server" else 4 * limit),
         ) as connection:
-            assert len(await connection.call(call(limit))) == limit
+            assert len(await ask(connection, ECHO, message(limit))) == limit
             for size in (limit + 1, 3 * limit):
-                error = await error_of(connection.call(call(size)))
+                error = await error_of(ask(connection, ECHO, message(size)))
                 assert isinstance(error, MessageTooLarge)
-            assert len(await connection.call(call(limit))) == limit
+            assert len(await ask(connection, ECHO, message(limit))) == limit
 
     @asynchronous
     async def test_ten_megabytes_pass_by_default(self, transport: Transport) -> None:
         message = b"\x01" * (10 * 1024 * 1024)
         async with pair(transport, echo) as connection:
-            assert await connection.call(Call(method=ECHO, request=message)) == message
+            assert await ask(connection, ECHO, message) == message
 
     @asynchronous
     async def test_what_is_over_the_limit_only_when_unpacked_is_refused(self, transport: Transport) -> None:
@@ -236,12 +235,12 @@ class TransportConformance(ServerConformance, TlsConformance):
         Failure.code = code
         messages = ["plain", "", "100 % of “naïve” 輸入\nand a second line\t%41", " blanks around "]
 
-        async def fail(call: Call) -> bytes:
-            raise Failure(messages[int(call.request)])
+        async def fail(exchange: Exchange) -> bytes:
+            raise Failure(messages[int(exchange.message)])
 
         async with pair(transport, fail) as connection:
             for number, message in enumerate(messages):
-                error = await error_of(connection.call(Call(method=ECHO, request=b"%d" % number)))
+                error = await error_of(ask(connection, ECHO, b"%d" % number))
                 expected = from_status(code, message)
                 assert type(error) is type(expected)
                 assert error.code is expected.code
@@ -252,22 +251,22 @@ class TransportConformance(ServerConformance, TlsConformance):
         """gRPC carries messages in headers, which peers limit to 8 or 16 KiB after percent-encoding."""
         message = "輸入形狀" * 5000
 
-        async def fail(call: Call) -> bytes:
+        async def fail(exchange: Exchange) -> bytes:
             raise BadRequest(message)
 
         async with pair(transport, fail) as connection:
             for _ in range(5):
-                error = await error_of(connection.call(Call(method=ECHO, request=b"")))
+                error = await error_of(ask(connection))
                 assert error.code is Code.INVALID_ARGUMENT
                 assert str(error)[:300] == message[:300]
 
     @asynchronous
     async def test_what_nobody_foresaw_is_a_failure_and_never_ok(self, transport: Transport) -> None:
-        async def fail(call: Call) -> bytes:
+        async def fail(exchange: Exchange) -> bytes:
             raise ZeroDivisionError("an exception outside the tree")
 
         async with pair(transport, fail) as connection:
-            error = await error_of(connection.call(Call(method=ECHO, request=b"")))
+            error = await error_of(ask(connection))
             assert isinstance(error, NodeFailed)
             await warm(connection)
 
@@ -279,12 +278,12 @@ class TransportConformance(ServerConformance, TlsConformance):
         async with pair(transport, note) as connection:
             for seconds in (0.9, 5.0, 100.0):
                 deadline = time.monotonic() + seconds
-                await connection.call(Call(method=ECHO, request=b"", deadline=deadline))
+                await ask(connection, timeout_s=seconds)
                 received = note.calls[-1].deadline
                 assert received is not None
                 # gRPC rounds a timeout up, to 1 % at worst.
                 assert deadline - 0.5 < received <= deadline + 0.05 + 0.01 * seconds
-            await connection.call(Call(method=ECHO, request=b""))
+            await ask(connection)
             assert note.calls[-1].deadline is None
 
     @asynchronous
@@ -293,7 +292,7 @@ class TransportConformance(ServerConformance, TlsConformance):
         async with pair(transport, hold) as connection:
             await warm(connection)
             started = time.monotonic()
-            error = await error_of(connection.call(Call(method=HOLD, request=b"", deadline=started + 0.3)))
+            error = await error_of(ask(connection, HOLD, timeout_s=0.3))
             took = time.monotonic() - started
             assert isinstance(error, DeadlineExceeded)
             assert 0.25 < took < 0.3 + self.prompt_s
@@ -304,8 +303,7 @@ class TransportConformance(ServerConformance, TlsConformance):
         hold = Hold()
         async with pair(transport, hold) as connection:
             await warm(connection)
-            past = time.monotonic() - 1
-            error = await error_of(connection.call(Call(method=HOLD, request=b"", deadline=past)))
+            error = await error_of(ask(connection, HOLD, timeout_s=-1))
             assert isinstance(error, DeadlineExceeded)
             await warm(connection)
             assert not hold.entered.is_set()
@@ -315,62 +313,22 @@ class TransportConformance(ServerConformance, TlsConformance):
         one, other = Hold(), Hold()
         async with serving(transport, {HOLD: one, ECHO: other}) as node, connected(transport, node) as connection:
 
-            async def cancel(call: Call) -> bytes:
-                leaving = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"")))
+            async def cancel(exchange: Exchange) -> bytes:
+                leaving = asyncio.ensure_future(ask(connection, HOLD))
                 await one.was_entered()
                 leaving.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await leaving
                 return b"cancelled"
 
-            staying = asyncio.ensure_future(connection.call(Call(method=ECHO, request=b"stays")))
+            staying = asyncio.ensure_future(ask(connection, ECHO, b"stays"))
             await other.was_entered()
             async with pair(transport, cancel) as front:
-                assert await front.call(Call(method=ECHO, request=b"")) == b"cancelled"
+                assert await ask(front) == b"cancelled"
             await one.was_cancelled(self.prompt_s)
             other.release.set()
             assert await staying == b"stays"
             assert not other.cancelled.is_set()
-
-    @asynchronous
-    async def test_a_client_that_leaves_a_forwarded_call_cancels_it_at_the_node(self, transport: Transport) -> None:
-        hold = Hold()
-        async with serving(transport, {HOLD: hold}) as node, connected(transport, node) as connection:
-            cancelled = asyncio.Event()
-
-            async def forward(call: Call) -> bytes:
-                try:
-                    return await connection.call(Call(method=HOLD, request=call.request))
-                except asyncio.CancelledError:
-                    cancelled.set()
-                    raise
-
-            async with serving(transport, {ECHO: forward}) as address, official(address) as channel:
-                call = channel.unary_unary(ECHO)(b"")
-                await hold.was_entered()
-                call.cancel()
-                async with asyncio.timeout(self.prompt_s):
-                    await cancelled.wait()
-                await hold.was_cancelled(self.prompt_s)
-
-    @asynchronous
-    async def test_a_call_in_the_background_outlives_the_call_in_whose_context_it_is_made(
-        self, transport: Transport
-    ) -> None:
-        hold = Hold()
-        async with serving(transport, {HOLD: hold}) as node, connected(transport, node) as connection:
-            outliving: list[asyncio.Future[bytes]] = []
-
-            async def begin(call: Call) -> bytes:
-                later = Call(method=HOLD, request=b"outlives", background=True)
-                outliving.append(asyncio.ensure_future(connection.call(later)))
-                await hold.was_entered()
-                return b"begun"
-
-            async with pair(transport, begin) as front:
-                assert await front.call(Call(method=ECHO, request=b"")) == b"begun"
-            hold.release.set()
-            assert await outliving[0] == b"outlives"
 
     @asynchronous
     async def test_an_official_client_that_hangs_up_cancels_the_handler(self, transport: Transport) -> None:
@@ -389,21 +347,20 @@ class TransportConformance(ServerConformance, TlsConformance):
         hold = Hold()
         async with serving(transport, {HOLD: hold}) as address:
             connection = transport.connect(address, Limits())
-            call = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"")))
+            call = asyncio.ensure_future(ask(connection, HOLD))
             await hold.was_entered()
             await connection.close()
             async with asyncio.timeout(self.prompt_s):
                 await hold.cancelled.wait()
                 with pytest.raises((asyncio.CancelledError, InferenceError)):
                     await call
-            await error_of(connection.call(Call(method=HOLD, request=b"")))
+            await error_of(ask(connection, HOLD))
 
     # Streaming, which a connection has not; so through official clients
 
     @asynchronous
     async def test_one_request_may_have_many_answers(self, transport: Transport) -> None:
-        async def count(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-            call.trailers.append(("x-load", "0.5"))
+        async def count(_: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
             async for request in requests:
                 for number in range(int(request)):
                     yield b"%d" % number
@@ -411,17 +368,16 @@ class TransportConformance(ServerConformance, TlsConformance):
         async with serving(transport, streaming={ECHO: count}) as address, official(address) as channel:
             call = channel.unary_stream(ECHO)(b"3", metadata=(("x-request-id", "7"),), timeout=10)
             assert [answer async for answer in call] == [b"0", b"1", b"2"]
-            assert ("x-load", "0.5") in [tuple(item) for item in await call.trailing_metadata()]
             assert [answer async for answer in channel.unary_stream(ECHO)(b"0", timeout=10)] == []
 
     @asynchronous
     async def test_a_stream_answers_each_message_as_it_comes(self, transport: Transport) -> None:
-        seen: list[Call] = []
+        seen: list[Exchange] = []
 
-        async def reverse(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-            seen.append(call)
+        async def reverse(exchange: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
+            seen.append(exchange)
             async for request in requests:
-                yield request[::-1]
+                yield bytes(request[::-1])
             yield b"end"
 
         async with serving(transport, streaming={ECHO: reverse}) as address, official(address) as channel:
@@ -433,14 +389,14 @@ class TransportConformance(ServerConformance, TlsConformance):
             assert await call.read() == b"end"
             assert await call.read() is grpc.aio.EOF
             assert await call.code() is grpc.StatusCode.OK
-        assert [(each.method, each.request, tuple(each.metadata)) for each in seen] == [
+        assert [(each.method, each.message, tuple(each.metadata)) for each in seen] == [
             (ECHO, b"", (("x-request-id", "7"),))
         ]
         assert seen[0].deadline is not None
 
     @asynchronous
     async def test_a_stream_that_fails_keeps_what_was_sent_and_says_why(self, transport: Transport) -> None:
-        async def fail(call: Call, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async def fail(_: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
             yield b"one"
             yield b"two"
             raise BadRequest("no third for “你”")

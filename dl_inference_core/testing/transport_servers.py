@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from dl_inference_core.coroutines import UnaryHandler
 from dl_inference_core.errors import Blame, ConfigError, DeadlineExceeded, NodeGaveUp, NodeUnreachable
 from dl_inference_core.sockets import path_of
 from dl_inference_core.testing.loopback import (
@@ -21,8 +22,10 @@ from dl_inference_core.testing.loopback import (
     HOLD,
     LOOPBACK,
     WARM,
+    CoroutineService,
     Hold,
     LoopbackConformance,
+    ask,
     asynchronous,
     connected,
     echo,
@@ -36,7 +39,7 @@ from dl_inference_core.testing.loopback import (
     warm,
 )
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Call, Limits, Methods, Transport, UnaryHandler
+from dl_inference_core.transport import Exchange, Limits, Transport
 
 
 class ServerConformance(LoopbackConformance):
@@ -52,7 +55,7 @@ class ServerConformance(LoopbackConformance):
 
     @asynchronous
     async def test_one_server_answers_on_several_addresses(self, transport: Transport) -> None:
-        server = await transport.serve(Methods(unary={ECHO: echo, WARM: echo}), LOOPBACK * 2, Limits())
+        server = await transport.serve(CoroutineService({ECHO: echo, WARM: echo}), LOOPBACK * 2, Limits())
         try:
             assert len(set(server.ports)) == 2
             for port in server.ports:
@@ -66,20 +69,20 @@ class ServerConformance(LoopbackConformance):
         answered = [0, 0]
 
         def count(number: int) -> UnaryHandler:
-            async def answer(call: Call) -> bytes:
+            async def answer(exchange: Exchange) -> bytes:
                 answered[number] += 1
                 return b""
 
             return answer
 
-        one = await transport.serve(Methods(unary={ECHO: count(0)}), LOOPBACK, Limits(), share_port=True)
+        one = await transport.serve(CoroutineService({ECHO: count(0)}), LOOPBACK, Limits(), share_port=True)
         address = f"127.0.0.1:{one.ports[0]}"
-        two = await transport.serve(Methods(unary={ECHO: count(1)}), (address,), Limits(), share_port=True)
+        two = await transport.serve(CoroutineService({ECHO: count(1)}), (address,), Limits(), share_port=True)
         try:
             assert two.ports == one.ports
             for _ in range(40):  # the kernel picks by the client's port: all on one side is 1 in 2**39
                 async with connected(transport, address) as connection:
-                    await connection.call(Call(method=ECHO, request=b""))
+                    await ask(connection)
             assert sum(answered) == 40
             assert all(answered)
         finally:
@@ -90,7 +93,7 @@ class ServerConformance(LoopbackConformance):
     async def test_a_port_in_use_is_a_config_error(self, transport: Transport) -> None:
         async with serving(transport, {ECHO: echo}) as address:
             with pytest.raises(ConfigError, match=address):
-                await transport.serve(Methods(unary={}), (address,), Limits())
+                await transport.serve(CoroutineService({}), (address,), Limits())
             async with connected(transport, address) as connection:
                 await warm(connection)
 
@@ -101,9 +104,9 @@ class ServerConformance(LoopbackConformance):
     ) -> None:
         good = f"127.0.0.1:{free_port()}"
         with pytest.raises(ConfigError) as error:
-            await transport.serve(Methods(unary={}), (good, address), Limits())
+            await transport.serve(CoroutineService({}), (good, address), Limits())
         assert address in str(error.value)
-        server = await transport.serve(Methods(unary={ECHO: echo}), (good,), Limits())
+        server = await transport.serve(CoroutineService({ECHO: echo}), (good,), Limits())
         await server.drain(0)
 
     # Unix-domain sockets
@@ -113,7 +116,7 @@ class ServerConformance(LoopbackConformance):
         self, transport: Transport, socket_path: Path
     ) -> None:
         address = f"unix:{socket_path}"
-        server = await transport.serve(Methods(unary={ECHO: echo, WARM: echo}), (address, *LOOPBACK), Limits())
+        server = await transport.serve(CoroutineService({ECHO: echo, WARM: echo}), (address, *LOOPBACK), Limits())
         try:
             assert len(server.ports) == 1, "a socket has no port"
             for each in (address, f"127.0.0.1:{server.ports[0]}"):
@@ -128,12 +131,12 @@ class ServerConformance(LoopbackConformance):
     async def test_a_socket_speaks_tls_where_the_port_does(self, transport: Transport, socket_path: Path) -> None:
         authority = Authority(socket_path.parent / "ca")
         tls = authority.issue("localhost").server()
-        server = await transport.serve(Methods(unary={WARM: echo}), (f"unix:{socket_path}",), Limits(), tls=tls)
+        server = await transport.serve(CoroutineService({WARM: echo}), (f"unix:{socket_path}",), Limits(), tls=tls)
         try:
             async with connected(transport, f"unix:{socket_path}", tls=authority.client()) as connection:
                 await warm(connection)
             async with connected(transport, f"unix:{socket_path}") as plain:
-                await error_of(plain.call(Call(method=WARM, request=b"", deadline=time.monotonic() + 2)))
+                await error_of(ask(plain, WARM, timeout_s=2))
         finally:
             await server.drain(0)
 
@@ -144,7 +147,7 @@ class ServerConformance(LoopbackConformance):
         with socket.socket(socket.AF_UNIX) as killed:
             killed.bind(str(socket_path))
             killed.listen()
-        server = await transport.serve(Methods(unary={WARM: echo}), (f"unix:{socket_path}",), Limits())
+        server = await transport.serve(CoroutineService({WARM: echo}), (f"unix:{socket_path}",), Limits())
         async with connected(transport, f"unix:{socket_path}") as connection:
             await warm(connection)
         await server.drain(0)
@@ -154,10 +157,10 @@ class ServerConformance(LoopbackConformance):
         self, transport: Transport, socket_path: Path
     ) -> None:
         address = f"unix:{socket_path}"
-        server = await transport.serve(Methods(unary={WARM: echo}), (address,), Limits())
+        server = await transport.serve(CoroutineService({WARM: echo}), (address,), Limits())
         async with connected(transport, address) as connection:
             with pytest.raises(ConfigError, match=f"{address}: another server listens there"):
-                await transport.serve(Methods(unary={}), (address,), Limits())
+                await transport.serve(CoroutineService({}), (address,), Limits())
             await warm(connection)
         await server.drain(0)
 
@@ -173,7 +176,7 @@ class ServerConformance(LoopbackConformance):
             (socket_path.parent / ("s" * 108), "107 bytes"),
         ):
             with pytest.raises(ConfigError, match=f"cannot listen on .*{said}"):
-                await transport.serve(Methods(unary={}), (*LOOPBACK, f"unix:{path}"), Limits())
+                await transport.serve(CoroutineService({}), (*LOOPBACK, f"unix:{path}"), Limits())
         assert file.read_text() == "mine"
 
     @asynchronous
@@ -183,9 +186,9 @@ class ServerConformance(LoopbackConformance):
         address = f"unix:{socket_path}"
         async with connected(transport, address) as connection:
             for _ in range(2):
-                error = await error_of(connection.call(Call(method=ECHO, request=b"")))
+                error = await error_of(ask(connection))
                 assert isinstance(error, NodeUnreachable)
-                server = await transport.serve(Methods(unary={ECHO: echo}), (address,), Limits())
+                server = await transport.serve(CoroutineService({ECHO: echo}), (address,), Limits())
                 await reached(connection, 1.5)
                 await server.drain(0)
                 await refusal(connection, self.prompt_s)
@@ -213,7 +216,7 @@ class ServerConformance(LoopbackConformance):
 
     @asynchronous
     async def test_the_limit_of_connections_is_one_for_all_addresses(self, transport: Transport) -> None:
-        server = await transport.serve(Methods(unary={ECHO: echo}), LOOPBACK * 2, Limits(connections=2))
+        server = await transport.serve(CoroutineService({ECHO: echo}), LOOPBACK * 2, Limits(connections=2))
         try:
             async with AsyncExitStack() as stack:
                 for port in server.ports:
@@ -232,10 +235,10 @@ class ServerConformance(LoopbackConformance):
         entered: list[bytes] = []
         release = asyncio.Semaphore(0)
 
-        async def hold(call: Call) -> bytes:
-            entered.append(call.request)
+        async def hold(exchange: Exchange) -> bytes:
+            entered.append(bytes(exchange.message))
             await release.acquire()
-            return call.request
+            return exchange.message
 
         async with (
             serving(transport, {HOLD: hold, ECHO: echo}, limits=Limits(streams=2)) as address,
@@ -255,18 +258,55 @@ class ServerConformance(LoopbackConformance):
             release.release()
             assert [await call for call in calls] == [b"0", b"1", b"2", b"3", b"4"]
 
+    @pytest.mark.parametrize(("channels", "streams"), [(1, 16), (1, 1024), (6, 1024)])
+    @asynchronous
+    async def test_none_of_many_calls_at_once_fails(self, transport: Transport, channels: int, streams: int) -> None:
+        count = min(6000, 100 * streams)
+
+        async def slow(exchange: Exchange) -> bytes:
+            await asyncio.sleep(0.02)
+            return exchange.message
+
+        async with AsyncExitStack() as stack:
+            limits = Limits(streams=streams)
+            address = await stack.enter_async_context(serving(transport, {ECHO: slow}, limits=limits))
+            clients = [await stack.enter_async_context(official(address)) for _ in range(channels)]
+            for client in clients:
+                await client.unary_unary(WARM)(b"", timeout=10)
+            calls = [clients[number % channels].unary_unary(ECHO)(b"%d" % number) for number in range(count)]
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert [each for each in answers if isinstance(each, BaseException)] == []
+            assert answers == [b"%d" % number for number in range(count)]
+
+    @asynchronous
+    async def test_a_client_that_pings_more_often_than_data_comes_stays_connected(self, transport: Transport) -> None:
+        hold = Hold()
+        keepalive = {"grpc.keepalive_time_ms": 1200, "grpc.keepalive_permit_without_calls": 1}
+        pings = {"grpc.http2.max_pings_without_data": 0, "grpc.http2.min_time_between_pings_ms": 1000}
+        options = list({**keepalive, **pings}.items())
+        async with (
+            serving(transport, {HOLD: hold}) as address,
+            grpc.aio.insecure_channel(address, options=options) as channel,
+        ):
+            call = channel.unary_unary(HOLD)(b"held", timeout=30)
+            await hold.was_entered()
+            # gRPC's default closes the connection at the third ping that comes too soon, after 4.8 s.
+            await asyncio.sleep(6.5)
+            hold.release.set()
+            assert await call == b"held"
+
     @pytest.mark.parametrize("where", ["port", "socket"])
     @asynchronous
     async def test_a_path_that_is_no_text_ends_no_other_call_and_the_next_is_answered(
         self, transport: Transport, socket_path: Path, where: str
     ) -> None:
         hold = Hold()
-        methods = Methods(unary={HOLD: hold, ECHO: echo})
+        methods = CoroutineService({HOLD: hold, ECHO: echo})
         server = await transport.serve(methods, (f"unix:{socket_path}", *LOOPBACK), Limits())
         address = f"unix:{socket_path}" if where == "socket" else f"127.0.0.1:{server.ports[0]}"
         try:
             async with connected(transport, address) as connection, connected(transport, address) as other:
-                staying = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"stays")))
+                staying = asyncio.ensure_future(ask(connection, HOLD, b"stays"))
                 await hold.was_entered()
                 for path in (b"/conformance.Test/\xff", b"\xff"):
                     await send_call(address, path)
@@ -287,15 +327,13 @@ class ServerConformance(LoopbackConformance):
     ) -> None:
         for attempt in range(20):  # calls that cross with the server's goodbye are the ones that go wrong, sometimes
             hold = Hold()
-            server = await transport.serve(Methods(unary={HOLD: hold, ECHO: echo}), LOOPBACK, Limits())
+            server = await transport.serve(CoroutineService({HOLD: hold, ECHO: echo}), LOOPBACK, Limits())
             address = f"127.0.0.1:{server.ports[0]}"
             async with connected(transport, address) as connection, connected(transport, address) as other:
-                call = asyncio.ensure_future(connection.call(Call(method=HOLD, request=b"finishes")))
+                call = asyncio.ensure_future(ask(connection, HOLD, b"finishes"))
                 await hold.was_entered()
                 drain = asyncio.ensure_future(server.drain(10))
-                crossing = [
-                    connection.call(Call(method=ECHO, request=b"")) for _ in range(10 if attempt % 4 == 0 else 0)
-                ]
+                crossing = [ask(connection) for _ in range(10 if attempt % 4 == 0 else 0)]
                 for result in await asyncio.gather(*crossing, return_exceptions=True):
                     assert result == b"" or isinstance(result, NodeUnreachable | NodeGaveUp), repr(result)
                 for each in (connection, other):
@@ -311,9 +349,9 @@ class ServerConformance(LoopbackConformance):
     @asynchronous
     async def test_a_call_that_outlasts_the_grace_is_cancelled(self, transport: Transport) -> None:
         hold = Hold()
-        server = await transport.serve(Methods(unary={HOLD: hold}), LOOPBACK, Limits())
+        server = await transport.serve(CoroutineService({HOLD: hold}), LOOPBACK, Limits())
         async with connected(transport, f"127.0.0.1:{server.ports[0]}") as connection:
-            call = asyncio.ensure_future(error_of(connection.call(Call(method=HOLD, request=b""))))
+            call = asyncio.ensure_future(error_of(ask(connection, HOLD)))
             await hold.was_entered()
             started = time.monotonic()
             await server.drain(0.3)
@@ -327,13 +365,13 @@ class ServerConformance(LoopbackConformance):
     async def test_a_drain_with_nothing_in_flight_returns_at_once_and_frees_the_port(
         self, transport: Transport
     ) -> None:
-        server = await transport.serve(Methods(unary={WARM: echo}), LOOPBACK, Limits())
+        server = await transport.serve(CoroutineService({WARM: echo}), LOOPBACK, Limits())
         address = f"127.0.0.1:{server.ports[0]}"
         async with connected(transport, address) as connection:
             await warm(connection)
             async with asyncio.timeout(self.prompt_s):
                 await server.drain(10)
-        again = await transport.serve(Methods(unary={ECHO: echo}), (address,), Limits())
+        again = await transport.serve(CoroutineService({ECHO: echo}), (address,), Limits())
         await again.drain(0)
 
     # Nodes that are not there
@@ -344,11 +382,11 @@ class ServerConformance(LoopbackConformance):
         async with connected(transport, address) as connection:
             for _ in range(5):
                 started = time.monotonic()
-                error = await error_of(connection.call(Call(method=ECHO, request=b"")))
+                error = await error_of(ask(connection))
                 assert isinstance(error, NodeUnreachable)
                 assert time.monotonic() - started < 1
             for _ in range(2):
-                server = await transport.serve(Methods(unary={ECHO: echo}), (address,), Limits())
+                server = await transport.serve(CoroutineService({ECHO: echo}), (address,), Limits())
                 await reached(connection, 1.5)
                 await server.drain(0)
                 await refusal(connection, self.prompt_s)
@@ -357,8 +395,7 @@ class ServerConformance(LoopbackConformance):
     async def test_a_peer_that_says_nothing_costs_no_more_than_the_deadline(self, transport: Transport) -> None:
         async with peer(None) as address, connected(transport, address) as connection:
             started = time.monotonic()
-            call = Call(method=ECHO, request=b"", deadline=started + 0.4)
-            error = await error_of(connection.call(call))
+            error = await error_of(ask(connection, timeout_s=0.4))
             assert isinstance(error, DeadlineExceeded | NodeUnreachable)
             assert time.monotonic() - started < 0.4 + self.prompt_s
 
@@ -369,8 +406,7 @@ class ServerConformance(LoopbackConformance):
     ) -> None:
         async with peer(answer) as address, connected(transport, address) as connection:
             started = time.monotonic()
-            call = Call(method=ECHO, request=b"", deadline=started + 10)
-            error = await error_of(connection.call(call))
+            error = await error_of(ask(connection, timeout_s=10))
             assert error.blame is Blame.NODE
             assert error.another_node
             assert time.monotonic() - started < 1 + self.prompt_s

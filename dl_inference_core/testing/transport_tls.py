@@ -25,9 +25,11 @@ from dl_inference_core.testing.loopback import (
     ECHO,
     HOLD,
     LOOPBACK,
+    CoroutineService,
     Hold,
     LoopbackConformance,
     Recorder,
+    ask,
     asynchronous,
     connected,
     echo,
@@ -38,7 +40,7 @@ from dl_inference_core.testing.loopback import (
     serving,
     warm,
 )
-from dl_inference_core.transport import Call, Connection, Limits, Methods, Transport
+from dl_inference_core.transport import Connection, Limits, Transport
 
 _TAKEN_UP_S = 5.0
 """Seconds within which files that have changed are in use."""
@@ -127,7 +129,7 @@ class TlsConformance(LoopbackConformance):
             connected(transport, address, tls=ours.client()) as connection,
             official(address, ours.official()) as channel,
         ):
-            assert await connection.call(Call(method=ECHO, request=message)) == message
+            assert await ask(connection, ECHO, message) == message
             assert await channel.unary_unary(ECHO)(message, timeout=10) == message
 
     @asynchronous
@@ -184,7 +186,7 @@ class TlsConformance(LoopbackConformance):
     ) -> None:
         async with official_server(ours.issue("node.test")) as (address, calls):
             async with connected(transport, address, tls=ours.client(server_name="node.test")) as connection:
-                assert await connection.call(Call(method=ECHO, request=b"named")) == b"named"
+                assert await ask(connection, ECHO, b"named") == b"named"
             async with connected(transport, address, tls=ours.client(server_name="nodes.test")) as connection:
                 await unreachable(connection)
         assert calls == [b"named"]
@@ -219,7 +221,7 @@ class TlsConformance(LoopbackConformance):
     @asynchronous
     async def test_a_node_that_comes_back_is_reached_in_1500_ms(self, transport: Transport, ours: Authority) -> None:
         address = f"127.0.0.1:{free_port()}"
-        methods, tls = Methods(unary={ECHO: echo}), ours.issue().server()
+        methods, tls = CoroutineService({ECHO: echo}), ours.issue().server()
         async with connected(transport, address, tls=ours.client()) as connection:
             for _ in range(2):
                 await unreachable(connection)
@@ -239,8 +241,8 @@ class TlsConformance(LoopbackConformance):
         for file in (ours.file.with_name("missing"), empty(ours.file.with_name("empty"))):
             bad = good.model_copy(update={wrong: file})
             with pytest.raises(ConfigError, match=re.escape(str(file))):
-                await transport.serve(Methods(unary={ECHO: echo}), (address,), Limits(), tls=bad)
-        server = await transport.serve(Methods(unary={ECHO: echo}), (address,), Limits(), tls=good)
+                await transport.serve(CoroutineService({ECHO: echo}), (address,), Limits(), tls=bad)
+        server = await transport.serve(CoroutineService({ECHO: echo}), (address,), Limits(), tls=good)
         await server.drain(0)
 
     @pytest.mark.parametrize("wrong", ["ca", "certificate", "key"])
@@ -261,7 +263,7 @@ class TlsConformance(LoopbackConformance):
         expired = ours.issue(expired=True)
         for issued, file in ((misfit, misfit.key), (expired, expired.certificate)):
             with pytest.raises(ConfigError, match=re.escape(str(file))):
-                await transport.serve(Methods(unary={}), LOOPBACK, Limits(), tls=issued.server())
+                await transport.serve(CoroutineService({}), LOOPBACK, Limits(), tls=issued.server())
             with pytest.raises(ConfigError, match=re.escape(str(file))):
                 transport.connect(LOOPBACK[0], Limits(), ours.client(issued))
 
@@ -272,12 +274,12 @@ class TlsConformance(LoopbackConformance):
         self, transport: Transport, ours: Authority, other: Authority
     ) -> None:
         hold, issued = Hold(), ours.issue()
-        methods = Methods(unary={ECHO: echo, HOLD: hold})
+        methods = CoroutineService({ECHO: echo, HOLD: hold})
         server = await transport.serve(methods, LOOPBACK * 2, Limits(), tls=issued.server())
         addresses = [f"127.0.0.1:{port}" for port in server.ports]
         try:
             async with connected(transport, addresses[0], tls=ours.client()) as old:
-                call = asyncio.ensure_future(old.call(Call(method=HOLD, request=b"goes on")))
+                call = asyncio.ensure_future(ask(old, HOLD, b"goes on"))
                 await hold.was_entered()
                 issued.become(other.issue())
                 for address in addresses:
@@ -318,7 +320,7 @@ class TlsConformance(LoopbackConformance):
             connected(transport, lenient, tls=ours.client(shown)) as taken,
         ):
             await unreachable(refused)
-            call = asyncio.ensure_future(taken.call(Call(method=HOLD, request=b"goes on")))
+            call = asyncio.ensure_future(ask(taken, HOLD, b"goes on"))
             await hold.was_entered()
             shown.become(other.issue("client"))
             await reached(refused, _TAKEN_UP_S)
@@ -415,7 +417,7 @@ async def official_server(issued: Issued) -> AsyncIterator[tuple[str, list[bytes
 async def unreachable(connection: Connection) -> None:
     """A call is not answered, and soon."""
     async with asyncio.timeout(5):
-        error = await error_of(connection.call(Call(method=ECHO, request=b"secret")))
+        error = await error_of(ask(connection, ECHO, b"secret"))
     assert isinstance(error, NodeUnreachable), repr(error)
 
 

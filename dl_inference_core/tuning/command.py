@@ -12,7 +12,8 @@ from typing import Any
 
 import dl_inference_core
 from dl_inference_core import config as configs
-from dl_inference_core.config import Config, cores
+from dl_inference_core.config import Config
+from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.load_testing.command import check_outputs, write
 from dl_inference_core.load_testing.report import console

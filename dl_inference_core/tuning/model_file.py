@@ -11,8 +11,10 @@ from typing import Any
 import tomlkit
 from tomlkit.exceptions import TOMLKitError
 
-from dl_inference_core.config import Config, cores, validated
+from dl_inference_core.config import Config, validated
+from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError, ModelError
+from dl_inference_core.files import decode
 from dl_inference_core.node.loading import CONFIG_FILE, ModelConfig, read_config
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.tuning.search import DELAYS_US, ROWS, Settings, Space, placements
@@ -141,7 +143,7 @@ class TunedModel:
         """
         file = self.file.resolve()
         try:
-            text = file.read_bytes().decode() if file.exists() else ""
+            text = decode(file.read_bytes()) if file.exists() else ""
             text = self._with(text, settings)
             validated(ModelConfig, tomllib.loads(text), str(self.file))
             part = file.with_name(f"{file.name}.part")
@@ -151,7 +153,7 @@ class TunedModel:
             part.replace(file)
         except OSError as error:
             raise ConfigError(f"{self.file}: {error.strerror or error}") from error
-        except (UnicodeDecodeError, TOMLKitError) as error:
+        except (ValueError, TOMLKitError) as error:
             raise ConfigError(f"{self.file}: {error}") from error
 
     def keys(self, settings: Settings) -> dict[str, int]:
@@ -202,7 +204,7 @@ def _versions(folder: Path) -> dict[int, Path]:
 
 
 def _values(file: Path) -> Mapping[str, Any]:
-    return tomllib.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return tomllib.loads(decode(file.read_bytes())) if file.is_file() else {}
 
 
 def _backend(config: ModelConfig, folder: Path) -> tuple[str, bool]:

@@ -86,7 +86,7 @@ class Tuning(BaseModel):
         lines = [
             f"best of {len(self.candidates)} within {limit}: {self.best}",
             f"in turns, {len(turns.best)} rounds: best {_typical(turns.best)}; before {_typical(turns.before)}; "
-            f"{_TIMES}{turns.ratio:.2f} \N{PLUS-MINUS SIGN}{turns.spread:.2f}",
+            f"{_TIMES}{turns.ratio:.2f}, the rounds within a factor of {1 + turns.spread:.2f}",
         ]
         if not self.better:
             lines.append("that is over the limit, or no more than the rounds differ by: not written")

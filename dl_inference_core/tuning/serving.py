@@ -30,6 +30,8 @@ _SEARCH = 0.8
 """The part of the budget that it may take."""
 _SHORTEST_S, _LONGEST_S = 0.5, 3.0
 _WARM_UP = 0.2
+_ATTEMPTS = 3
+"""At a load that nothing answers: a model that takes longer than the load answers nothing each time."""
 _START_S = 120.0
 _LOOK_S = 0.02
 _END_S = 10.0
@@ -134,8 +136,14 @@ class Measuring:
         return min(max(loads_s / len(self.in_flight) / (1 + _WARM_UP), _SHORTEST_S), _LONGEST_S)
 
     def _run(self, processes: Processes, in_flight: int, what: str) -> Row:
+        """A load during which no answer came, though no request failed, measured a pause of this machine and not the
+        settings: it is measured again."""
         load = Load(in_flight=in_flight, duration_s=self.seconds, warm_up_s=self.seconds * _WARM_UP)
-        return processes.run(load, lambda _: self.tell(what))
+        for _ in range(_ATTEMPTS):
+            row = processes.run(load, lambda _: self.tell(what))
+            if row.answered or not row.good:
+                break
+        return row
 
 
 @contextmanager

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 STRING: np.dtype[Any] = np.dtype(object)
 
+_MOST_ROWS, _WIDEST = 1024, 65_536
+"""The first size of a tensor that holds no values, and its other sizes, at most. A row that costs no bytes to send
+still costs work: 60 bytes with the shape [10000000, 0] would be ten million rows. Real requests without values, such as
+empty texts or no rows at all of a wide model, stay below."""
+
 
 def varint(number: int) -> bytes:
     """`number`, which is not negative, as protobuf writes lengths and tags."""
@@ -104,8 +109,13 @@ def reshape(values: Tensor, shape: Sequence[int], what: str) -> Tensor:
     """`values`, as many as `shape` holds, in that shape.
 
     Raises:
-        BadRequest: above 32 dimensions, where numpy's iterators end; or a size of 0 beside others beyond memory.
+        BadRequest: above 32 dimensions, where numpy's iterators end; or no values and more than 1,024 rows.
     """
+    if not values.size and (shape[0] > _MOST_ROWS or max(shape) > _WIDEST):
+        raise BadRequest(
+            f"{what}: shape {_shown(shape)} holds no values; expected at most {_MOST_ROWS} rows, and other sizes of at "
+            f"most {_WIDEST}"
+        )
     if len(shape) > 32:
         raise BadRequest(f"{what}: shape {_shown(shape)} is not possible: it has {len(shape)} dimensions; expected 32")
     try:

@@ -1,7 +1,8 @@
 """The Open Inference Protocol's ModelInfer (KServe v2, Triton).
 
-Tensors come raw (one bytes field for each) or typed (`contents`), never both in one message. Answers are raw where
-the request was, where it had no inputs, and where an output is FP16 or BF16, which only exist raw; otherwise typed.
+Tensors are raw (one bytes field for each) or typed (`contents`), never both in one message. Answers are raw, as
+Triton's are: Triton's clients read numbers from nowhere else. `AS_REQUESTED` answers a typed request typed, as MLServer
+does, unless an output is FP16 or BF16, which only exist raw.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.tensors import Form, Request, Response, Tensor, as_tensor, as_tensors
+from dl_inference_core.tensors import Form, Request, Response, Tensor, as_tensor, as_tensors, by_name
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import (
     BFLOAT16,
@@ -58,7 +59,7 @@ _BYTES = "BYTES"
 
 
 def decode_request(body: bytes) -> Request:
-    """Without inputs its form is raw."""
+    """The request; its form is raw if it has no inputs."""
     message = messages.parse(messages.ModelInferRequest, body)
     for noun, tensors in (("input", message.inputs), ("output", message.outputs)):
         for tensor in tensors:
@@ -76,15 +77,42 @@ def decode_request(body: bytes) -> Request:
     )
 
 
-def encode_response(response: Response, request: Request) -> bytes:
+def encode_response(response: Response, request: Request, *, raw: bool = True) -> bytes:
+    """The answer to `request`.
+
+    Args:
+        raw: whether its tensors are raw. Outputs that only exist raw make all of them raw.
+
+    Raises:
+        TypeError: the protocol does not have the dtype of an output.
+    """
     message = messages.ModelInferResponse(
         model_name=response.model or str(request.model),
         model_version="" if response.version is None else str(response.version),
         id=response.id or request.id,
     )
-    raw = request.form is Form.TENSORS_RAW
     _encode_tensors(as_tensors(response.payload), message.outputs, message.raw_output_contents, raw=raw)
     return message.SerializeToString()  # type: ignore[no-any-return]
+
+
+class _AsRequested:
+    """This module as a codec that answers a typed request typed."""
+
+    def decode_request(self, body: bytes) -> Request:
+        return decode_request(body)
+
+    def encode_response(self, response: Response, request: Request) -> bytes:
+        return encode_response(response, request, raw=request.form is not Form.TENSORS)
+
+    def encode_request(self, request: Request) -> bytes:
+        return encode_request(request)
+
+    def decode_response(self, body: bytes) -> Response:
+        return decode_response(body)
+
+
+AS_REQUESTED = _AsRequested()
+"""Takes the form of an answer from its request."""
 
 
 def encode_request(request: Request) -> bytes:
@@ -99,7 +127,7 @@ def encode_request(request: Request) -> bytes:
         message.outputs.add(name=name)
     for name, value in request.parameters.items():
         _encode_parameter(value, message.parameters[name])
-    tensors = {str(name): as_tensor(value) for name, value in request.payload.items()}
+    tensors = by_name(request.payload, as_tensor)
     raw = request.form is Form.TENSORS_RAW
     _encode_tensors(tensors, message.inputs, message.raw_input_contents, raw=raw)
     return message.SerializeToString()  # type: ignore[no-any-return]

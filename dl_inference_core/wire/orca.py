@@ -6,6 +6,7 @@ After gRFC A51 (custom backend metrics) and A58 (weighted round robin).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dl_inference_core.errors import BadRequest
@@ -18,7 +19,8 @@ OWN_KEY = "x-endpoint-load-metrics-bin"
 """The same report once more: gRPC's C core keeps the one under `KEY` to itself."""
 
 _TEXT_KEY = "endpoint-load-metrics"
-_KEYS = frozenset({KEY, OWN_KEY, _TEXT_KEY})
+TRAILERS = frozenset({KEY, OWN_KEY, _TEXT_KEY})
+"""The trailers that tell of a node's load: a gateway's client would take them for the gateway's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ def encode(load: Load, cpu: float = 0.0) -> bytes:
     """An OrcaLoadReport, `load.utilization` as the application's.
 
     Args:
-        cpu: the part of the cores that is in use; 0 says nothing.
+        cpu: the part of the process's CPU (its cores, or its quota) that is in use; 0 says nothing.
     """
     report = messages.OrcaLoadReport(
         application_utilization=load.utilization, cpu_utilization=cpu, rps_fractional=load.qps, eps=load.eps
@@ -53,15 +55,10 @@ def trailers(report: bytes) -> tuple[tuple[str, bytes], ...]:
     return (KEY, report), (OWN_KEY, report)
 
 
-def take(trailers: list[tuple[str, str | bytes]]) -> Load | None:
-    """The load that came with an answer; None if there is none, or it is malformed. What tells of it is removed from
-    `trailers`: a gateway's client would take it for the gateway's own."""
-    told = [pair for pair in trailers if pair[0] in _KEYS]
-    if not told:
-        return None
-    trailers[:] = [pair for pair in trailers if pair[0] not in _KEYS]
-    for _, report in told:
-        if isinstance(report, bytes):  # ORCA's text form is not
+def read(trailers: Iterable[tuple[str, str | bytes]]) -> Load | None:
+    """The load that came with an answer; None if there is none, or it is malformed."""
+    for key, report in trailers:
+        if key in TRAILERS and isinstance(report, bytes):  # ORCA's text form is not
             return decode(report)
     return None
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
-from dl_inference_core.errors import BadRequest
+from dl_inference_core.errors import BadRequest, ModelNotFound
 from dl_inference_core.wire import messages
 
 if typing.TYPE_CHECKING:
@@ -31,6 +31,7 @@ if typing.TYPE_CHECKING:
             """The answer to `request`, in its form where that can hold it.
 
             Raises:
+                BadRequest: this form of the protocol would change a value that another form or protocol can hold.
                 TypeError: the protocol cannot hold the payload.
             """
 
@@ -45,6 +46,19 @@ if typing.TYPE_CHECKING:
             """
 
 
+@dataclass(frozen=True, slots=True)
+class Queueing:
+    """What a request says about its place in a model's queue.
+
+    Attributes:
+        priority: 1 is served first; 0 is the queue's default.
+        timeout_s: the longest time in seconds that the request may wait in the queue; 0.0 means no limit.
+    """
+
+    priority: int = 0
+    timeout_s: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """One wire protocol.
@@ -53,16 +67,27 @@ class Protocol:
         name: as in config and metrics.
         node_method: the method path at which nodes are called.
         read_key: the routing key of a request's bytes: a model's name, or a task id if Seldon's `taskId` is a
-            number. Reads nothing else. Raises BadRequest: the bytes are malformed; the key is missing, empty, or of
-            another kind.
+            number; None if the bytes hold no key and the protocol allows that. Reads nothing else. Raises BadRequest:
+            the bytes are malformed; the key is empty, of another kind, or missing where the protocol requires it.
+            Raises ModelNotFound: GetModelStatus asks for the empty name.
         codec_at: where in `dl_inference_core.wire` its codec is, "module" or "module:attribute"; "" for a question
             about a model, which one that is served here answers in its own way.
+        key_metadata: the metadata that may name the model of a request whose bytes hold no key; "" if the bytes always
+            hold one.
+        key_expected: how a client names a model, for the error message of a request that names none.
+        allow_empty: whether an empty message is an answer: one whose fields all have their default values.
+        read_queueing: what a request's bytes say about its place in a model's queue; None if the protocol has no words
+            for that. Raises BadRequest: the bytes are malformed, or a value is of another kind or range.
     """
 
     name: str
     node_method: str
-    read_key: Callable[[bytes], str | int]
+    read_key: Callable[[bytes], str | int | None]
     codec_at: str = ""
+    key_metadata: str = ""
+    key_expected: str = ""
+    allow_empty: bool = False
+    read_queueing: Callable[[bytes | memoryview], Queueing] | None = None
 
     @property
     def codec(self) -> Codec:
@@ -78,6 +103,11 @@ class Protocol:
 _LARGE = 32_768
 
 
+# The first words are TensorFlow Serving's.
+_NO_SPEC = "Missing ModelSpec: model_spec is missing; expected the name of a model in model_spec.name"
+_NO_NAME = "ModelSpec has no name specified. model_spec.name is missing or empty; expected the name of a model"
+
+
 def _parse_key(envelope: Any, body: bytes, number: int, whole: Any) -> Any:
     if len(body) >= _LARGE and (fields := messages.fields(body, number)) is not None:
         return messages.parse(envelope, fields, whole)
@@ -85,20 +115,36 @@ def _parse_key(envelope: Any, body: bytes, number: int, whole: Any) -> Any:
 
 
 def _read_tfserving_key(body: bytes) -> str:
-    name: str = _parse_key(messages.PredictKey, body, 1, messages.PredictRequest).model_spec.name
+    key = _parse_key(messages.PredictKey, body, 1, messages.PredictRequest)
+    name: str = key.model_spec.name
     if not name:
-        raise BadRequest("model_spec.name is missing or empty; expected the name of a model")
+        raise BadRequest(_NO_NAME if key.HasField("model_spec") else _NO_SPEC)
+    return name
+
+
+def _read_status_key(body: bytes) -> str:
+    """Raises:
+    ModelNotFound: the name is empty: TensorFlow Serving looks even that one up.
+    """
+    key = messages.parse(messages.PredictKey, body, messages.GetModelStatusRequest)
+    name: str = key.model_spec.name
+    if not key.HasField("model_spec"):
+        raise BadRequest(_NO_SPEC)
+    if not name:
+        raise ModelNotFound("Could not find any versions of model ; model_spec.name is empty")
     return name
 
 
 def _read_multi_inference_key(body: bytes) -> str:
     tasks = _parse_key(messages.MultiInferenceKey, body, 1, messages.MultiInferenceRequest).tasks
     names = {task.model_spec.name for task in tasks}
+    if len(names) > 1 and "" in names:
+        raise BadRequest("Found ModelSpec with an empty model name.")
     if len(names) > 1:
         raise BadRequest("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
     name: str = names.pop() if names else ""
     if not name:
-        raise BadRequest("tasks[0].model_spec.name is missing or empty; expected the name of a model")
+        raise BadRequest(_NO_NAME)
     return name
 
 
@@ -109,38 +155,107 @@ def _read_openinference_key(body: bytes) -> str:
     return name
 
 
-def _read_seldon_key(body: bytes) -> str | int:
+_NO_QUEUEING = Queueing()
+_SEARCHED = 1024
+_PARAMETERS = 4
+"""The field of a ModelInferRequest that holds its parameters."""
+
+
+def _read_openinference_queueing(body: bytes | memoryview) -> Queueing:
+    """The parameters `priority` and `timeout` (microseconds), of the types and ranges that Triton's gRPC server takes.
+
+    Most requests have neither. A small one is searched for the two words, which takes 1 µs at 400 B and 20 µs at 24 KB;
+    the fields of a larger one are stepped over, which takes 2 µs whatever its size.
+    """
+    if len(body) < _SEARCHED:
+        body = bytes(body)
+        if b"priority" not in body and b"timeout" not in body:
+            return _NO_QUEUEING
+    fields = messages.fields(body, _PARAMETERS)
+    if not fields and fields is not None:
+        return _NO_QUEUEING
+    parameters = messages.parse(messages.ModelInferRequest, body if fields is None else fields).parameters
+    priority = timeout_us = 0
+    if "priority" in parameters:
+        priority = _read_parameter(parameters["priority"], "priority", ("int64_param", "uint64_param"))
+    if "timeout" in parameters:
+        timeout_us = _read_parameter(parameters["timeout"], "timeout", ("int64_param",))
+    return Queueing(priority, timeout_us / 1_000_000)
+
+
+def _read_parameter(parameter: Any, name: str, kinds: tuple[str, ...]) -> int:
+    kind = parameter.WhichOneof("parameter_choice")
+    value: Any = None if kind is None else getattr(parameter, kind)
+    if kind in kinds and value >= 0:
+        return cast("int", value)
+    given = "no value" if kind is None else f"{kind} {str(value)[:40]}"
+    raise BadRequest(f'parameter "{name}" is {given}; expected a whole number of 0 or more in {" or ".join(kinds)}')
+
+
+def _read_seldon_key(body: bytes) -> str | int | None:
     tags = _parse_key(messages.SeldonKey, body, 2, messages.SeldonMessage).meta.tags
-    if "taskId" not in tags:
-        raise BadRequest('meta.tags["taskId"] is missing; expected a task id or the name of a model')
-    return read_task(tags["taskId"])
+    return read_task(tags["taskId"]) if "taskId" in tags else None
+
+
+def _read_transform_key(body: bytes) -> str | int | None:
+    """As `_read_seldon_key`; refuses a message without a payload, which is not an answer either."""
+    if messages.parse(messages.SeldonMessage, body).WhichOneof("data_oneof") is None:
+        raise BadRequest("the message has no payload; expected data, binData, strData, jsonData or customData")
+    return _read_seldon_key(body)
 
 
 def read_task(value: Any) -> str | int:
     """The task that a `taskId` (a google.protobuf.Value) names: an id if it is a number, or a string as it is.
 
     Raises:
+        BadRequest: as `task_of`; or nothing is set in it.
+    """
+    match value.WhichOneof("kind"):
+        case "string_value":
+            return task_of(value.string_value)
+        case "number_value":
+            return task_of(value.number_value)
+        case "bool_value":
+            return task_of(value.bool_value)
+        case "null_value":
+            return task_of(None)
+        case "struct_value":
+            return task_of({})
+        case "list_value":
+            return task_of([])
+        case _:
+            raise _no_task("empty")
+
+
+def task_of(value: Any) -> str | int:
+    """The task that a `taskId`, as Python has JSON, names.
+
+    Raises:
         BadRequest: an empty string; a number that is not whole, or above 2**53, where doubles skip some; another
             kind.
     """
-    kind = value.WhichOneof("kind")
-    if kind == "string_value" and value.string_value:
-        return cast("str", value.string_value)
-    if kind == "number_value":
-        number: float = value.number_value
-        if number.is_integer() and abs(number) <= 2**53:
-            return int(number)
-        given = f"the number {number!r}"
-    else:
-        given = {
-            None: "empty",
-            "string_value": "an empty string",
-            "null_value": "null",
-            "bool_value": "a bool",
-            "struct_value": "an object",
-            "list_value": "a list",
-        }[kind]
-    raise BadRequest(f'meta.tags["taskId"] is {given}; expected a whole number or a non-empty string')
+    match value:
+        case str() if value:
+            return value
+        case bool():
+            given = "a bool"
+        case int() | float():
+            if abs(value) <= 2**53 and value == int(value):
+                return int(value)
+            given = f"the number {value!r:.100}"
+        case str():
+            given = "an empty string"
+        case None:
+            given = "null"
+        case list():
+            given = "a list"
+        case _:
+            given = "an object"
+    raise _no_task(given)
+
+
+def _no_task(given: str) -> BadRequest:
+    return BadRequest(f'meta.tags["taskId"] is {given}; expected a whole number or a non-empty string')
 
 
 def well_formed(body: bytes) -> bool:
@@ -158,6 +273,12 @@ def well_formed(body: bytes) -> bool:
 
 _TENSORFLOW = "/tensorflow.serving.PredictionService"
 _OPEN_INFERENCE = "/inference.GRPCInferenceService"
+_DEPLOYMENT = "seldon"
+"""The metadata by which seldon-core's client tells an ingress the name of a deployment."""
+_SELDON_EXPECTED = (
+    'a task id or the name of a model in meta.tags["taskId"], or the name of a model in the gRPC metadata "seldon" '
+    "(by REST: in the URL, /seldon/NAME/api/v1.0/predictions)"
+)
 
 PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
     {
@@ -186,12 +307,15 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 node_method="/seldon.protos.Model/Predict",
                 read_key=_read_seldon_key,
                 codec_at="seldon",
+                key_metadata=_DEPLOYMENT,
+                key_expected=_SELDON_EXPECTED,
             ),
             Protocol(
                 name="openinference",
                 node_method=f"{_OPEN_INFERENCE}/ModelInfer",
                 read_key=_read_openinference_key,
                 codec_at="openinference",
+                read_queueing=_read_openinference_queueing,
             ),
         )
     }
@@ -207,18 +331,41 @@ MULTI_INFERENCE = Protocol(
 )
 """Several of a model's signatures asked at once."""
 
+TRANSFORMS: tuple[Protocol, ...] = tuple(
+    Protocol(
+        name=f"seldon_transform_{which}",
+        node_method=f"/seldon.protos.Generic/Transform{which.capitalize()}",
+        read_key=_read_transform_key,
+        key_metadata=_DEPLOYMENT,
+        key_expected=_SELDON_EXPECTED,
+    )
+    for which in ("input", "output")
+)
+"""What Seldon asks of transformers. A model's answer is the message itself: seldon-core's own server answers so for a
+model that defines no transformation."""
+
+TIS_PREDICT = f"{_WPAI}/TisPredict"
+
 METHODS: Mapping[str, Protocol] = MappingProxyType(
     {
         f"{_WPAI}/Predict": PROTOCOLS["tfserving"],
         f"{_WPAI}/PytorchPredict": PROTOCOLS["seldon"],
         f"{_WPAI}/CaffePredict": PROTOCOLS["seldon"],
-        f"{_WPAI}/TisPredict": PROTOCOLS["openinference"],
+        TIS_PREDICT: PROTOCOLS["openinference"],
         **{protocol.node_method: protocol for protocol in PROTOCOLS.values()},
         "/seldon.protos.Seldon/Predict": PROTOCOLS["seldon"],
         MULTI_INFERENCE.node_method: MULTI_INFERENCE,
+        **{transform.node_method: transform for transform in TRANSFORMS},
     }
 )
-"""By the path of each method that infers."""
+"""By the path of each method that infers or transforms."""
+
+OPENINFERENCE_AS_REQUESTED = replace(PROTOCOLS["openinference"], codec_at="openinference:AS_REQUESTED")
+"""ModelInfer, answered typed where the request was typed. TisPredict is always answered raw: its clients read nothing
+else."""
+
+RAW_OUTPUTS = ("x-dl-inference-outputs", "raw")
+"""Metadata that goes on with a TisPredict call, which a gateway sends to nodes as ModelInfer: answer raw."""
 
 METADATA = Protocol(
     name="openinference_metadata",
@@ -236,8 +383,16 @@ SIGNATURES = Protocol(
 VERSIONS = Protocol(
     name="tfserving_status",
     node_method="/tensorflow.serving.ModelService/GetModelStatus",
-    read_key=_read_tfserving_key,
+    read_key=_read_status_key,
 )
 
-QUESTIONS: tuple[Protocol, ...] = (METADATA, SIGNATURES, VERSIONS)
+READY = Protocol(
+    name="openinference_ready",
+    node_method=f"{_OPEN_INFERENCE}/ModelReady",
+    read_key=_read_openinference_key,
+    allow_empty=True,
+)
+"""`ModelReadyRequest` has the model's name and version where `ModelInferRequest` has them."""
+
+QUESTIONS: tuple[Protocol, ...] = (METADATA, SIGNATURES, VERSIONS, READY)
 """About one model: answered where it is."""

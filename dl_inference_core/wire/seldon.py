@@ -4,12 +4,13 @@ An answer takes the shape that seldon-core's `construct_response` gives it: byte
 array or list of numbers takes the form of its request (tensor where that was not `data`), of anything else it is an
 ndarray; an object is jsonData. Tags and puid come back. NaN and the infinities pass as they are, in both directions
 and in every form: the wire's doubles hold them, and a model that answers NaN has answered; only a `taskId` cannot be
-one.
+one. What another form or protocol could carry, but this one only changed, is refused: an integer that no double holds,
+and bytes that are not UTF-8 where text is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,17 @@ _DATA = 3
 _TENSOR, _NDARRAY, _TFTENSOR = 2, 3, 4
 _SHAPE, _VALUES = 1, 2
 
-# protobuf reads messages up to 100 deep, and an object in an object takes three.
-_MOST_DEPTH = 30
+MOST_DEPTH = 30
+"""Of JSON values in each other: protobuf reads messages up to 100 deep, and an object in an object takes three."""
+
+_EXACT = 2**53
+"""A double holds every integer up to this magnitude; beyond it, it skips some."""
 
 _FORMS = {"binData": Form.BYTES, "strData": Form.TEXT, "jsonData": Form.JSON}
+
+
+class Changed(TypeError):
+    """A value that would go out as another one."""
 
 
 def decode_request(body: bytes) -> Request:
@@ -56,9 +64,16 @@ def decode_request(body: bytes) -> Request:
 
 
 def encode_response(response: Response, request: Request) -> bytes:
-    payload, form = _answer(response.payload, request.form)
+    """Raises:
+    BadRequest: the answer holds a value that this form would change, and another form or protocol would not.
+    TypeError: Seldon's messages cannot hold the answer.
+    """
+    payload, form = answer_form(response.payload, request.form)
     tags = {**request.tags, **response.tags}
-    return _encode(payload, form, response.names, tags, response.id or request.id)
+    try:
+        return _encode(payload, form, response.names, tags, response.id or request.id)
+    except Changed as error:
+        raise BadRequest(str(error)) from None
 
 
 def encode_request(request: Request) -> bytes:
@@ -121,25 +136,62 @@ def _decode_data(data: Any) -> tuple[Tensor, Form]:
 
 
 def _decode_ndarray(values: Any) -> Tensor:
-    """A google.protobuf.ListValue of numbers, bools or strings, nested evenly.
-
-    As numpy has it, bools among numbers are numbers, and anything among strings is a string.
-    """
+    """A google.protobuf.ListValue of numbers, bools or strings, nested evenly."""
     numbers = _numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if len(values.values) else None
     if numbers is not None:
         return reshape(numbers, numbers.shape, "data.ndarray")
+    return nested_as_tensor([_to_json(value) for value in values.values])
+
+
+def nested_as_tensor(values: list[Any]) -> Tensor:
+    """The list of a `data.ndarray`, as Python has JSON, as bools, float64 or strings.
+
+    As numpy has it, bools among numbers are numbers, and anything among strings is a string.
+
+    Raises:
+        BadRequest: it is not nested evenly; it holds an object, null, or an integer that no double holds.
+    """
     try:
-        array = np.array([_to_json(value) for value in values.values], dtype=object)
+        array = np.array(values, dtype=object)
     except ValueError as error:
         raise BadRequest(f"data.ndarray: {error}; expected lists of equal length") from error
     items = reshape(array, array.shape, "data.ndarray").ravel().tolist()
     kinds = {type(item) for item in items}
-    if kinds - {float, bool, str}:
+    if kinds - {float, int, bool, str}:
         given = "lists of unequal length" if list in kinds else "an object or null"
         raise BadRequest(f"data.ndarray holds {given}; expected numbers, bools or strings, nested evenly")
     if str in kinds:
         return from_strings((str(item).encode() for item in items), len(items)).reshape(array.shape)
-    return array.astype(np.bool_ if kinds == {bool} else np.float64)
+    if kinds == {bool}:
+        return array.astype(np.bool_)
+    return (doubles(items, "data.ndarray") if int in kinds else array.astype(np.float64)).reshape(array.shape)
+
+
+def doubles(numbers: Sequence[float], what: str) -> Tensor:
+    """`numbers`, in which there may be bools, as float64.
+
+    Raises:
+        BadRequest: an integer that no double holds; `what` names where it stands.
+    """
+    try:
+        array = np.array(numbers, np.float64)
+    except OverflowError:
+        array = np.array([np.inf])
+    if not (np.abs(array) < _EXACT).all():  # a NaN is not, either
+        for number in numbers:
+            if type(number) is int and not _is_double(number):
+                raise BadRequest(
+                    f"{what} holds the integer {number!r:.100}: Seldon's numbers are doubles, and no double is equal "
+                    "to it; data.tftensor has integers, and so have the other protocols"
+                )
+    return array
+
+
+def _is_double(number: int) -> bool:
+    try:
+        return int(float(number)) == number
+    except OverflowError:
+        return False
 
 
 def _numbers(encoded: Tensor) -> Tensor | None:
@@ -200,7 +252,7 @@ def _encode_numbers(array: Tensor) -> bytes:
     return encoded.tobytes()
 
 
-def _answer(payload: Payload, asked: Form) -> tuple[Payload, Form]:
+def answer_form(payload: Payload, asked: Form) -> tuple[Payload, Form]:
     """What of an answer goes out, and in which form."""
     if isinstance(payload, Mapping) and len(payload) == 1:
         (only,) = payload.values()
@@ -219,14 +271,56 @@ def _answer(payload: Payload, asked: Form) -> tuple[Payload, Form]:
 
 
 def _as_array(value: Any) -> Tensor | None:
-    """An array as it is, lists of numbers as an array; None for what is neither."""
+    """An array as it is, lists of numbers as an array; None for what is neither, or would change as an array."""
     if isinstance(value, np.ndarray):
         return native(value)
     try:
-        array = np.asarray(value)
-    except ValueError:
+        array = as_tensor(value)
+    except TypeError:
         return None
     return array if _is_number(array.dtype) else None
+
+
+def _check_doubles(array: Tensor) -> None:
+    """Raises:
+    Changed: an integer that no double holds.
+    """
+    large = array.dtype.kind in "iu" and array.dtype.itemsize == 8 and array.size
+    if large and (int(array.max()) > _EXACT or int(array.min()) < -_EXACT):
+        for number in array.ravel().tolist():
+            _as_double(number)
+
+
+def _as_double(number: float) -> float:
+    """Raises:
+    Changed: an integer that no double holds.
+    TypeError: an integer beyond a double's range.
+    """
+    try:
+        double = float(number)
+    except OverflowError as error:
+        raise TypeError("no JSON number can hold an int this large") from error
+    if isinstance(number, int) and int(double) != number:
+        raise Changed(
+            f"the answer holds the integer {number}: Seldon's numbers are doubles, and the nearest is {double:.0f}; "
+            "data.tftensor has integers, and so have the other protocols; a handler can answer it as a string"
+        )
+    return double
+
+
+def _as_text(value: Any) -> Json:
+    """`value` as JSON.
+
+    Raises:
+        Changed: bytes in it are not UTF-8.
+    """
+    try:
+        return as_json(value, errors="strict")
+    except UnicodeDecodeError as error:
+        raise Changed(
+            f"the answer holds bytes that are not UTF-8 ({error.reason} at {error.start}), where Seldon sends text; "
+            "data.tftensor has bytes, and so have the other protocols; a handler can answer with bytes alone (binData)"
+        ) from None
 
 
 def _is_number(dtype: np.dtype[Any]) -> bool:
@@ -241,14 +335,14 @@ def _encode(payload: Payload, form: Form, names: Iterable[str], tags: Mapping[st
     message = messages.SeldonMessage()
     message.meta.puid = puid
     for name, tag in tags.items():
-        _from_json(as_json(tag), message.meta.tags[name])
+        _from_json(_as_text(tag), message.meta.tags[name])
     data = b""
     if form is Form.BYTES and isinstance(payload, bytes):
         message.binData = payload
     elif form is Form.TEXT and isinstance(payload, str):
         message.strData = payload
     elif form is Form.JSON:
-        _from_json(as_json(payload), message.jsonData)
+        _from_json(_as_text(payload), message.jsonData)
     elif form in (Form.TENSOR, Form.NDARRAY, Form.TFTENSOR):
         data = messages.DefaultData(names=names).SerializeToString() + _encode_data(payload, form)
         data = field(_DATA, data)
@@ -259,24 +353,60 @@ def _encode(payload: Payload, form: Form, names: Iterable[str], tags: Mapping[st
 
 def _encode_data(payload: Payload, form: Form) -> bytes:
     if form is Form.TFTENSOR:
-        tensor = messages.TensorProto()
-        tfserving.encode_tensor(as_tensor(payload), tensor)
-        return field(_TFTENSOR, tensor.SerializeToString())
+        return field(_TFTENSOR, as_tftensor(payload).SerializeToString())
+    values = numbers_or_list(payload, form)
+    if isinstance(values, list):
+        message = messages.Value()
+        _from_json(values, message)
+        return field(_NDARRAY, message.list_value.SerializeToString())
+    array = values.astype(np.float64, copy=False)
+    if form is Form.NDARRAY:
+        return field(_NDARRAY, _encode_numbers(array))
+    shape = b"".join(varint(size) for size in array.shape)
+    return field(_TENSOR, field(_SHAPE, shape) + field(_VALUES, array.tobytes()))
+
+
+def as_tftensor(payload: Payload) -> Any:
+    """A TensorProto.
+
+    Raises:
+        TypeError: no tensor holds `payload`.
+    """
+    tensor = messages.TensorProto()
+    tfserving.encode_tensor(as_tensor(payload), tensor)
+    return tensor
+
+
+def numbers_or_list(payload: Payload, form: Form) -> Tensor | list[Any]:
+    """What `data.tensor` or `data.ndarray`, as `form` says, is to hold: real numbers that doubles hold, as an array of
+    any such dtype; or, in an ndarray, anything else as lists of JSON. An ndarray has a dimension at least.
+
+    Raises:
+        Changed: an integer that no double holds; bytes that are not UTF-8.
+        TypeError: `form` cannot hold `payload`.
+    """
     array = _as_array(payload)
     if array is not None and _is_number(array.dtype) and array.dtype.kind != "c":
-        array = array.astype(np.float64, copy=False)
-        if form is Form.NDARRAY:
-            return field(_NDARRAY, _encode_numbers(np.atleast_1d(array)))
-        shape = b"".join(varint(size) for size in array.shape)
-        return field(_TENSOR, field(_SHAPE, shape) + field(_VALUES, array.tobytes()))
+        _check_doubles(array)
+        return np.atleast_1d(array) if form is Form.NDARRAY else array
     if form is Form.TENSOR:
         raise TypeError("Seldon's data.tensor holds real numbers only")
-    values = as_json(np.atleast_1d(payload) if isinstance(payload, np.ndarray) else payload)
+    values = _as_text(np.atleast_1d(payload) if isinstance(payload, np.ndarray) else payload)
     if not isinstance(values, list):
         raise TypeError(f"Seldon's data.ndarray takes an array or a list, not a {type(payload).__name__}")
-    message = messages.Value()
-    _from_json(values, message)
-    return field(_NDARRAY, message.list_value.SerializeToString())
+    return values
+
+
+def checked_json(value: Any) -> Json:
+    """`value` as JSON, if a google.protobuf.Value holds it unchanged.
+
+    Raises:
+        Changed: an integer that no double holds; bytes that are not UTF-8.
+        TypeError: something in it is not JSON, or lies deeper than readers accept.
+    """
+    json = _as_text(value)
+    _from_json(json, messages.Value())
+    return json
 
 
 def _to_json(value: Any) -> Json:
@@ -296,20 +426,18 @@ def _from_json(item: Any, value: Any, depth: int = 0) -> None:
     """Write `item` into the empty google.protobuf.Value `value`.
 
     Raises:
+        Changed: an integer that no double holds.
         TypeError: something in it is not JSON, or lies deeper than readers accept.
     """
-    if depth > _MOST_DEPTH:
-        raise TypeError(f"JSON values nested deeper than {_MOST_DEPTH} cannot be sent")
+    if depth > MOST_DEPTH:
+        raise TypeError(f"JSON values nested deeper than {MOST_DEPTH} cannot be sent")
     match item:
         case None:
             value.null_value = 0
         case bool():
             value.bool_value = item
         case int() | float():
-            try:
-                value.number_value = item
-            except OverflowError as error:
-                raise TypeError("no JSON number can hold an int this large") from error
+            value.number_value = _as_double(item)
         case str():
             value.string_value = item
         case dict():

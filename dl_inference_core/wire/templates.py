@@ -247,7 +247,10 @@ class Templates:
         if tensors is None:
             return None
         others = _others(tensors)
-        trial = self._encode(_payload(others), request)
+        try:
+            trial = self._encode(_payload(others), request)
+        except InferenceError:  # the protocol cannot hold all numbers of their dtype, so each answer is looked at
+            return None
         # Seldon's tensors are of float64, whatever the model's are.
         holes = _find(trial, {name: (array, array.astype(np.float64)) for name, array in others.items()})
         if holes is None:

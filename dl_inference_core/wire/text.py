@@ -9,6 +9,7 @@ from typing import Any
 from google.protobuf import text_format
 
 from dl_inference_core.errors import ConfigError
+from dl_inference_core.files import decode
 from dl_inference_core.wire import messages
 
 _PLACE = re.compile(r"^\d+:\d+ : ")
@@ -31,18 +32,19 @@ def parse(content: bytes, message: Any, file: Path) -> Any:
     """`content`, which came from `file`, as a message of the class `message`.
 
     Raises:
-        ConfigError: it is none; one line that names the file and the line, and says what was expected.
+        ConfigError: it is not; one line in the words that protobuf logs, which are known from TensorFlow Serving's log:
+            the file, the message's type, line and column, and what was expected.
     """
+    where = f"{file}: Error parsing text-format {message.DESCRIPTOR.full_name}"
     try:
-        return text_format.Parse(content.decode("utf-8"), message(), descriptor_pool=messages.pool)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        return text_format.Parse(decode(content), message(), descriptor_pool=messages.pool)
+    except ValueError as error:  # of `decode`
+        raise ConfigError(f"{where}: {error}") from error
     except text_format.ParseError as error:
         said = _PLACE.sub("", " ".join(str(error).split()))
-        line = f"line {error.GetLine()}: " if error.GetLine() is not None else ""
-        raise ConfigError(
-            f"{file}: {line}{said}{_known(said)} (expected a {message.DESCRIPTOR.full_name} in protobuf's text form)"
-        ) from error
+        line, column = error.GetLine(), error.GetColumn()
+        place = f"{line}:{column}: " if line is not None else ""
+        raise ConfigError(f"{where}: {place}{said}{_known(said)}") from error
 
 
 def _known(said: str) -> str:

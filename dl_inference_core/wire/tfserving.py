@@ -99,12 +99,19 @@ class Room:
 
 
 def decode_request(body: bytes | memoryview) -> Request:
+    """Raises:
+    BadRequest: as `protocol.Codec`; or an output is asked for twice.
+    """
     rest, contents = _apart(body) if len(body) >= LARGE else (body, {})
     message = messages.parse(messages.PredictRequest, rest)
+    outputs = tuple(message.output_filter)
+    if len(set(outputs)) < len(outputs):
+        twice = next(name for index, name in enumerate(outputs) if name in outputs[:index])
+        raise BadRequest(f"duplicate output tensor alias: {twice[:100]}")
     return Request(
         payload=_decode_tensors(message.inputs, "input", contents),
         form=Form.TENSORS,
-        outputs=tuple(message.output_filter),
+        outputs=outputs,
         **decode_spec(message.model_spec),
     )
 

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 
 from dl_inference_core.errors import BadRequest, Unimplemented
-from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Method, Request, Response, Tensor, as_tensors
+from dl_inference_core.tensors import (
+    DEFAULT_SIGNATURE,
+    Form,
+    Method,
+    Request,
+    Response,
+    Tensor,
+    as_tensors,
+    json_kind,
+)
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import from_strings
 from dl_inference_core.wire.tfserving import decode_spec, encode_asked, encode_spec
@@ -100,7 +109,10 @@ def _decode_input(given: Any) -> Tensor:
 
 
 def encode_example(features: Mapping[str, Any]) -> Any:
-    """A `tf.Example` of values or lists of them: integers, floats, bytes, text.
+    """A `tf.Example` of values or lists of them: integers and booleans, floats, or bytes and text.
+
+    Floats are rounded to float32, beyond its range to an infinity. An empty list is a feature of no kind, which models
+    read as a missing one.
 
     Raises:
         TypeError: a value of another kind, or of several; an integer beyond 64 bits.
@@ -110,17 +122,15 @@ def encode_example(features: Mapping[str, Any]) -> Any:
         values = value if isinstance(value, list | tuple | np.ndarray) else [value]
         feature = example.features.feature[name]
         kinds = {_kind(item, name) for item in values}
-        if kinds <= {"int64_list", "float_list"} and len(kinds) > 1:
-            kinds = {"float_list"}
         if len(kinds) > 1:
-            raise TypeError(f'feature "{name}" mixes numbers and strings')
-        kind = kinds.pop() if kinds else "float_list"
-        listed = getattr(feature, kind)
-        listed.SetInParent()
-        try:
-            listed.value.extend(map(_CONVERT[kind], values))
-        except ValueError as error:
-            raise TypeError(f'feature "{name}": {error}') from error
+            found = " and ".join(_NOUNS[kind] for kind in sorted(kinds))
+            raise TypeError(f"Unexpected element type in feature: {name}; it mixes {found}, and a feature has one kind")
+        for kind in kinds:
+            try:
+                getattr(feature, kind).value.extend(map(_CONVERT[kind], values))
+            except ValueError as error:
+                beyond = " has uint64_t element. Only int64_t is supported" if kind == "int64_list" else ""
+                raise TypeError(f"Feature: {name}{beyond}: {error}") from error
     return example
 
 
@@ -128,7 +138,13 @@ def _as_bytes(value: str | bytes) -> bytes:
     return value.encode() if isinstance(value, str) else value
 
 
-_CONVERT: Mapping[str, Callable[[Any], Any]] = {"int64_list": int, "float_list": float, "bytes_list": _as_bytes}
+def _as_float32(value: Any) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
+
+
+_CONVERT: Mapping[str, Callable[[Any], Any]] = {"int64_list": int, "float_list": _as_float32, "bytes_list": _as_bytes}
+_NOUNS = {"int64_list": "integers", "float_list": "floats", "bytes_list": "strings"}
 
 
 def _kind(value: Any, name: str) -> str:
@@ -138,7 +154,10 @@ def _kind(value: Any, name: str) -> str:
         return "int64_list"
     if isinstance(value, float | np.floating):
         return "float_list"
-    raise TypeError(f'feature "{name}" is a {type(value).__name__}; expected numbers or strings')
+    raise TypeError(
+        f"Feature: {name} has element with unexpected JSON type: {json_kind(value)}; "
+        f"expected numbers or strings, not a {type(value).__name__}"
+    )
 
 
 def _put_classes(outputs: Mapping[str, Tensor], result: Any) -> None:

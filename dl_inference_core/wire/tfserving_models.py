@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.tensors import Form, Request
+from dl_inference_core.tensors import Form, Request, Tensors
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.tfserving import decode_spec, dtype_number
+from dl_inference_core.wire.tfserving import decode_spec, dtype_number, encode_tensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     """Of a tensor its name, the framework's name, dtype and shape; None where it is not known."""
 
 _FIELD = "signature_def"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DescribedSignature:
+    """Attributes:
+    method: as "tensorflow/serving/predict".
+    inputs: of each its description.
+    outputs: likewise.
+    defaults: by name, the values of inputs that a request may leave out.
+    """
+
+    method: str
+    inputs: Iterable[Described]
+    outputs: Iterable[Described]
+    defaults: Tensors
 
 
 def decode_metadata_request(body: bytes) -> Request:
@@ -34,14 +50,8 @@ def decode_metadata_request(body: bytes) -> Request:
     return _about(message.model_spec)
 
 
-def encode_metadata(
-    name: str, version: int, signatures: Mapping[str, tuple[str, Iterable[Described], Iterable[Described]]]
-) -> bytes:
-    """A GetModelMetadataResponse.
-
-    Args:
-        signatures: the method, inputs and outputs of each, by its name.
-    """
+def encode_metadata(name: str, version: int, signatures: Mapping[str, DescribedSignature]) -> bytes:
+    """A GetModelMetadataResponse; `signatures` by name."""
     message = messages.GetModelMetadataResponse()
     message.model_spec.name = name
     message.model_spec.version.value = version
@@ -49,13 +59,15 @@ def encode_metadata(
     return message.SerializeToString()  # type: ignore[no-any-return]
 
 
-def encode_signatures(signatures: Mapping[str, tuple[str, Iterable[Described], Iterable[Described]]]) -> Any:
-    """A SignatureDefMap; arguments as `encode_metadata`'s."""
+def encode_signatures(signatures: Mapping[str, DescribedSignature]) -> Any:
+    """A SignatureDefMap; `signatures` by name."""
     message = messages.SignatureDefMap()
-    for name, (method, inputs, outputs) in signatures.items():
+    for name, given in signatures.items():
         signature = message.signature_def[name]
-        signature.method_name = method
-        for described, tensors in ((inputs, signature.inputs), (outputs, signature.outputs)):
+        signature.method_name = given.method
+        for default, value in given.defaults.items():
+            encode_tensor(value, signature.defaults[default])
+        for described, tensors in ((given.inputs, signature.inputs), (given.outputs, signature.outputs)):
             for tensor, native_name, dtype, shape in described:
                 info = tensors[tensor]
                 info.name = native_name or tensor

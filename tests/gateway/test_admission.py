@@ -16,9 +16,7 @@ from dl_inference_core.errors import Code, Overloaded
 from dl_inference_core.gateway.admission import Admission
 from dl_inference_core.gateway.retries import Recent
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import Call
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import PROTOCOLS
 
 Lab = Any  # tests/conftest.py
 
@@ -93,7 +91,7 @@ async def test_first_come_first_served(lab: Lab) -> None:
     waiting = await queued(lab, gateway, 8)
     node.release.set()
     await asyncio.gather(*first, *waiting)
-    ids = [messages.ModelInferRequest.FromString(bytes(call.request)).id for call in node.calls]
+    ids = [messages.ModelInferRequest.FromString(bytes(call.message)).id for call in node.calls]
     assert ids == ["", *map(str, range(8))]
 
 
@@ -120,7 +118,7 @@ async def test_who_could_not_be_answered_in_time_is_refused_at_once_and_no_node_
     node = await lab.node(hangs=True)
     gateway = await lab.front(node, more="node_in_flight = 1\ntimeout_ms = 9000")
     first = await occupied(lab, gateway, node)
-    gateway.forwarder()._recent.typical_s = 2.0
+    gateway.forwarder().recent.typical_s = 2.0
     waiting = await queued(lab, gateway, 3)  # after 0, 2 and 4 seconds, and then 2 more
     for timeout in (1.5, 7.0):
         code, message = await gateway.refusal(timeout=timeout)
@@ -136,7 +134,7 @@ async def test_a_wait_ends_while_there_is_still_time_to_say_so(lab: Lab) -> None
     node = await lab.node(hangs=True)
     gateway = await lab.front(node, more="node_in_flight = 1\ntimeout_ms = 9000")
     first = await occupied(lab, gateway, node)
-    gateway.forwarder()._recent.typical_s = 3.9
+    gateway.forwarder().recent.typical_s = 3.9
     code, message = await gateway.refusal(timeout=4)
     assert code is Code.RESOURCE_EXHAUSTED
     assert message == "route m: every node has its 1 requests, and none had room in time"
@@ -273,7 +271,7 @@ async def test_who_was_given_little_time_by_the_queue_blames_no_node(lab: Lab) -
 async def test_a_hedge_takes_no_place_that_is_taken(lab: Lab) -> None:
     nodes = await lab.nodes("ab", hangs=True)
     gateway = await lab.front(*nodes, more="node_in_flight = 1\ntimeout_ms = 9000\nhedge = true\nhedge_budget = 1")
-    gateway.forwarder()._recent.late_s = 0.01
+    gateway.forwarder().recent.late_s = 0.01
     calls = await occupied(lab, gateway, *nodes)
     await asyncio.sleep(0.05)  # for what must not happen
     assert [gateway.node(node).in_flight for node in nodes] == [1, 1]
@@ -287,34 +285,14 @@ async def test_of_a_burst_that_may_be_hedged_each_has_a_place_of_its_own(lab: La
     nodes = await lab.nodes("ab", hangs=True)
     gateway = await lab.front(*nodes, more="node_in_flight = 1\ntimeout_ms = 9000\nhedge = true")
     forwarder = gateway.forwarder()
-    forwarder._recent.late_s = 5.0
-    protocol = PROTOCOLS["openinference"]
+    forwarder.recent.late_s = 5.0
     body = messages.ModelInferRequest(model_name="m").SerializeToString()
-    calls = [Call(method=protocol.node_method, request=body) for _ in range(10)]
-    answers = [asyncio.ensure_future(forwarder.answer(call, protocol)) for call in calls]
+    answers = [asyncio.ensure_future(wait_for(gateway.start_call(body=body))) for _ in range(10)]
     await lab.until(lambda: (forwarder.queued, forwarder.in_flight) == (8, 2))
     for node in nodes:
         node.release.set()
     assert len(await asyncio.gather(*answers)) == 10
     assert forwarder.in_flight == 0
-
-
-async def test_an_attempt_that_is_cancelled_before_it_begins_gives_its_place_back_once(lab: Lab) -> None:
-    gateway = await lab.front(await lab.node(), more="node_in_flight = 1\nhedge = true")
-    forwarder = gateway.forwarder()
-    (node,) = forwarder.pool.nodes
-    call = Call(method=PROTOCOLS["openinference"].node_method, request=b"")
-    for begun in (False, True):
-        forwarder._take(node)
-        task = forwarder._raced(node, call, PROTOCOLS["openinference"], math.inf, "attempt")
-        assert node.in_flight == 1
-        if begun:
-            await asyncio.sleep(0)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await lab.until(lambda: node.in_flight == 0)
-    assert await gateway.call() == "a"
-    assert node.in_flight == 0
 
 
 # The whole process
@@ -341,11 +319,11 @@ async def test_over_its_limit_a_process_refuses_at_once_but_still_says_how_it_is
     node.release.clear()
     left = [gateway.start_call() for _ in range(2)]
     sending = [asyncio.ensure_future(call.wait_for_connection()) for call in left]
-    await lab.until(lambda: gateway.app._in_flight.now == 2)
+    await lab.until(lambda: node.count == 9)
     for call in left:
         call.cancel()
     await asyncio.gather(*sending, return_exceptions=True)
-    await lab.until(lambda: gateway.app._in_flight.now == 0)
+    await lab.until(lambda: len(node.cancelled) == 2)
     assert await gateway.call("n") == "other"
 
 
@@ -357,6 +335,41 @@ class Node:
         self.in_flight = 0
 
 
+class Still:
+    """A clock that stands still."""
+
+    def now(self) -> float:
+        return 0.0
+
+    def call_later(self, seconds: float, function: Any) -> Any:
+        return self
+
+    def cancel(self) -> None: ...
+
+
+class Request:
+    """One of a crowd, which takes the node that its number names of those that it is given."""
+
+    def __init__(self, crowd: Crowd, number: int, tried: tuple[Any, ...]) -> None:
+        self.crowd, self.number, self.tried = crowd, number, list(tried)
+
+    def waits(self) -> None:
+        self.crowd.waiting.append(self.number)
+
+    def admitted(self, nodes: Any) -> None:
+        crowd, number = self.crowd, self.number
+        if not nodes:
+            del crowd.there[number]
+            return
+        node = crowd.on[number] = nodes[number % len(nodes)]
+        crowd.admitted.append(number)
+        node.in_flight += 1
+        crowd.admission.began(node)
+
+    def refused(self, error: Overloaded) -> None:
+        raise AssertionError("the clock stands still")
+
+
 class Crowd:
     """Requests that come, end and leave in any order, against a slow reference: a list."""
 
@@ -365,13 +378,11 @@ class Crowd:
         self.left_out: set[Any] = set()
         self.usable = self.nodes
         self.per_node, self.queue = per_node, queue
-        self.admission = Admission(self.eligible, Recent(), Metrics())
+        self.admission = Admission(self.eligible, Recent(), Metrics(), Still(), lambda action: action())
         self.admission.configure("m", per_node, queue)
         self.waiting: list[int] = []
-        self.running: dict[int, asyncio.Event] = {}
-        self.tasks: dict[int, asyncio.Task[None]] = {}
+        self.there: dict[int, Request] = {}
         self.admitted: list[int] = []
-        self.tried: dict[int, tuple[Any, ...]] = {}
         self.on: dict[int, Any] = {}
 
     def eligible(self, tried: Any) -> Any:
@@ -387,61 +398,41 @@ class Crowd:
         """It is left out, or back."""
         self.left_out ^= {node}
         self.usable = tuple([node for node in self.nodes if node not in self.left_out]) or self.nodes
-        self.admission.wake()
+        self.admission.admit_waiting()
 
-    async def _request(self, number: int) -> None:
-        nodes = await self.admission.admit(self.tried[number], math.inf)
-        if not nodes:
+    def come(self, number: int, tried: tuple[Any, ...] = ()) -> None:
+        request = self.there[number] = Request(self, number, tried)
+        full = self.eligible(tried) and not self.room(tried)
+        if full and len(self.waiting) == self.queue:
+            with pytest.raises(Overloaded):
+                self.admission.admit(request, math.inf)
+            del self.there[number]
             return
-        node = self.on[number] = nodes[number % len(nodes)]
-        self.admitted.append(number)
-        node.in_flight += 1
-        self.admission.began(node)
-        done = self.running[number] = asyncio.Event()
-        try:
-            await done.wait()
-        finally:
-            del self.running[number]
+        self.admission.admit(request, math.inf)
+        if full:
+            assert number not in self.on
+        else:
+            assert number in self.on or not self.eligible(tried)
+
+    def end(self, number: int) -> None:
+        """Its attempt ends, or its client leaves; who waits can but leave."""
+        request = self.there.pop(number)
+        if number in self.on:
+            node = self.on.pop(number)
             node.in_flight -= 1
             self.admission.ended(node)
-
-    async def come(self, number: int, tried: tuple[Any, ...] = ()) -> None:
-        self.tried[number] = tried
-        full = self.eligible(tried) and not self.room(tried)
-        refused = full and len(self.waiting) == self.queue
-        self.tasks[number] = asyncio.ensure_future(self._request(number))
-        await self.settle()
-        if refused:
-            assert isinstance(self.tasks.pop(number).exception(), Overloaded)
-        elif full:
-            assert not self.tasks[number].done()
-            self.waiting.append(number)
         else:
-            assert number in self.running or not self.eligible(tried)
-
-    async def end(self, number: int, *, leave: bool) -> None:
-        if leave or number not in self.running:
-            self.tasks[number].cancel()
-        else:
-            self.running[number].set()
-
-    async def settle(self) -> None:
-        for _ in range(3 * (len(self.tasks) + 2)):
-            await asyncio.sleep(0)
+            self.admission.leave(request)
 
     def check(self) -> None:
-        """After everything has come to rest."""
-        for number in tuple(self.tasks):
-            if self.tasks[number].done():
-                del self.tasks[number]
-        now = [number for number in self.waiting if number in self.tasks and number not in self.running]
-        entered = [number for number in self.waiting if number in self.tasks and number in self.running]
+        now = [number for number in self.waiting if number in self.there and number not in self.on]
+        entered = [number for number in self.waiting if number in self.there and number in self.on]
         for number in now:
-            mine = self.eligible(self.tried[number])
+            mine = self.eligible(self.there[number].tried)
             assert mine
             assert all(node.in_flight == self.per_node for node in mine)
             assert not any(later > number and self.on[later] in mine for later in entered)
-        firsts = [number for number in entered if not self.tried[number]]
+        firsts = [number for number in entered if not self.there[number].tried]
         assert [number for number in self.admitted if number in firsts] == firsts
         self.waiting = now
         assert self.admission.queued == len(now)
@@ -464,37 +455,29 @@ class Crowd:
     per_node=st.integers(1, 3),
     queue=st.integers(0, 6),
     steps=st.lists(
-        st.tuples(
-            st.sampled_from(["come", "come", "retry", "retry", "end", "leave", "several", "turn"]), st.integers(0, 1000)
-        ),
+        st.tuples(st.sampled_from(["come", "come", "retry", "retry", "end", "several", "turn"]), st.integers(0, 1000)),
         max_size=40,
     ),
 )
 def test_no_order_of_events_breaks_a_limit_loses_a_turn_or_leaks_a_place(
     nodes: int, per_node: int, queue: int, steps: list[tuple[str, int]]
 ) -> None:
-    async def run() -> None:
-        crowd = Crowd(nodes, per_node, queue)
-        for number, (step, which) in enumerate(steps):
-            there = sorted(crowd.tasks)
-            if step == "turn":
-                crowd.turn(crowd.nodes[which % nodes])
-            elif step == "retry":
-                await crowd.come(number, (crowd.nodes * 2)[which % nodes :][: 1 + which // 10 % nodes])
-            elif step == "come" or not there:
-                await crowd.come(number)
-            elif step == "several":
-                for each in there[: which % (len(there) + 1)]:
-                    await crowd.end(each, leave=each % 2 == 0)
-            else:
-                await crowd.end(there[which % len(there)], leave=step == "leave")
-            await crowd.settle()
-            crowd.check()
-        for number in tuple(crowd.tasks):
-            await crowd.end(number, leave=True)
-        await crowd.settle()
+    crowd = Crowd(nodes, per_node, queue)
+    for number, (step, which) in enumerate(steps):
+        there = sorted(crowd.there)
+        if step == "turn":
+            crowd.turn(crowd.nodes[which % nodes])
+        elif step == "retry":
+            crowd.come(number, (crowd.nodes * 2)[which % nodes :][: 1 + which // 10 % nodes])
+        elif step == "come" or not there:
+            crowd.come(number)
+        elif step == "several":
+            for each in there[: which % (len(there) + 1)]:
+                crowd.end(each)
+        else:
+            crowd.end(there[which % len(there)])
         crowd.check()
-        assert (crowd.admission.queued, [node.in_flight for node in crowd.nodes]) == (0, [0] * nodes)
-
-    with asyncio.Runner() as runner:
-        runner.run(run())
+    for number in sorted(crowd.there):
+        crowd.end(number)
+    crowd.check()
+    assert (crowd.admission.queued, [node.in_flight for node in crowd.nodes]) == (0, [0] * nodes)

@@ -21,8 +21,9 @@ from dl_inference_core.errors import Code, ConfigError
 from dl_inference_core.gateway import discovery
 from dl_inference_core.gateway.discovery import Names
 from dl_inference_core.gateway.reloading import Gateway
+from dl_inference_core.testing.loopback import CoroutineService
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Limits, Methods
+from dl_inference_core.transport import Limits
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 Lab = Any  # tests/conftest.py
@@ -231,9 +232,9 @@ async def test_the_system_is_asked(lab: Lab) -> None:
 async def test_by_tls_a_node_must_prove_the_name_that_stands_for_it(lab: Lab, zone: Zone, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "authority")
     answer = b"\x0a\x01m"
-    methods = Methods(unary={INFER: functools.partial(answers, answer)})
+    service = CoroutineService({INFER: functools.partial(answers, answer)})
     tls = authority.issue("nodes.test").server()
-    server = await lab.make_transport().serve(methods, ("127.0.0.1:0",), Limits(), tls=tls)
+    server = await lab.make_transport().serve(service, ("127.0.0.1:0",), Limits(), tls=tls)
     try:
         for name in ("nodes.test", "others.test"):
             zone.set(f"127.0.0.1:{server.ports[0]}", name=name)
@@ -331,5 +332,5 @@ def test_a_name_is_written_as_grpc_has_it(text: str, address: str, weight: int) 
     "text", ["dns:nodes:1", "dns://8.8.8.8/nodes:1", "dns:///nodes", "dns:///[::1]:1", "dns:///:1"]
 )
 def test_what_is_no_name_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no node"):
+    with pytest.raises(ValueError, match="is not a node"):
         NodeConfig.parse(text)

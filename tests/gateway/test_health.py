@@ -26,7 +26,7 @@ from dl_inference_core.errors import (
 from dl_inference_core.gateway import health as module
 from dl_inference_core.gateway.health import Health, Reason
 from dl_inference_core.gateway.probing import Prober
-from dl_inference_core.transport import Call, Connection
+from dl_inference_core.transport import Answer, Connection, Message, Metadata
 
 Lab = Any  # tests/conftest.py
 
@@ -40,14 +40,16 @@ class Probed(Connection):
         self.answer: bytes | InferenceError = SERVING
         self.hold = asyncio.Event()
         self.hold.set()
-        self.probes: list[Call] = []
+        self.probes: list[tuple[str, Message, float | None]] = []
 
-    async def call(self, call: Call) -> bytes:
-        self.probes.append(call)
+    async def call(
+        self, method: str, message: Message, *, metadata: Metadata = (), timeout_s: float | None = None
+    ) -> Answer:
+        self.probes.append((method, message, timeout_s))
         await self.hold.wait()
         if isinstance(self.answer, InferenceError):
             raise self.answer
-        return self.answer
+        return Answer(self.answer, ())
 
     async def close(self) -> None:
         self.hold.set()
@@ -333,10 +335,10 @@ async def test_a_new_node_is_well_if_its_first_probe_says_so(answer: Any, reason
     await node.health.settled()
     assert node.health.reason is reason
     assert node.health.usable is (reason is None)
-    probe = node.connection.probes[0]
-    assert (probe.method, probe.request, probe.background) == ("/grpc.health.v1.Health/Check", b"", True)
-    assert probe.deadline is not None
-    assert probe.deadline - time.monotonic() <= 0.5
+    method, message, timeout_s = node.connection.probes[0]
+    assert (method, message) == ("/grpc.health.v1.Health/Check", b"")
+    assert timeout_s is not None
+    assert 0 < timeout_s <= 0.5
     await node.health.close()
 
 

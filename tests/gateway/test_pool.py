@@ -16,7 +16,7 @@ from dl_inference_core.gateway import pool as module
 from dl_inference_core.gateway.health import Reason
 from dl_inference_core.gateway.pool import Endpoints, Node, Pool
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import Call, Connection
+from dl_inference_core.transport import Answer, Connection, Message
 
 SERVING = b"\x08\x01"
 
@@ -28,11 +28,11 @@ class Silent(Connection):
         self._results = results
         self._address = address
 
-    async def call(self, call: Call) -> bytes:
+    async def call(self, method: str, message: Message, **_: Any) -> Answer:
         result = self._results[self._address]
         if isinstance(result, InferenceError):
             raise result
-        return result
+        return Answer(result, ())
 
     async def close(self) -> None: ...
 

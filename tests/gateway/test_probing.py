@@ -13,8 +13,8 @@ import pytest
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError
 from dl_inference_core.gateway.probing import Prober, Verdict
-from dl_inference_core.testing.loopback import free_port
-from dl_inference_core.transport import Call, Connection, Limits, Methods
+from dl_inference_core.testing.loopback import CoroutineService, free_port
+from dl_inference_core.transport import Answer, Connection, Exchange, Limits, Message
 
 Lab = Any  # tests/conftest.py
 
@@ -39,7 +39,7 @@ class Server:
 
     def handlers(self) -> dict[str, Any]:
         def handler(method: str) -> Any:
-            async def answer(call: Call) -> bytes:
+            async def answer(_: Exchange) -> bytes:
                 self.asked.append(method)
                 result = self.answers[method]
                 if result is None:
@@ -59,7 +59,7 @@ async def probing(
     lab: Lab, server: Server, kind: str = "auto", timeout_s: float = 5.0, address: str = "127.0.0.1:0"
 ) -> AsyncIterator[Prober]:
     transport = lab.make_transport()
-    listening = await transport.serve(Methods(unary=server.handlers()), (address,), Limits())
+    listening = await transport.serve(CoroutineService(server.handlers()), (address,), Limits())
     if listening.ports:
         address = f"127.0.0.1:{listening.ports[0]}"
     connection = transport.connect(address, Limits())
@@ -156,7 +156,7 @@ async def test_by_tcp_a_unix_socket_is_connected_to_as_well(lab: Lab, tmp_path: 
 
 
 class Raises(Connection):
-    async def call(self, call: Call) -> bytes:
+    async def call(self, method: str, message: Message, **_: Any) -> Answer:
         raise ZeroDivisionError("x")
 
     async def close(self) -> None: ...

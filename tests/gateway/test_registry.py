@@ -22,10 +22,10 @@ from dl_inference_core.config import Config, JoinConfig, RegistryConfig, validat
 from dl_inference_core.errors import Code, ConfigError
 from dl_inference_core.gateway.registry import Registry
 from dl_inference_core.gateway.sharing import Share
-from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.local_exchange import LocalExchange
+from dl_inference_core.plugins import Plugins
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import free_port
-from dl_inference_core.transport import Call
 from dl_inference_core.wire import messages
 
 Lab = Any  # tests/conftest.py
@@ -194,7 +194,10 @@ async def test_an_address_may_be_written_otherwise_when_it_goes(lab: Lab) -> Non
     await tell(gateway, messages.DeregisterRequest(address="10.0.0.1:00080"))
     assert addresses(gateway) == set()
     code, said = await refusal(gateway, messages.DeregisterRequest(address="nowhere"))
-    assert (code, said) == (Code.INVALID_ARGUMENT, 'address: "nowhere" is no address: expected host:port')
+    assert (code, said) == (
+        Code.INVALID_ARGUMENT,
+        'address: "nowhere" is not an address: expected host:port, with an IPv6 address in brackets, [::1]:8500',
+    )
 
 
 async def test_a_gateway_refuses_its_own_address(lab: Lab) -> None:
@@ -240,12 +243,12 @@ async def test_without_a_registry_there_is_no_such_method(lab: Lab) -> None:
     ("request_", "said"),
     [
         (b"\xff", "malformed"),
-        (registration("nowhere"), "is no address"),
-        (registration("unix:/run/docker.sock"), "is no address"),
-        (registration("dns:///nodes:1"), "is no address"),
-        (registration("10.0.0.1:1@7"), "is no address"),
+        (registration("nowhere"), "is not an address"),
+        (registration("unix:/run/docker.sock"), "is not an address"),
+        (registration("dns:///nodes:1"), "is not an address"),
+        (registration("10.0.0.1:1@7"), "is not an address"),
         (registration("10.0.0.1:70000"), "port 70000"),
-        (registration("10.0.0.1:1\n"), "is no address"),
+        (registration("10.0.0.1:1\n"), "is not an address"),
         (registration("10.0.0.1:1", weight=10_001), "weight: 10001"),
         (registration("10.0.0.1:1", lease_ms=-1), "lease_ms: -1"),
         (registration("10.0.0.1:1", instance="a b"), "instance: "),
@@ -351,8 +354,9 @@ class Worker:
     async def hears(self, request: Any) -> None:
         name = type(request).__name__.removesuffix("Request")
         metadata = (("authorization", f"Bearer {TOKEN}"),)
-        call = Call(method=name, request=request.SerializeToString(), metadata=metadata)
-        await self.registry.methods()[f"{messages.REGISTRY}/{name}"](call)
+        exchange = LocalExchange(name, request.SerializeToString(), metadata)
+        self.registry.methods()[f"{messages.REGISTRY}/{name}"](exchange)
+        await exchange.outcome()
 
     @property
     def known(self) -> dict[str, list[str]]:
@@ -453,13 +457,6 @@ async def test_a_process_that_is_alone_waits_for_nobody(tmp_path: Path) -> None:
 # Nodes
 
 
-class Fakes(Plugins):
-    """The installed plugins, with `FakeBackend` in the place of the installed backends."""
-
-    def classes(self, kind: Kind) -> Mapping[str, type[Any]]:
-        return {"fake": FakeBackend} if kind is Kind.BACKENDS else super().classes(kind)
-
-
 class NodeProcess:
     """A node in this process, with models that give back what they are given."""
 
@@ -473,7 +470,7 @@ class NodeProcess:
             "models": {"directory": self.models, "poll_interval_ms": 20},
             "join": {"gateways": addresses, "token_file": lab.folder / f"{name}.token", **join},
         }
-        self.app = App(validated(Config, values, "node"), Fakes())
+        self.app = App(validated(Config, values, "node"), lab.fakes)
         self.address = ""
         lab._closing.append(self.app.close)
 
@@ -585,16 +582,16 @@ async def test_a_gateway_that_has_forgotten_everything_knows_its_nodes_again(lab
     assert joined == f"gateway 127.0.0.1:{port}: this node is registered now"
 
 
-def counting(node: NodeProcess) -> list[Call]:
-    """The calls to the node's gateway from now on."""
+def counting(node: NodeProcess) -> list[str]:
+    """The methods of the node's calls to its gateway from now on."""
     assert node.app._joining is not None
     connection = node.app._joining._gateways[0]._connection
-    tried: list[Call] = []
+    tried: list[str] = []
     call = connection.call
 
-    async def counted(request: Call) -> Any:
-        tried.append(request)
-        return await call(request)
+    async def counted(method: str, message: bytes, **how: Any) -> Any:
+        tried.append(method)
+        return await call(method, message, **how)
 
     connection.call = counted  # type: ignore[assignment,method-assign]
     return tried
@@ -610,7 +607,7 @@ async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(la
     assert addresses(gateway) == set()
     connection = node.app.transport.connect(node.address, node.app._limits)
     infer = "/inference.GRPCInferenceService/ModelInfer"
-    answer = await connection.call(Call(method=infer, request=asking()))
+    answer, _ = await connection.call(infer, asking())
     assert messages.ModelInferResponse.FromString(bytes(answer)).id == "q"
     await connection.close()
 
@@ -684,7 +681,7 @@ def test_what_cannot_join_ends_the_start(tmp_path: Path, config: dict[str, Any],
     if values.pop("models", False):
         values["models"] = {"directory": tmp_path}
     with pytest.raises(ConfigError, match=said):
-        App(validated(Config, values, "node"), Fakes())
+        App(validated(Config, values, "node"), Plugins())
 
 
 @pytest.mark.parametrize("address", ["h", "dns:///h:1", "unix:/s", "h:1@2", "h:0", ""])
@@ -699,7 +696,10 @@ def test_gateways_and_nodes_are_plain_addresses(tmp_path: Path, address: str) ->
     [
         (["--join", "h:1"], "--join: token_file: Field required"),
         (["--join-token-file", "t"], "--join: gateways: Field required"),
-        (["--join", "h:1,h", "--join-token-file", "t"], '--join: "h" is no address: expected host:port'),
+        (
+            ["--join", "h:1,h", "--join-token-file", "t"],
+            '--join: "h" is not an address: expected host:port, with an IPv6 address in brackets, [::1]:8500',
+        ),
         (["--join", "127.0.0.1:1", "--join-token-file", "/no/such/file"], "/no/such/file: No such file or directory"),
     ],
 )

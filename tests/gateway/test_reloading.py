@@ -139,7 +139,7 @@ async def test_reloads_under_load_cost_no_request(lab: Lab) -> None:
     await asyncio.gather(*senders)
     assert set(answers) == set("abcd")
     await lab.until(lambda: not gateway.app.gateway._retiring)
-    assert all(node.in_flight == 0 for node in gateway.forwarder().pool.nodes)
+    await lab.until(lambda: all(node.in_flight == 0 for node in gateway.forwarder().pool.nodes))
 
 
 async def test_another_strategy_takes_over_and_the_same_one_keeps_what_it_learned(lab: Lab) -> None:

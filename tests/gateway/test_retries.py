@@ -12,7 +12,9 @@ import pytest
 from dl_inference_core.config import RouteSettings
 from dl_inference_core.errors import AnswerMalformed, BadRequest, Code, InferenceError, NodeFailed
 from dl_inference_core.gateway.retries import Budget, Recent
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import MemoryExchange
+from dl_inference_core.transport import Answer, Message
+from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 Lab = Any  # tests/conftest.py
@@ -170,7 +172,7 @@ async def test_of_two_hundred_requests_in_flight_those_on_a_node_that_stops_are_
 async def test_no_attempt_is_begun_that_could_not_end_in_time(lab: Lab) -> None:
     nodes = await lab.nodes("ab", status=lab.error(Code.INTERNAL))
     gateway = await lab.front(*nodes, more="timeout_ms = 20000")
-    gateway.forwarder()._recent.least_s = 5.0
+    gateway.forwarder().recent.least_s = 5.0
     assert (await gateway.refusal(timeout=4))[0] is Code.INTERNAL
     assert sum(node.count for node in nodes) == 1
     await gateway.refusal(timeout=15)
@@ -210,7 +212,7 @@ def test_a_hedge_takes_a_second_attempt() -> None:
 async def hedging(lab: Lab, *nodes: Any, late_s: float = 0.02, budget: float = 1) -> Any:
     """A gateway that takes attempts for late after `late_s`, and that chooses the first of `nodes` that it may."""
     gateway = await lab.front(*nodes, more=f"timeout_ms = 5000\nhedge = true\nhedge_budget = {budget}\n{DYNAMIC}")
-    gateway.forwarder()._recent.late_s = late_s
+    gateway.forwarder().recent.late_s = late_s
     order = [node.address for node in nodes]
     balancer = gateway.forwarder().balancer
     choose = balancer.choose
@@ -239,7 +241,15 @@ async def test_a_late_attempt_has_another_beside_it_and_the_loser_changes_nothin
     assert [slow.count, fast.count] == [7, 7]
     assert counted(gateway, "hedges") == 7
     assert slow.checks <= 2  # none for what it was cancelled in
-    assert gateway.forwarder()._losing == set()
+
+
+async def test_the_attempt_after_one_that_failed_is_hedged_by_its_own_time(lab: Lab) -> None:
+    bad = await lab.node("bad", latency_s=0.2, status=lab.error(Code.UNAVAILABLE))
+    slow, spare = await lab.node("slow", latency_s=0.2), await lab.node("spare")
+    gateway = await hedging(lab, bad, slow, spare, late_s=0.3)
+    assert await gateway.call() == "slow"  # 0.2 s after it was asked, and 0.4 s after the first one
+    assert [node.count for node in (bad, slow, spare)] == [1, 1, 0]
+    assert counted(gateway, "hedges") == 0
 
 
 async def test_the_first_attempt_may_still_win(lab: Lab) -> None:
@@ -308,7 +318,7 @@ async def test_of_two_errors_at_once_the_one_that_may_not_go_elsewhere_counts(la
         def __init__(self, real: Any, error: InferenceError) -> None:
             self.real, self.error = real, error
 
-        async def call(self, call: Any) -> Any:
+        async def call(self, method: str, message: Message, **_: Any) -> Answer:
             waiting.append(self)
             await together.wait()
             raise self.error
@@ -318,7 +328,9 @@ async def test_of_two_errors_at_once_the_one_that_may_not_go_elsewhere_counts(la
 
     for node, error in zip(forwarder.pool.nodes, reversed(errors) if second else errors, strict=True):
         node.endpoint.connection = Failing(node.endpoint.connection, error)
-    answer = asyncio.ensure_future(forwarder.answer(Call(method=protocol.node_method, request=b""), protocol))
+    exchange = MemoryExchange(protocol.node_method)
+    forwarder.begin(exchange, protocol)
+    answer = asyncio.ensure_future(exchange.outcome())
     await lab.until(lambda: len(waiting) == 2)
     together.set()
     with pytest.raises(BadRequest, match="no"):
@@ -361,14 +373,14 @@ class AlwaysLate(Recent):
 async def test_no_more_than_the_budget_is_hedged(lab: Lab) -> None:
     nodes = await lab.nodes("ab", latency_s=0.01)
     gateway = await hedging(lab, *nodes, budget=0.0625)
-    gateway.forwarder()._recent = AlwaysLate()
+    gateway.forwarder().recent = AlwaysLate()
     await asyncio.gather(*(gateway.call() for _ in range(320)))
     assert counted(gateway, "hedges") == 20
     assert sum(node.count for node in nodes) <= 340
 
 
 async def test_two_attempts_may_end_at_once(lab: Lab) -> None:
-    """On grpcio or Envoy that is a matter of luck, so it is not left to them."""
+    """On a transport that is a matter of luck, so it is not left to one."""
     nodes = await lab.nodes("abc")
     gateway = await hedging(lab, *nodes, late_s=0.001)
     together = asyncio.Event()
@@ -377,8 +389,8 @@ async def test_two_attempts_may_end_at_once(lab: Lab) -> None:
         real = node.endpoint.connection
 
         class Late:
-            async def call(self, call: Any, real: Any = real) -> Any:
-                answer = await real.call(call)
+            async def call(self, method: str, message: Message, real: Any = real, **how: Any) -> Answer:
+                answer: Answer = await real.call(method, message, **how)
                 await together.wait()
                 return answer
 
@@ -392,8 +404,11 @@ async def test_two_attempts_may_end_at_once(lab: Lab) -> None:
         await lab.until(lambda: forwarder.in_flight == 2)
         together.set()
 
-    answer, _ = await asyncio.gather(gateway.call(), release())
-    assert answer in "ab"
+    protocol = PROTOCOLS["openinference"]
+    exchange = MemoryExchange(protocol.node_method)
+    forwarder.begin(exchange, protocol)
+    answer, _ = await asyncio.gather(exchange.outcome(), release())
+    assert messages.ModelInferResponse.FromString(bytes(answer)).id in "ab"
     await lab.until(lambda: untouched(gateway, *nodes))
 
 
@@ -407,8 +422,10 @@ async def test_what_fails_leaves_no_garbage(lab: Lab, hedge: bool) -> None:
     gc.disable()
     try:
         for _ in range(4):
+            exchange = MemoryExchange(protocol.node_method)
+            forwarder.begin(exchange, protocol)
             with pytest.raises(AnswerMalformed):
-                await forwarder.answer(Call(method=protocol.node_method, request=b""), protocol)
+                await exchange.outcome()
         assert counted(gateway, "hedges") == 4 * hedge
         await lab.until(lambda: sum(type(thing) is AnswerMalformed for thing in gc.get_objects()) == 0)
     finally:

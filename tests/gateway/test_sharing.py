@@ -18,7 +18,7 @@ from dl_inference_core.errors import Code
 from dl_inference_core.gateway.balancing import Balancer, Node, Outcome
 from dl_inference_core.gateway.sharing import LARGEST, Share
 from dl_inference_core.plugins import Kind
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 
 Lab = Any  # tests/conftest.py
 
@@ -221,7 +221,7 @@ class Patient(Balancer):
         self.failures: dict[Node, float] = {}
         self.asked = 0
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         return min(nodes, key=lambda node: self.failures.get(node, 0))
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
@@ -318,7 +318,7 @@ async def test_what_is_known_of_nodes_that_go_is_forgotten(lab: Lab, folder: Pat
     a, b = await lab.nodes("ab")
     config = "[gateway]\npoll_interval_ms = 10\n" + lab.route(a, b, more=patient)
     one, two = [await lab.gateway(config, share=Share(folder, index)) for index in range(2)]
-    known_ = one.app.gateway._exchange._known
+    known_ = one.app.gateway._state_sync._known
     a.status = lab.error(Code.INTERNAL)
     await one.call()
     await lab.until(lambda: set(known_.get(one.forwarder(), ())) == {a.address, b.address})

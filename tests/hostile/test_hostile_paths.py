@@ -16,17 +16,17 @@ import pytest
 
 from dl_inference_core import admin
 from dl_inference_core.client import build
+from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import Code, InferenceError
 from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Introspection, Readiness
-from dl_inference_core.listener import InFlight, Listener
+from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.rest import tfserving
 from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.routing import Routes
 from dl_inference_core.testing import FakeBackend
-from dl_inference_core.transport import Call, UnaryHandler
 from dl_inference_core.wire import messages
 
 X = np.array([1.0, 2.0], np.float32)
@@ -62,8 +62,13 @@ def opened(auditing: Opened) -> Iterator[Opened]:
 
 @dataclass
 class Node:
-    methods: dict[str, UnaryHandler]
+    dispatcher: Dispatcher
     port: int
+
+    async def call(self, method: str, body: bytes) -> bytes:
+        exchange = LocalExchange(method, body)
+        self.dispatcher.begin_all([exchange])
+        return bytes(await exchange.outcome())
 
 
 @pytest.fixture
@@ -80,12 +85,12 @@ async def serving(root: Path) -> AsyncIterator[Node]:
     repository = Repository(root, backends={"fake": FakeBackend()}, handlers={}, poll_interval_s=0)
     await repository.start()
     metrics, readiness = Metrics(), Readiness(serving=True)
-    rest = Rest(Local(repository, None, readiness), metrics, InFlight(), body_bytes=100_000, timeout_s=20.0)
+    routes = Routes(repository)
+    dispatcher = Dispatcher(routes, metrics, unary=Introspection(routes, readiness).unary())
+    rest = Rest(Local(repository, None, readiness), dispatcher, body_bytes=100_000, timeout_s=20.0)
     server = await HttpServer.start(admin.app(metrics, readiness, *tfserving.routes(rest)), "127.0.0.1", 0)
     try:
-        routes = Routes(repository)
-        methods = Listener(routes, metrics, InFlight()).methods() | Introspection(routes, readiness).unary()
-        yield Node(methods, server.port)
+        yield Node(dispatcher, server.port)
     finally:
         await server.close()
         await repository.close()
@@ -135,13 +140,13 @@ def versioned(version: str) -> Iterator[tuple[str, bytes]]:
 async def test_by_grpc(root: Path, opened: Opened) -> None:
     async with serving(root) as node:
         for method, body in requests("inside"):  # imports what is imported late
-            assert await node.methods[method](Call(method=method, request=body))
+            assert await node.call(method, body)
         opened.watching = True
         count = 0
         for name in names(root):
             for method, body in [*requests(name), *versioned(name)]:
                 with pytest.raises(InferenceError) as refused:
-                    await node.methods[method](Call(method=method, request=body))
+                    await node.call(method, body)
                 assert refused.value.code in (Code.NOT_FOUND, Code.INVALID_ARGUMENT)
                 count += 1
         opened.watching = False

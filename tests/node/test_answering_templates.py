@@ -15,7 +15,7 @@ from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Request, Response
 from dl_inference_core.testing import FakeBackend
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 BATCHING = pytest.mark.parametrize("toml", ["", "[batching]\nenabled = false"])
@@ -31,9 +31,7 @@ class Asked:
     async def __call__(self, protocol: str, **request: Any) -> Response:
         spoken = PROTOCOLS[protocol]
         body = spoken.codec.encode_request(Request(model="m", **request))
-        return spoken.codec.decode_response(
-            await self._served.answer(Call(method=spoken.node_method, request=body), spoken)
-        )
+        return spoken.codec.decode_response(await answered(self._served, spoken, body))
 
 
 @asynccontextmanager
@@ -128,6 +126,29 @@ async def test_numbers_that_a_model_cannot_hold_are_refused_every_time(tmp_path:
             assert answer.payload.tolist() == [[7]]
             with pytest.raises(BadRequest, match=r"does not take the value 7\.5"):
                 await ask("seldon", payload=np.array([[7.5]]), form=Form.TENSOR)
+
+
+@BATCHING
+async def test_an_integer_that_seldon_cannot_hold_is_refused_every_time_and_typed_protocols_hold_it(
+    tmp_path: Path, toml: str
+) -> None:
+    class Ids(Handler):
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            return {"id": outputs["x"].astype(np.int64) + 2**53}
+
+    async with asked(tmp_path, Ids, toml, X) as ask:
+        odd, even = np.array([[1.0]]), np.array([[2.0]])
+        for _ in range(TIMES):
+            for form in (Form.TENSOR, Form.NDARRAY):
+                answer: Any = await ask("seldon", payload=even, form=form)
+                assert answer.payload.tolist() == [[2**53 + 2]]
+                with pytest.raises(BadRequest, match="the answer holds the integer 9007199254740993"):
+                    await ask("seldon", payload=odd, form=form)
+            answer = await ask("seldon", payload=odd, form=Form.TFTENSOR)
+            assert answer.payload.tolist() == [[2**53 + 1]]
+            for protocol in ("tfserving", "openinference"):
+                answer = await ask(protocol, payload={"x": odd}, form=Form.TENSORS)
+                assert answer.payload["id"].tolist() == [[2**53 + 1]]
 
 
 @BATCHING

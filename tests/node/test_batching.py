@@ -20,16 +20,17 @@ from pydantic import ValidationError
 
 from dl_inference_core.config import NamedModel, PluginOptions
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, Overloaded
+from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.answering import ServedModel
 from dl_inference_core.node.backend import Signature, TensorSpec
-from dl_inference_core.node.batching import Batching, BatchingConfig, NotRowwise
+from dl_inference_core.node.batching import Batching, BatchingConfig, Bucket, NotRowwise
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import Loader
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.node.scheduling import Effort, _Crowd
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
@@ -86,8 +87,8 @@ class Scene:
         metadata = more.pop("metadata", ())
         payload = {name: np.repeat(np.array(rows, dtype)[:, None], wide, axis=1)}
         body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m", **more))
-        call = Call(method=OIP.node_method, request=body, deadline=deadline, metadata=metadata)
-        payload = OIP.codec.decode_response(await self.served.answer(call, OIP)).payload
+        answer = await answered(self.served, OIP, body, metadata=metadata, deadline=deadline)
+        payload = OIP.codec.decode_response(answer).payload
         assert isinstance(payload, dict)
         return payload[name][:, 0].tolist()
 
@@ -129,13 +130,17 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    folder: Path, toml: str = "", handler: type[Handler] = Handler, shape: Sequence[int | None] | None = (None, None)
+    folder: Path,
+    toml: str = "",
+    handler: type[Handler] = Handler,
+    shape: Sequence[int | None] | None = (None, None),
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[Scene]:
     specs = {"x": ["float32", list(shape)]} if shape is not None else {}
     FakeBackend.write(folder / "m" / "1", inputs=specs)
     (folder / "m" / "model.toml").write_text(f'handler = "it"\n{toml}', encoding="utf-8")
     backend = HeldBackend()
-    repository = Repository(folder, backends={"held": backend}, handlers={"it": handler})
+    repository = Repository(folder, backends={"held": backend}, handlers={"it": handler}, metrics=metrics)
     await repository.start()
     assert repository.models["m"].ready, repository.models["m"].versions
     assert isinstance(backend.models[0], HeldModel)
@@ -164,6 +169,29 @@ async def test_a_request_larger_than_a_batch_is_answered_in_pieces(tmp_path: Pat
     async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
         assert await it.ask(*range(10)) == [2.0 * n for n in range(10)]
         assert it.model.sizes == [4, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("toml", "rows", "calls", "counted"),
+    [
+        ("max_rows = 4", (10,), [4, 4, 2], 10),
+        ("max_rows = 4", (2, 2, 2), [1, 4, 2], 7),  # and the one that keeps the thread busy
+        ("max_rows = 4\nallowed_rows = [4]", (3,), [4], 3),
+    ],
+)
+async def test_each_call_of_the_model_is_counted_with_the_rows_of_requests_in_it(
+    tmp_path: Path, toml: str, rows: tuple[int, ...], calls: list[int], counted: int
+) -> None:
+    metrics = Metrics()
+    async with scene(tmp_path, f"[batching]\n{toml}", metrics=metrics) as it:
+        if len(rows) > 1:
+            await it.together(*(it.ask(*range(count)) for count in rows))
+        else:
+            await it.ask(*range(rows[0]))
+        assert it.model.sizes == calls
+        said = metrics.render("")[0].decode()
+    assert f'dl_inference_batch_rows_count{{model="m"}} {float(len(calls))}' in said
+    assert f'dl_inference_batch_rows_sum{{model="m"}} {float(counted)}' in said
 
 
 async def test_by_itself_a_model_is_given_a_large_request_whole(tmp_path: Path) -> None:
@@ -245,6 +273,31 @@ def test_what_has_no_common_rows_is_run_alone(inputs: Any) -> None:
     assert batching.run(parts[:1], lambda given: (given,)) == [(inputs,)]
 
 
+def test_inputs_of_other_shapes_than_a_signature_that_leaves_them_to_the_model_are_run_alone_and_as_they_are() -> None:
+    spec = TensorSpec(name="x", dtype=np.dtype(np.float32), shape=(None, 2))
+    config = BatchingConfig(max_rows=4, allowed_rows=(2, 4), buckets={"x": Bucket(to=(2,))})
+    unchecked = {"left": Signature(inputs=(spec,), checks_shapes=False)}
+    batching = Batching(config, np.concatenate, unchecked=unchecked)
+    calls: list[Any] = []
+
+    def model(inputs: Any) -> Any:
+        calls.append(inputs["x"].shape if hasattr(inputs["x"], "shape") else inputs["x"])
+        return inputs
+
+    def parts(signature: str, *inputs: Any) -> list[Any]:
+        request = Request(payload={}, form=Form.TENSORS, signature=signature)
+        return [batching.part(number, request, {"x": each}) for number, each in enumerate(inputs)]
+
+    fitting, others = np.zeros((1, 2)), [np.zeros(5), np.zeros(5), np.zeros((6, 1)), np.zeros((1, 3)), [1, 2]]
+    for batch in batching.batches(parts("left", fitting, *others, fitting)):
+        batching.run(batch, model)
+    assert calls == [(2, 2), (5,), (5,), (6, 1), (1, 3), [1, 2]]
+    calls.clear()
+    for batch in batching.batches(parts("checked elsewhere", np.zeros((1, 1)), np.zeros((1, 1)))):
+        batching.run(batch, model)
+    assert calls == [(2, 2)]
+
+
 async def test_allowed_rows_are_reached_by_padding_that_nobody_sees(tmp_path: Path) -> None:
     async with scene(tmp_path, "[batching]\nmax_rows = 8\nallowed_rows = [2, 8]") as it:
         answers = await it.together(it.ask(1), it.ask(2, 3))
@@ -284,8 +337,7 @@ async def test_lengths_in_one_bucket_share_a_call(tmp_path: Path) -> None:
             for wide in (2, 3, 20):
                 payload = {"x": np.full((1, wide), wide, np.float32)}
                 body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m"))
-                call = Call(method=OIP.node_method, request=body)
-                asked.append(asyncio.create_task(it.served.answer(call, OIP)))
+                asked.append(asyncio.create_task(answered(it.served, OIP, body)))
             await it.queued(3)
         for wide, answer in zip((2, 3, 20), await asyncio.gather(*asked), strict=True):
             payload = OIP.codec.decode_response(answer).payload
@@ -338,7 +390,7 @@ async def test_an_expired_request_is_dropped_before_the_call_and_never_touches_i
 
 async def test_a_malformed_request_never_touches_its_batch_mates(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
-        torn = it.served.answer(Call(method=OIP.node_method, request=b"\xff\xff"), OIP)
+        torn = answered(it.served, OIP, b"\xff\xff")
         wrong = it.ask(1, name="y")
         answers = await it.together(it.ask(2), torn, it.ask(3), wrong)
         assert [answers[0], answers[2]] == [[4], [6]]
@@ -353,7 +405,19 @@ async def test_a_poisonous_request_fails_alone(tmp_path: Path) -> None:
         assert [answers[0], answers[2]] == [[2], [6]]
         assert isinstance(answers[1], HandlerFailed)
         assert "run_model failed: RuntimeError: poisoned" in str(answers[1])
-        assert it.model.sizes == [1, 3, 1, 1, 1]
+        assert it.model.sizes == [1, 3, 1, 2, 1, 1]
+
+
+async def test_of_many_a_poisonous_one_is_found_by_halves(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        rows = [float(number) for number in range(64)]
+        rows[37] = POISON
+        answers = await it.together(*(it.ask(row) for row in rows))
+        assert [answer for answer in answers if not isinstance(answer, Exception)] == [
+            [2 * row] for row in rows if row != POISON
+        ]
+        assert isinstance(answers[37], HandlerFailed)
+        assert len(it.model.sizes) == 1 + 1 + 2 * 6  # the one that held the thread, all 64, and both halves six times
 
 
 @pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
@@ -422,7 +486,7 @@ async def test_answers_that_share_no_call_wait_for_no_others(tmp_path: Path) -> 
             assert request.id != "second" or first_is_answered.wait(10)
             return super().postprocess(outputs, request)
 
-    async with scene(tmp_path, handler=Alone) as it:
+    async with scene(tmp_path, "[batching]", handler=Alone, shape=None) as it:
         async with it.busy():
             first, second = (asyncio.create_task(it.ask(1, id=name)) for name in ("first", "second"))
             await it.queued(2)
@@ -584,6 +648,8 @@ async def test_who_would_wait_beyond_a_deadline_is_refused_at_once(tmp_path: Pat
             await it.queued(1)
             with pytest.raises(Overloaded, match=r"take 1[234]\d\d ms, beyond its deadline"):
                 await it.ask(2, deadline=time.monotonic() + 1.2)
+            with pytest.raises(DeadlineExceeded, match="before the request came to the queue of model m"):
+                await it.ask(2, deadline=time.monotonic() - 0.001)
             has_time = asyncio.create_task(it.ask(3, deadline=time.monotonic() + 20))
             await it.queued(2)
         assert await asyncio.gather(waits, has_time) == [[2], [6]]
@@ -710,6 +776,70 @@ async def test_a_priority_that_is_none(tmp_path: Path, value: str) -> None:
     async with scene(tmp_path, "[queue]\npriorities = 3") as it:
         with pytest.raises(BadRequest, match="expected 1 to 3"):
             await it.ask(1, metadata=(("x-priority", value),))
+
+
+async def test_an_open_inference_request_names_its_priority(tmp_path: Path) -> None:
+    """By a parameter, as Triton's clients do: 0, or more than there are, is the default. Metadata count before it."""
+    async with scene(tmp_path, "[batching]\nmax_rows = 1\n[queue]\npriorities = 3\ndefault_priority = 2") as it:
+        asked = [
+            it.ask(1, parameters={"priority": 3}),
+            it.ask(2, parameters={"priority": 0}),
+            it.ask(3, parameters={"priority": 1}),
+            it.ask(4),
+            it.ask(5, parameters={"priority": 4}),
+            it.ask(6, parameters={"priority": 3}, metadata=(("x-priority", "1"),)),
+        ]
+        assert await it.together(*asked) == [[2], [4], [6], [8], [10], [12]]
+        assert [float(call["x"][0, 0]) for call in it.model.calls] == [0, 3, 6, 2, 4, 5, 1]
+
+
+async def test_a_priority_to_a_model_that_has_none(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        assert await it.ask(1, parameters={"priority": 7}) == [2]
+        with pytest.raises(BadRequest, match='"priority" is string_param high; expected a whole number'):
+            await it.ask(1, parameters={"priority": "high"})
+
+
+async def test_a_request_whose_timeout_passes_in_the_queue_is_refused_at_once(tmp_path: Path) -> None:
+    """The thread is still busy then; the request never comes as far as the model."""
+    async with scene(tmp_path) as it:
+        async with it.busy():
+            patient = asyncio.create_task(it.ask(1, parameters={"timeout": 60_000_000}))
+            await it.queued(1)
+            began = time.monotonic()
+            with pytest.raises(Overloaded, match=r"^Request timeout expired: the request waited \d+ ms in the queue"):
+                await it.ask(2, parameters={"timeout": 30_000})
+            assert time.monotonic() - began >= 0.03
+            assert not it.model.hold.is_set()
+        assert await patient == [2]
+        assert [float(call["x"][0, 0]) for call in it.model.calls] == [0, 1]
+
+
+async def test_a_request_whose_timeout_has_passed_makes_room_in_a_full_queue(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[queue]\nmax_requests = 1") as it:
+        async with it.busy():
+            with pytest.raises(Overloaded, match="Request timeout expired"):
+                await it.ask(1, parameters={"timeout": 1000})
+            following = asyncio.create_task(it.ask(2))
+            await it.queued(1)
+        assert await following == [4]
+
+
+async def test_a_timeout_bounds_the_time_in_the_queue_and_not_that_of_the_model(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        it.model.hold.clear()
+        asked = asyncio.create_task(it.ask(1, parameters={"timeout": 20_000}))
+        await asyncio.to_thread(it.model.entered.acquire)
+        assert not (await asyncio.wait({asked}, timeout=0.1))[0]
+        it.model.hold.set()
+        assert await asked == [2]
+
+
+async def test_a_batch_is_not_held_for_longer_than_a_request_may_wait(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 10_000_000") as it:
+        began = time.monotonic()
+        assert await it.ask(1, parameters={"timeout": 200_000}) == [2]
+        assert time.monotonic() - began < 8
 
 
 # Instances.

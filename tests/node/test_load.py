@@ -19,7 +19,6 @@ from dl_inference_core.errors import (
 from dl_inference_core.node import load
 from dl_inference_core.node.answering import Workers
 from dl_inference_core.node.load import LoadMeter
-from dl_inference_core.transport import Call
 from dl_inference_core.wire import messages, orca
 from dl_inference_core.wire.orca import Load
 
@@ -44,11 +43,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def answered(meter: LoadMeter, error: InferenceError | None = None) -> Load | None:
     """What the next answer, or error, tells."""
-    call = Call(method="/a/b", request=b"")
-    meter.answered(call, error)
-    told = orca.take(call.trailers)
-    assert not call.trailers
-    return told
+    return orca.read(meter.answered(error))
 
 
 def test_as_many_answers_a_second_as_were_asked_for_carry_a_report(clock: Clock) -> None:
@@ -110,6 +105,18 @@ def test_what_was_before_a_long_pause_is_forgotten_with_it(clock: Clock) -> None
     assert told.qps == pytest.approx(100, rel=0.1)
 
 
+@pytest.mark.parametrize(("cpus", "part"), [(0.5, 0.8), (1, 0.4), (4, 0.1)])
+def test_cpu_utilization_is_a_part_of_the_cores_or_of_the_quota(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, cpus: float, part: float
+) -> None:
+    monkeypatch.setattr(load, "available_cpus", lambda: cpus)
+    meter = LoadMeter(1000)
+    clock.now += 1
+    clock.cpu += 0.4
+    report = messages.OrcaLoadReport.FromString(dict(meter.answered())[orca.KEY])
+    assert report.cpu_utilization == pytest.approx(part)
+
+
 @pytest.mark.parametrize(
     ("error", "counts"),
     [
@@ -159,9 +166,7 @@ def test_the_processor_is_told_of_beside_it(clock: Clock) -> None:
     meter = LoadMeter(1000)
     clock.now += 1
     clock.cpu += 1
-    call = Call(method="/a/b", request=b"")
-    meter.answered(call)
-    report = messages.OrcaLoadReport.FromString(dict(call.trailers)[orca.KEY])
+    report = messages.OrcaLoadReport.FromString(dict(meter.answered())[orca.KEY])
     assert 0 < report.cpu_utilization <= 1
     assert report.application_utilization == 0
 

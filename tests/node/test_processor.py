@@ -17,7 +17,7 @@ from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Payload, Request, Response, Tensor
 from dl_inference_core.testing import FakeBackend
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 
@@ -67,7 +67,7 @@ def ask(model: Model, payload: Payload, form: Form, source: str, *, options: Any
     module.__file__ = "processor.py"
     exec(source, vars(module))
     handler = Processor(Processor.Options(**(options or {})), module)
-    handler.load(model, Path())
+    handler.prepare(model, Path())
     request = Request(payload=payload, form=form, tags=tags)
     return handler.postprocess(handler.run_model(model, handler.preprocess(request), request), request)
 
@@ -134,9 +134,9 @@ def test_what_preprocess_sees(payload: Payload, form: Form, seen: Any) -> None:
 @pytest.mark.parametrize(
     ("result", "payload"),
     [
-        ("[[1, 2], [3, 4]]", np.array([[1, 2], [3, 4]])),
-        ("(0.5, 1)", np.array([0.5, 1])),
-        ("[True, False]", np.array([True, False])),
+        ("[[1, 2], [3, 4]]", [[1, 2], [3, 4]]),
+        ("(0.5, 1)", (0.5, 1)),
+        ("[True, 3]", [True, 3]),
         ("[[1], [2, 3]]", [[1], [2, 3]]),
         ("[1, 'a']", [1, "a"]),
         ("['a', 'b']", ["a", "b"]),
@@ -148,10 +148,10 @@ def test_what_preprocess_sees(payload: Payload, form: Form, seen: Any) -> None:
         ("0.5", 0.5),
         ("None", None),
         ("{'score': [0.5], 'label': 'a', 'more': {'deep': [[1]]}}",
-         {"score": np.array([0.5]), "label": "a", "more": {"deep": np.array([[1]])}}),
+         {"score": [0.5], "label": "a", "more": {"deep": [[1]]}}),
         ("{1: x}", {"1": ARRAY}),
-        ("[x, x]", np.array([ARRAY, ARRAY])),
-        ("(x, 'a')", [ARRAY, "a"]),
+        ("[x, x]", [ARRAY, ARRAY]),
+        ("(x, 'a')", (ARRAY, "a")),
         ("x", ARRAY),
         ("numpy.float32(2)", np.array(2, np.float32)),
     ],
@@ -160,6 +160,56 @@ def test_what_postprocess_may_return(result: str, payload: Any) -> None:
     answer = ask(NativeModel(), ARRAY, Form.TENSOR, f"import numpy\ndef postprocess(x, **kwargs): return {result}")
     assert type(answer) is type(payload)
     np.testing.assert_equal(answer, payload)
+
+
+def test_outputs_of_one_name_are_a_type_error() -> None:
+    with pytest.raises(TypeError, match="two values would have the same name"):
+        ask(NativeModel(), ARRAY, Form.TENSOR, "def postprocess(x, **kwargs): return {0: x, '0': x}")
+
+
+def test_optional_inputs_become_keyword_arguments_where_a_request_has_them() -> None:
+    source = "def postprocess(x, **kwargs): return 0"
+    for payload, form, names in (
+        ({"a": ARRAY}, Form.TENSORS, []),
+        ({"a": ARRAY, "b": ARRAY}, Form.TENSORS, ["a", "b"]),
+        ({"a": [[1, 2]], "b": [[3]]}, Form.JSON, ["a", "b"]),
+        (ARRAY, Form.TENSOR, []),
+    ):
+        model = NativeModel("a", "b", answer=0)
+        model.signature = Signature(inputs=(TensorSpec(name="a"), TensorSpec(name="b", optional=True)))
+        ask(model, payload, form, source)
+        ((args, kwargs),) = model.calls
+        assert sorted(kwargs) == names
+        assert len(args) == (not names)
+        assert all(isinstance(value, Native) for value in (*args, *kwargs.values()))
+
+
+def test_where_every_input_is_optional_each_goes_by_its_name() -> None:
+    model = NativeModel("a", "b", answer=0)
+    model.signature = Signature(
+        inputs=(TensorSpec(name="a", optional=True), TensorSpec(name="b", optional=True)), positional=True
+    )
+    ask(model, {"b": ARRAY}, Form.TENSORS, "def postprocess(x, **kwargs): return 0")
+    ask(model, b"1", Form.BYTES, "import numpy\ndef preprocess(x, **kwargs): return {'b': numpy.ones(1)}")
+    assert [list(kwargs) for _, kwargs in model.calls] == [["b"], ["b"]]
+
+
+class Refusing(NativeModel):
+    """A framework whose errors say in their second line what was wrong."""
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("an operation failed\nthe sizes differ")
+
+    def explain(self, error: BaseException) -> BaseException:
+        return BadRequest(str(error).splitlines()[1]) if isinstance(error, RuntimeError) else error
+
+
+def test_what_the_model_refuses_is_the_clients_fault_unless_a_preprocess_made_it() -> None:
+    postprocess = "def postprocess(x, **kwargs): return 0"
+    with pytest.raises(BadRequest, match=r"^the sizes differ$"):
+        ask(Refusing("a"), ARRAY, Form.TENSOR, postprocess)
+    with pytest.raises(RuntimeError, match="an operation failed"):
+        ask(Refusing("a"), ARRAY, Form.TENSOR, "def preprocess(x, **kwargs): return x")
 
 
 @pytest.mark.parametrize(("inputs", "names"), [(("a", "b"), ["a", "b"]), ((), [])])
@@ -213,7 +263,14 @@ def test_bytes_that_nothing_turns_into_a_tensor(payload: Payload, form: Form) ->
     ("source", "said"),
     [
         ("def predict(x): ...", "processor.py: defines none of preprocess, run_model and postprocess"),
-        ("preprocess = 3", "processor.py: preprocess is no function but a int"),
+        ("preprocess = 3", "processor.py: preprocess is 3; expected a function"),
+        ("async def preprocess(x, **kwargs): ...", "processor.py: preprocess is async; expected a plain function"),
+        ("async def preprocess(x, **kwargs): yield x", "processor.py: preprocess is async; expected a plain function"),
+        ("def preprocess(x): ...", r"processor.py: preprocess does not take its arguments, x, \*\*kwargs"),
+        (
+            "def run_model(x, **kwargs): ...",
+            r"processor.py: run_model does not take its arguments, model, x, \*\*kwargs",
+        ),
     ],
 )
 def test_file_without_a_function(source: str, said: str) -> None:
@@ -243,7 +300,7 @@ def test_flat_folder_with_processor_over_the_wire(tmp_path: Path) -> None:
         assert model.ready, model.versions
         request = Request(payload="abcdef", form=Form.TEXT, tags={"taskId": 69, "user": "u"})
         body = seldon.codec.encode_request(request)
-        answer = await model.answer(Call(method=seldon.node_method, request=body), seldon)
+        answer = await answered(model, seldon, body)
         await repository.close()
         return seldon.codec.decode_response(answer)
 

@@ -28,7 +28,7 @@ from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Request
 from dl_inference_core.testing import FakeBackend, FakeModel
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
@@ -85,8 +85,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def ask(model: ServedModel, *, version: int | None = None) -> tuple[int | None, float]:
     """Which version answered, and its factor."""
     request = Request(payload={"x": np.ones(1, np.float32)}, form=Form.TENSORS, model=model.name, version=version)
-    call = Call(method=OIP.node_method, request=OIP.codec.encode_request(request))
-    response = OIP.codec.decode_response(await model.answer(call, OIP))
+    response = OIP.codec.decode_response(await answered(model, OIP, OIP.codec.encode_request(request)))
     assert isinstance(response.payload, Mapping)
     return response.version, float(response.payload["x"][0])
 
@@ -268,6 +267,99 @@ def test_version_changed_in_place_is_swapped(tmp_path: Path) -> None:
             assert await ask(model) == (1, 12.0)
             assert model.versions[1].state is State.AVAILABLE
             assert "worse than before" in model.versions[1].error
+
+    asyncio.run(main())
+
+
+def of_constant_time(folder: Path, factor: int) -> Path:
+    """A version whose files have the same sizes and times of modification whatever the factor, of one digit, is."""
+    os.utime(FakeBackend.write(folder, factor=factor) / "fake.json", (1, 1))
+    return folder
+
+
+def turn(link: Path, target: Path) -> None:
+    """Has `link` lead to `target`, with no moment at which it leads nowhere."""
+    other = link.with_name(".other")
+    other.symlink_to(target)
+    other.replace(link)
+
+
+def replace_file(models: Path, store: Path) -> None:
+    other = shutil.copy2(store / "new" / "1" / "fake.json", models / ".other")
+    Path(other).replace(models / "m" / "1" / "fake.json")
+
+
+def write_file_again(models: Path, store: Path) -> None:
+    shutil.copy2(store / "new" / "1" / "fake.json", models / "m" / "1" / "fake.json")
+
+
+def turn_the_models_link(models: Path, store: Path) -> None:
+    turn(models / "m", store / "new")
+
+
+def turn_the_versions_link(models: Path, store: Path) -> None:
+    turn(models / "m" / "1", store / "new" / "1")
+
+
+def turn_the_files_link(models: Path, store: Path) -> None:
+    turn(models / "m" / "1" / "fake.json", store / "new" / "1" / "fake.json")
+
+
+CHANGES = [replace_file, write_file_again, turn_the_models_link, turn_the_versions_link, turn_the_files_link]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_weights_of_the_same_size_and_time_are_loaded(tmp_path: Path, change: Callable[[Path, Path], None]) -> None:
+    store, models = tmp_path / "store", tmp_path / "models"
+    old, new = (of_constant_time(store / name / "1", factor) for name, factor in (("old", 1), ("new", 2)))
+    assert (old / "fake.json").stat().st_size == (new / "fake.json").stat().st_size
+    models.mkdir()
+    if change is turn_the_models_link:
+        (models / "m").symlink_to(old.parent)
+    elif change is turn_the_versions_link:
+        (models / "m").mkdir()
+        (models / "m" / "1").symlink_to(old)
+    elif change is turn_the_files_link:
+        (models / "m" / "1").mkdir(parents=True)
+        (models / "m" / "1" / "fake.json").symlink_to(old / "fake.json")
+    else:
+        shutil.copytree(old, models / "m" / "1")
+
+    async def main() -> None:
+        async with serving(models) as repository:
+            assert await ask(repository.models["m"]) == (1, 1.0)
+            change(models, store)
+            await look_twice(repository)
+            assert await ask(repository.models["m"]) == (1, 2.0)
+
+    asyncio.run(main())
+
+
+def test_a_models_config_of_the_same_size_and_time_is_taken(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+
+    def configure(task_id: int) -> None:
+        toml(tmp_path / "m", f"task_id = {task_id}\n")
+        os.utime(tmp_path / "m" / "model.toml", (1, 1))
+
+    async def main() -> None:
+        configure(1)
+        async with serving(tmp_path) as repository:
+            assert set(repository.tasks) == {1}
+            configure(2)
+            await look_twice(repository)
+            assert set(repository.tasks) == {2}
+
+    asyncio.run(main())
+
+
+def test_a_models_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    toml(tmp_path / "m", "\ufefftask_id = 5\n")
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            assert set(repository.tasks) == {5}
 
     asyncio.run(main())
 
@@ -497,7 +589,7 @@ def test_any_digits_are_a_version_and_of_two_folders_of_a_number_one_is_taken(
 def test_a_folder_that_is_too_large_for_a_version_is_refused_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dl_inference_core.node.repository._MOST_ENTRIES", 50)
+    monkeypatch.setattr("dl_inference_core.node.scanning._MOST_ENTRIES", 50)
     FakeBackend.write(tmp_path / "m" / "1")
     for number in range(5):
         for file in range(12):
@@ -683,7 +775,7 @@ def test_directory_that_cannot_be_read(tmp_path: Path, caplog: pytest.LogCapture
         FakeBackend.write(models / "m" / "1")
         async with serving(models, poll_interval_s=0.005) as repository:
             models.rename(tmp_path / "away")
-            await until(lambda: "all stays as it is" in caplog.text)
+            await until(lambda: "keeping the current models" in caplog.text)
             assert repository.models["m"].ready
             FakeBackend.write(tmp_path / "away" / "m" / "2")
             (tmp_path / "away").rename(models)
@@ -719,21 +811,25 @@ def test_model_folder_that_cannot_be_read_leaves_what_is_served(
     asyncio.run(main())
 
 
-def test_model_that_cannot_close_is_logged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("error", [OSError("busy"), SystemExit(3)])
+def test_model_that_cannot_close_is_logged_and_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     def fail(self: FakeModel) -> None:
-        raise OSError("busy")
+        raise error
 
     monkeypatch.setattr(FakeModel, "close", fail)
     FakeBackend.write(tmp_path / "m" / "1")
 
     async def main() -> None:
-        async with serving(tmp_path):
-            pass
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            await repository.close(grace_s=60)
+            assert model.versions == {}
 
     asyncio.run(main())
     assert "closing m/1 failed" in caplog.text
+    assert "still busy" not in caplog.text
 
 
 def test_new_model_is_found_by_itself(tmp_path: Path) -> None:
@@ -767,3 +863,151 @@ def test_close_waits_for_no_load_and_leaves_nothing_open(tmp_path: Path) -> None
 
 def test_every_setting_of_a_model_is_described() -> None:
     assert all(field.description for field in ModelConfig.model_fields.values())
+
+
+# Folders
+
+
+def a_version(root: Path) -> Path:
+    return FakeBackend.write(root / "models" / "digits" / "1")
+
+
+def a_flat_model(root: Path) -> Path:
+    return FakeBackend.write(root / "models" / "digits")
+
+
+def a_version_with_folders(root: Path) -> Path:
+    folder = FakeBackend.write(root / "models" / "digits" / "1")
+    (folder / "variables").mkdir()
+    (folder / "variables" / "data").write_text("…")
+    return folder
+
+
+def a_model(root: Path) -> Path:
+    return a_version(root).parent
+
+
+def a_model_with_sources(root: Path) -> Path:
+    folder = a_version(root).parent
+    (folder / "vocabulary").mkdir()
+    (folder / "vocabulary" / "words.txt").write_text("…")
+    return folder
+
+
+def empty(root: Path) -> Path:
+    (root / "models" / ".hidden").mkdir(parents=True)
+    return root / "models"
+
+
+EXPECTED = "; expected a folder of models, which holds NAME/VERSION/files"
+OF_A_VERSION = f"it holds the files of one version of a model{EXPECTED}: give {{models}}"
+OF_A_MODEL = (
+    f'it looks like the folder of one model, because names in it are version numbers ("1"){EXPECTED}: give {{models}} '
+    "(a model whose name is a number needs a task_id in its model.toml)"
+)
+MISPLACED = {
+    a_version: OF_A_VERSION,
+    a_version_with_folders: OF_A_VERSION,
+    a_flat_model: OF_A_VERSION,
+    a_model: OF_A_MODEL,
+    a_model_with_sources: OF_A_MODEL,
+    empty: f"it holds no models{EXPECTED}",
+}
+
+
+@pytest.mark.parametrize("make", MISPLACED)
+def test_a_folder_that_is_not_one_of_models_is_named_and_what_to_give_instead(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], Path]
+) -> None:
+    directory = make(tmp_path)
+
+    async def main() -> None:
+        async with serving(directory) as repository:
+            assert repository.misplaced == MISPLACED[make].format(models=tmp_path / "models")
+            await repository.look()
+            said = f"the models' directory {directory}: {repository.misplaced}"
+            assert [message for message in caplog.messages if "directory" in message] == [said]
+            FakeBackend.write(directory / "other" / "1")
+            await repository.look()
+            assert repository.misplaced == ""
+
+    asyncio.run(main())
+
+
+def test_a_backend_that_cannot_read_a_folder_is_asked_again_only_once_something_has_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fails(FakeBackend):
+        @classmethod
+        def recognises(cls, directory: Path) -> bool:
+            raise OSError("cannot read")
+
+    (tmp_path / "m" / "1").mkdir(parents=True)
+    (tmp_path / "m" / "1" / "model.bin").write_bytes(b"model")
+
+    def warnings() -> int:
+        return sum("cannot tell whether" in message for message in caplog.messages)
+
+    async def main() -> None:
+        async with serving(tmp_path, Fails()) as repository:
+            before = warnings()
+            assert before
+            await look_twice(repository)
+            assert warnings() == before
+            (tmp_path / "n" / "1").mkdir(parents=True)
+            (tmp_path / "n" / "1" / "model.bin").write_bytes(b"model")
+            await repository.look()
+            assert warnings() > before
+
+    asyncio.run(main())
+
+
+def a_flat_model_named_by_a_number(models: Path) -> None:
+    FakeBackend.write(models / "69")
+    (models / "69" / "model.toml").write_text("task_id = 69\n")
+
+
+def a_numbered_model_with_versions(models: Path) -> None:
+    FakeBackend.write(models / "69" / "1")
+
+
+def a_stray_file(models: Path) -> None:
+    FakeBackend.write(models)
+    FakeBackend.write(models / "m")
+
+
+@pytest.mark.parametrize("make", [a_flat_model_named_by_a_number, a_numbered_model_with_versions, a_stray_file])
+def test_a_folder_of_models_is_not_taken_for_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path)
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            assert repository.misplaced == ""
+            assert caplog.messages == []
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("versions", [[], [1]])
+def test_a_version_whose_files_are_yet_to_come_is_no_version_and_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, versions: list[int]
+) -> None:
+    (tmp_path / "m").mkdir()
+    for number in versions:
+        FakeBackend.write(tmp_path / "m" / str(number), factor=number)
+    (tmp_path / "m" / "2" / "variables").mkdir(parents=True)
+
+    async def main() -> None:
+        async with serving(tmp_path) as repository:
+            model = repository.models["m"]
+            for _ in range(3):
+                await look_twice(repository)
+                assert list(model.versions) == versions
+            FakeBackend.write(tmp_path / "m" / "2", factor=2)
+            await look_twice(repository)
+            assert await ask(model) == (2, 2.0)
+
+    asyncio.run(main())
+    assert caplog.messages == []

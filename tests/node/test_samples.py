@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -46,6 +48,14 @@ def test_a_seed_gives_the_same_samples_each_time():
     x = spec("x", "float32", None, 4)
     np.testing.assert_equal(made(x), made(x))
     assert not np.array_equal(made(x)["x"], made(x, seed=1)["x"])
+
+
+def test_an_optional_input_for_which_none_can_be_made_is_left_out():
+    x, text = spec("x", "float32", None, 2), replace(spec("text", "object"), optional=True)
+    inputs = made(x, text, replace(spec("scale", "float32"), optional=True))
+    assert inputs is not None
+    assert list(inputs) == ["x", "scale"]
+    assert made(text) is None
 
 
 @pytest.mark.parametrize(

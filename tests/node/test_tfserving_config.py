@@ -18,13 +18,13 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from dl_inference_core.config import ModelsConfig, NamedModel
 from dl_inference_core.errors import BadRequest, Code, ConfigError, InferenceError, PermissionDenied, ReloadFailed
+from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node import tfserving_config
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.model_config import NamedModels
 from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.testing import FakeBackend, FakeModel
-from dl_inference_core.transport import Call
 from dl_inference_core.wire import messages
 
 FILE = Path("/etc/tf/models.config")
@@ -106,14 +106,20 @@ def test_no_list_is_none_and_an_empty_one_is_empty() -> None:
 
 
 WRONG = {
-    "no text form": ("{", "line 1: ", "ModelServerConfig in protobuf's text form"),
-    "half of it": ('model_config_list {\n  config {\n    name: "m"\n', 'line 3: Expected "}"'),
-    "an unknown field": (config('nme: "m"'), 'line 2: .*no field named "nme". It has: name, base_path'),
-    "a wrong type": (config('name: "m"', "name: 7"), "line 3: .*Expected string but found: '7'"),
+    "no text form": ("{", "Error parsing text-format tensorflow.serving.ModelServerConfig: 1:1: "),
+    "half of it": (
+        'model_config_list {\n  config {\n    name: "m"\n',
+        'Error parsing text-format tensorflow.serving.ModelServerConfig: 3:.*: Expected "}"',
+    ),
+    "an unknown field": (config('nme: "m"'), ': 2:.*no field named "nme". It has: name, base_path'),
+    "a wrong type": (config('name: "m"', "name: 7"), ": 3:.*Expected string but found: '7'"),
     "a custom config": ("custom_model_config {}", "custom_model_config is not supported; expected model_config_list"),
     "no name": (config('base_path: "/m"'), r'config\[0\] \(""\): the name is missing or empty'),
     "a name with a slash": (config('name: "a/b" base_path: "/m"'), r'config\[0\] \("a/b"\): .*without "/"'),
-    "a name twice": (config(*['name: "m" base_path: "/m"'] * 2), r'config\[1\] \("m"\): the name stands twice'),
+    "a name twice": (
+        config(*['name: "m" base_path: "/m"'] * 2),
+        r'config\[1\] \("m"\): Illegal to list model m multiple times in config list',
+    ),
     "no path": (config('name: "m"'), r'config\[0\] \("m"\): base_path is missing or empty'),
     "a path elsewhere": (config('name: "m" base_path: "gs://b/m"'), "base_path is gs://b/m; expected a folder of this"),
     "a path that is none": (config(r'name: "m" base_path: "/m\000"'), r"base_path is '/m\\x00'; expected printable"),
@@ -135,11 +141,11 @@ WRONG = {
     ),
     "two policies": (
         config('name: "m" base_path: "/m" model_version_policy { all {} latest {} }'),
-        'line 2: .*"latest" is specified along with field "all"',
+        ': 2:.*"latest" is specified along with field "all"',
     ),
     "type and platform": (
         config('name: "m" base_path: "/m" model_type: TENSORFLOW model_platform: "tensorflow"'),
-        "model_type and model_platform are both given",
+        "Illegal setting both ModelServerConfig::model_type",
     ),
     "another type": (config('name: "m" base_path: "/m" model_type: OTHER'), 'expected model_platform: "tensorflow"'),
 }
@@ -155,8 +161,16 @@ def test_what_is_wrong_names_the_file_and_the_place_and_what_was_expected(case: 
 
 
 def test_a_file_that_is_no_utf_8_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match=f"^{FILE}: 'utf-8' codec"):
+    with pytest.raises(
+        ConfigError,
+        match=f"^{FILE}: Error parsing text-format tensorflow.serving.ModelServerConfig: line 1 is not UTF-8",
+    ):
         tfserving_config.parse(b"\xff", FILE)
+
+
+def test_a_file_may_begin_with_a_byte_order_mark() -> None:
+    text = config('name: "m" base_path: "/m"')
+    assert tfserving_config.parse(b"\xef\xbb\xbf" + text.encode(), FILE) == parse(text)
 
 
 def test_what_has_no_effect_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -188,18 +202,16 @@ async def serving(named: NamedModels, backend: FakeBackend | None = None) -> Asy
         await repository.close()
 
 
-def request(*models: tuple[str, Path | str], **more: Any) -> Call:
+def request(*models: tuple[str, Path | str], **more: Any) -> LocalExchange:
     """What the official client would send."""
     message = model_management_pb2.ReloadConfigRequest()
     message.config.model_config_list.SetInParent()
     for name, path in models:
         message.config.model_config_list.config.add(name=name, base_path=str(path), **more)
-    return Call(
-        method="/tensorflow.serving.ModelService/HandleReloadConfigRequest", request=message.SerializeToString()
-    )
+    return LocalExchange("/tensorflow.serving.ModelService/HandleReloadConfigRequest", message.SerializeToString())
 
 
-async def refusal(named: NamedModels, call: Call) -> InferenceError:
+async def refusal(named: NamedModels, call: LocalExchange) -> InferenceError:
     with pytest.raises(InferenceError) as caught:
         await named.reload(call)
     return caught.value
@@ -241,11 +253,11 @@ async def test_what_cannot_be_changes_nothing(tmp_path: Path) -> None:
     custom = messages.ReloadConfigRequest(config={"custom_model_config": {}}).SerializeToString()
     async with serving(named) as repository:
         for call, said in (
-            (request(("b", "relative")), "base_path is relative; expected an absolute path"),
-            (request(("b", tmp_path), ("b", tmp_path)), "the name stands twice"),
-            (Call(method="", request=nothing), "Only ModelConfigList is currently supported"),
-            (Call(method="", request=custom), "Only ModelConfigList is currently supported"),
-            (Call(method="", request=b"\xff"), "the bytes are malformed"),
+            (request(("b", "relative")), "Expected model to have an absolute path or URI; got base_path()=relative"),
+            (request(("b", tmp_path), ("b", tmp_path)), "Illegal to list model b multiple times in config list"),
+            (LocalExchange("", nothing), "Only ModelConfigList is currently supported"),
+            (LocalExchange("", custom), "Only ModelConfigList is currently supported"),
+            (LocalExchange("", b"\xff"), "the bytes are malformed"),
         ):
             error = await refusal(named, call)
             assert isinstance(error, BadRequest)
@@ -333,6 +345,17 @@ async def test_what_older_files_answer_is_not_what_was_asked_for(tmp_path: Path)
             assert repository.models["m"]._loaded[1] is kept
         error = await refusal(named, request(("m", flat)))
         assert f"there is no version in {flat}" in str(error), "a folder of files is no version"
+
+
+async def test_a_platform_that_no_backend_has_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    FakeBackend.write(tmp_path / "a" / "1")
+    named = NamedModels(ModelsConfig(accept_config=True))
+    async with serving(named) as repository:
+        await named.reload(request(("a", tmp_path / "a"), model_platform="fake"))
+        error = await refusal(named, request(("b", tmp_path / "a"), model_platform="caffe"))
+        assert isinstance(error, BadRequest)
+        assert str(error) == "Model b requests unsupported platform caffe; the platforms are fake"
+        assert set(repository.models) == {"a"}
 
 
 async def test_a_request_that_hangs_holds_up_no_reload(tmp_path: Path) -> None:
@@ -489,8 +512,8 @@ async def test_the_file_is_followed_and_a_broken_one_changes_nothing(
         await until(lambda: "b" in repository.models and repository.models["b"].ready)
         assert repository.models["a"]._loaded[1] is kept
         half, gone = (record.getMessage() for record in caplog.records)
-        assert half.startswith(f"all stays as it is: {file}: line ")
-        assert gone.startswith("all stays as it is: ")
+        assert half.startswith(f"keeping the current models: {file}: Error parsing text-format ")
+        assert gone.startswith("keeping the current models: ")
         assert str(file) in gone
 
 
@@ -518,7 +541,7 @@ async def test_the_models_of_our_own_config_stay_beside_those_of_the_file(
         assert set(repository.models) == {"a", "b"}
         file.write_text(config(models["b"]))
         await until(lambda: caplog.records)
-        assert caplog.messages == [f"all stays as it is: {file}: our own config names the model b, too"]
+        assert caplog.messages == [f"keeping the current models: {file}: our own config names the model b, too"]
         assert set(repository.models) == {"a", "b"}
         file.write_text(config(models["c"]))
         await until(lambda: set(repository.models) == {"b", "c"})
@@ -529,7 +552,9 @@ def test_a_file_that_is_missing_or_broken_at_the_start_is_a_config_error(tmp_pat
     with pytest.raises(ConfigError, match=f"^{file}: No such file"):
         watched(file)
     file.write_text("model_config_list {")
-    with pytest.raises(ConfigError, match=f"^{file}: line 1: "):
+    with pytest.raises(
+        ConfigError, match=f"^{file}: Error parsing text-format tensorflow.serving.ModelServerConfig: 1:"
+    ):
         watched(file)
 
 

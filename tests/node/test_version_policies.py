@@ -23,7 +23,7 @@ from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Request
 from dl_inference_core.testing import FakeBackend, FakeModel
-from dl_inference_core.transport import Call
+from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 PREDICT = PROTOCOLS["tfserving"]
@@ -62,8 +62,7 @@ async def ask(model: ServedModel, version: int | None = None, label: str = "") -
     """Which version answered, and its factor."""
     payload = {"x": np.ones(1, np.float32)}
     request = Request(payload=payload, form=Form.TENSORS, model=model.name, version=version, label=label)
-    call = Call(method=PREDICT.node_method, request=PREDICT.codec.encode_request(request))
-    response = PREDICT.codec.decode_response(await model.answer(call, PREDICT))
+    response = PREDICT.codec.decode_response(await answered(model, PREDICT, PREDICT.codec.encode_request(request)))
     assert isinstance(response.payload, Mapping)
     return response.version, float(response.payload["x"][0])
 
@@ -650,3 +649,23 @@ def test_names_that_follow_one_another_quickly_end_with_the_last(tmp_path: Path)
             assert sum(not loaded.closed for loaded in backend.models) == 1
 
     asyncio.run(main())
+
+
+async def test_a_label_of_a_version_that_is_not_loaded_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    toml(write(tmp_path / "m", 1, 2, 3), "keep_versions = 2\nversion_labels = {old = 1, none = 7, stable = 3}")
+    async with serving(tmp_path) as repository:
+        model = repository.models["m"]
+        said = (
+            'version_labels: "none" is version 7, "old" is version 1; expected versions that are loaded, which are 2, 3'
+        )
+        assert model.unserved_labels == {"none": 7, "old": 1}
+        assert model.describe_labels() == said
+        for _ in range(2):
+            await look_twice(repository)
+            assert caplog.messages == [f'model "m" in {tmp_path / "m"}: {said}']
+        toml(tmp_path / "m", "keep_versions = 2\nversion_labels = {stable = 3}")
+        await look_twice(repository)
+        assert (model.unserved_labels, model.describe_labels()) == ({}, "")
+        assert len(caplog.messages) == 1

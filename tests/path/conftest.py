@@ -346,6 +346,7 @@ class Trouble(Handler):
     def fail(self, stage, verb, rest):
         where, _, word = rest.partition(" ")
         if verb == "raise" and where == stage:
+            word += "\\ud83d" if word.startswith("half") else ""  # of a surrogate pair
             raise SystemExit(word) if word.startswith("exit") else RuntimeError(word)
 '''
 

@@ -72,7 +72,10 @@ def test_bytes_that_are_malformed_behind_the_key(peer: Any, gateway: Any) -> Non
 def test_an_empty_message_lacks_its_key(peer: Any, method: str) -> None:
     code, message = peer.refusal(method, b"")
     assert code is INVALID
-    assert "is missing" in message
+    # A Seldon message may lack its key where the server has one model; then the empty message lacks its payload.
+    seldon = method.startswith("/seldon.") or method.endswith(("/PytorchPredict", "/CaffePredict"))
+    expected = ("does not name a model", "has no payload") if seldon else ("is missing",)
+    assert any(words in message for words in expected)
 
 
 def value(**kind: Any) -> Any:
@@ -250,6 +253,13 @@ def test_a_handler_that_raises(peer: Any, node: Any, wait_for: Callable[..., Any
     is_well(peer)
 
 
+def test_a_handlers_words_that_no_header_can_hold(peer: Any) -> None:
+    code, message = peer.refusal(SELDON, say("raise run_model half"))
+    assert code is INTERNAL
+    assert "RuntimeError: half\\ud83d" in message
+    is_well(peer)
+
+
 def test_a_request_gets_an_id_where_it_has_none(peer: Any, node: Any) -> None:
     word = f"boom{time.monotonic_ns()}"
     _, message = peer.refusal(SELDON, say(f"raise run_model {word}"))
@@ -262,9 +272,6 @@ def test_a_request_gets_an_id_where_it_has_none(peer: Any, node: Any) -> None:
 @pytest.mark.parametrize("kind", ["object", "set", "objects", "dates", "nothing"])
 @pytest.mark.parametrize("form", [Form.TEXT])
 def test_an_answer_that_no_message_can_hold(peer: Any, kind: str, form: Form) -> None:
-    if kind == "nothing":  # is JSON's null
-        assert seldon.decode_response(peer.call(SELDON, say("give nothing"))).payload is None
-        return
     code, message = peer.refusal(SELDON, say(f"give {kind}"))
     assert code is INTERNAL
     assert "encoding the answer" in message

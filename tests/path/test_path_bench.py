@@ -12,7 +12,7 @@ from hdrh.histogram import HdrHistogram
 from dl_inference_core.cli import main
 from dl_inference_core.load_testing.results import Results
 
-COUNT = ("--requests", "30", "--warm-up", "0")
+COUNT = ("--requests", "30", "--warm-up", "0s")
 
 
 @pytest.mark.parametrize("protocol", ["openinference", "tfserving", "seldon"])

@@ -196,7 +196,10 @@ async def answered_in_s(address: str) -> float:
 
 
 async def test_r1_no_more_connections_are_taken_than_there_are_files_for(narrow: Any) -> None:
-    assert "the limit on open files (ulimit -n) leaves room for 64 connections of clients, not 10000" in narrow.text()
+    assert (
+        "the limit on open files (ulimit -n) leaves room for 64 connections of clients, 16 of them to http_port, "
+        "not 11000"
+    ) in narrow.text()
     async with channel(narrow.address) as client:
         call = client.unary_unary(PREDICT)
         await call(CALL, timeout=20)
@@ -209,6 +212,13 @@ async def test_r1_no_more_connections_are_taken_than_there_are_files_for(narrow:
                 assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert await answered_in_s(narrow.address) < 5
         await call(CALL, timeout=20)
+
+
+@pytest.mark.parametrize("kind", ["silent", "headers"])
+async def test_r1_slow_connections_to_http_take_no_files_from_grpc(narrow: Any, kind: Any) -> None:
+    async with attacks.slow_connections(narrow.metrics.split("/")[2], 2 * FILES, kind):
+        for _ in range(5):
+            assert await answered_in_s(narrow.address) < 5
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux can change the limits of a running process")

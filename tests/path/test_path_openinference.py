@@ -55,7 +55,8 @@ def test_a_version_that_is_not_there_is_not_ready(client: Any) -> None:
 def test_model_metadata(client: Any) -> None:
     metadata = client.get_model_metadata("linear")
     assert metadata.name == "linear"
-    assert metadata.platform
+    assert metadata.platform == "pytorch_exported"
+    assert client.get_model_metadata("echo").platform == "pytorch_eager"
     assert sorted(metadata.versions) == ["1", "2"]
     (x,), (y,) = metadata.inputs, metadata.outputs
     assert (x.name, x.datatype, list(x.shape)) == ("x", "FP32", [-1, 3])
@@ -98,7 +99,9 @@ def test_requested_outputs(client: Any, wanted: list[str]) -> None:
 
 
 def test_an_output_that_is_none(client: Any) -> None:
-    with pytest.raises(InferenceServerException, match=r'"z".*"y"') as caught:
+    with pytest.raises(
+        InferenceServerException, match=r"signature: z Outputs expected to be in the set \{y\}"
+    ) as caught:
         client.infer("linear", tensors(x=("FP32", X)), outputs=[triton.InferRequestedOutput("z")])
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
@@ -168,18 +171,23 @@ def test_a_version_that_is_not_there(client: Any, version: str) -> None:
     assert caught.value.status() == "StatusCode.NOT_FOUND"
 
 
-@pytest.fixture(params=["ModelInfer", "TisPredict"])
-def infer(request: pytest.FixtureRequest, peer: Any) -> Any:
-    """The method at the protocol's own path, and at the access service's."""
-    if request.param == "ModelInfer":
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(peer.channel).ModelInfer
+def asking(process: Any, method: str) -> Any:
+    """(message): the answer by "ModelInfer", the protocol's own path, or "TisPredict", the access service's."""
+    if method == "ModelInfer":
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(process.channel).ModelInfer
     else:
-        stub = peer.channel.unary_unary(
+        stub = process.channel.unary_unary(
             TIS,
             request_serializer=service_pb2.ModelInferRequest.SerializeToString,
             response_deserializer=service_pb2.ModelInferResponse.FromString,
         )
     return lambda message: stub(message, timeout=20)
+
+
+@pytest.fixture(params=["ModelInfer", "TisPredict"])
+def infer(request: pytest.FixtureRequest, peer: Any) -> Any:
+    """(message): the answer of a node, or of a gateway in front of it, by either method."""
+    return asking(peer, request.param)
 
 
 def message(name: str, **inputs: tuple[str, list[int], str, list[Any]]) -> Any:
@@ -191,18 +199,62 @@ def message(name: str, **inputs: tuple[str, list[int], str, list[Any]]) -> Any:
 
 
 @pytest.mark.parametrize("name", ["linear", "whatever-7"])
-def test_typed_contents_are_answered_by_typed_ones(infer: Any, make: Any, name: str) -> None:
+def test_typed_contents_are_answered_by_raw_ones(infer: Any, make: Any, name: str) -> None:
+    """As Triton answers; its client reads numbers from nowhere else."""
     answer = infer(message(name, x=("FP32", [2, 3], "fp32_contents", X.ravel().tolist())))
-    (y,) = answer.outputs
-    assert not answer.raw_output_contents
-    assert list(y.contents.fp32_contents) == make.answer(X, 10).ravel().tolist()
+    assert [output.HasField("contents") for output in answer.outputs] == [False]
+    assert len(answer.raw_output_contents) == 1
+    np.testing.assert_array_equal(triton.InferResult(answer).as_numpy("y"), make.answer(X, 10))
 
 
-def test_typed_strings(infer: Any) -> None:
+def test_typed_strings_are_answered_by_raw_ones(infer: Any) -> None:
     request = message("words", words=("BYTES", [2], "bytes_contents", [b"a", b"bc"]))
     request.outputs.add(name="capitals")
-    (capitals,) = infer(request).outputs
-    assert list(capitals.contents.bytes_contents) == [b"A", b"BC"]
+    answer = infer(request)
+    assert answer.raw_output_contents == [b"\x01\x00\x00\x00A\x02\x00\x00\x00BC"]
+    assert triton.InferResult(answer).as_numpy("capitals").tolist() == [b"A", b"BC"]
+
+
+@pytest.fixture(scope="module", params=["node", "gateway"])
+def as_requested(request: pytest.FixtureRequest, serve: Any, models: Any, routes: Any) -> Iterator[Any]:
+    """A node that answers ModelInfer in the form of the request, and a gateway in front of it."""
+    config = f'[models]\nopeninference_outputs = "as_requested"\nnamed.linear = {{ path = "{models / "linear"}" }}'
+    node = serve(config)
+    if request.param == "node":
+        yield node
+    else:
+        gateway = serve(routes({"linear": 7}, node))
+        yield gateway
+        gateway.end()
+    node.end()
+
+
+@pytest.mark.parametrize("method", ["ModelInfer", "TisPredict"])
+def test_answers_as_requested(as_requested: Any, make: Any, method: str) -> None:
+    """TisPredict is answered raw all the same, through a gateway too."""
+    infer = asking(as_requested, method)
+    typed = message("linear", x=("FP32", [2, 3], "fp32_contents", X.ravel().tolist()))
+    raw = message("linear", x=("FP32", [2, 3], "fp32_contents", []))
+    raw.raw_input_contents.append(X.tobytes())
+    expected = make.answer(X, 10)
+    for request in (typed, raw) * 3:  # the later ones by templates
+        answer = infer(request)
+        (y,) = answer.outputs
+        if method == "ModelInfer" and request is typed:
+            assert not answer.raw_output_contents
+            assert list(y.contents.fp32_contents) == expected.ravel().tolist()
+        else:
+            assert not y.HasField("contents")
+            np.testing.assert_array_equal(triton.InferResult(answer).as_numpy("y"), expected)
+
+
+def test_a_priority_and_a_timeout_as_tritonclient_sends_them(client: Any, make: Any) -> None:
+    for more in ({"priority": 2}, {"timeout": 10_000_000}, {"priority": 1, "timeout": 0}):
+        result = client.infer("linear", tensors(x=("FP32", X)), **more)
+        np.testing.assert_array_equal(result.as_numpy("y"), make.answer(X, 10))
+    with pytest.raises(InferenceServerException, match='"timeout" is int64_param -1; expected') as caught:
+        client.infer("linear", tensors(x=("FP32", X)), timeout=-1)
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 def test_raw_and_typed_contents_mixed(infer: Any) -> None:

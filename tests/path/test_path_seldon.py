@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -151,8 +152,8 @@ def ask(seldon_python: Path) -> Iterator[Callable[..., Any]]:
         assert process.stdin is not None
         assert process.stdout is not None
 
-        def ask(address: str, arguments: dict[str, Any], method: str = "predict") -> Any:
-            call = {"address": address, "method": method, "arguments": arguments}
+        def ask(address: str, arguments: dict[str, Any], method: str = "predict", **client: Any) -> Any:
+            call = {"address": address, "method": method, "arguments": arguments, "client": client}
             print(json.dumps(call), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
 
@@ -204,6 +205,123 @@ def test_seldon_client_without_tags_is_told_what_is_missing(
     assert not outcome["success"]
     assert "INVALID_ARGUMENT" in outcome["message"]
     assert "taskId" in outcome["message"]
+
+
+# Without tags, as SeldonClient sends by every transport and to every kind of server that it knows.
+PLAIN: dict[str, dict[str, Any]] = {
+    **{form: SENT[form] for form in ("tensor", "ndarray", "one number", "ndarray of strings", "binData", "strData")},
+    "ndarray with names": {"data": NUMBERS.tolist(), "payload_type": "ndarray", "names": ["a", "b", "c"]},
+    "jsonData": {"json_data": {"deep": [1, {"er": None}], "on": True, "text": "ß"}},
+}
+RAW = {form: SENT[form] for form in ("jsonData, a list", "raw tensor")}
+GATEWAYS: dict[str, dict[str, Any]] = {
+    "istio": {"gateway": "istio", "namespace": "space"},
+    "ambassador": {"gateway": "ambassador"},
+    "seldon": {"gateway": "seldon"},
+}
+TRANSPORTS = ("rest", "grpc")
+
+
+@pytest.fixture(scope="module")
+def alone(serve: Any, models: Path) -> Iterator[Any]:
+    """A node whose only model is "echo"."""
+    process = serve(f'[models.named.echo]\npath = "{models}/echo"\n')
+    yield process
+    process.end()
+
+
+@pytest.fixture(scope="module")
+def theirs(ask: Callable[..., Any], foreign: Any) -> Callable[..., Any]:
+    """(form, kind of call, …): what a real Seldon node answers to the real client, asked once for each."""
+
+    @functools.cache
+    def theirs(form: str, kind: str, **more: str) -> Any:
+        return told(ask(foreign.address, {**PLAIN, **RAW}[form] | more, kind, gateway="seldon"))
+
+    return theirs
+
+
+def endpoint(process: Any, by: str) -> str:
+    http: str = process.metrics.removeprefix("http://").partition("/")[0]
+    return http if by == "rest" else process.address
+
+
+def told(outcome: Any) -> Any:
+    """The answer, without what only a Seldon node has: its image, and names that it makes up for columns."""
+    assert outcome["success"], outcome
+    answer = outcome["answer"]
+    answer.get("meta", {}).pop("requestPath", None)
+    answer.get("data", {}).pop("names", None)
+    return {name: value for name, value in answer.items() if value}
+
+
+@pytest.mark.parametrize("by", TRANSPORTS)
+@pytest.mark.parametrize("gateway", GATEWAYS)
+@pytest.mark.parametrize("form", [*PLAIN, *RAW])
+def test_seldon_client_of_a_gateway_without_a_task_id(
+    ask: Callable[..., Any], theirs: Any, alone: Any, by: str, gateway: str, form: str
+) -> None:
+    arguments = {**PLAIN, **RAW}[form]
+    ours = ask(endpoint(alone, by), arguments, transport=by, **GATEWAYS[gateway])
+    assert told(ours) == theirs(form, "predict")
+
+
+@pytest.mark.parametrize("by", TRANSPORTS)
+@pytest.mark.parametrize("form", PLAIN)
+def test_seldon_client_of_a_microservice_without_a_task_id(
+    ask: Callable[..., Any], theirs: Any, alone: Any, by: str, form: str
+) -> None:
+    ours = ask(endpoint(alone, by), PLAIN[form], "microservice", transport=by)
+    assert told(ours) == theirs(form, "microservice")
+
+
+@pytest.mark.parametrize("by", TRANSPORTS)
+@pytest.mark.parametrize("method", ["transform-input", "transform-output"])
+@pytest.mark.parametrize("form", ["tensor", "ndarray", "binData", "strData", "jsonData"])
+def test_a_transformation_changes_nothing(
+    ask: Callable[..., Any], theirs: Any, alone: Any, by: str, method: str, form: str
+) -> None:
+    arguments = {**PLAIN[form], "method": method}
+    ours = ask(endpoint(alone, by), arguments, "microservice", transport=by)
+    assert told(ours) == theirs(form, "microservice", method=method)
+
+
+@pytest.mark.parametrize("by", TRANSPORTS)
+@pytest.mark.parametrize("gateway", GATEWAYS)
+def test_seldon_client_gets_a_tftensor_for_a_tftensor(
+    ask: Callable[..., Any], alone: Any, by: str, gateway: str
+) -> None:
+    tensor = {"dtype": "DT_DOUBLE", "tensorShape": {"dim": [{"size": "2"}]}, "doubleVal": [1.0, 2.5]}
+    arguments = {"raw_data": {"data": {"tftensor": tensor}}}
+    ours = ask(endpoint(alone, by), arguments, transport=by, **GATEWAYS[gateway])
+    assert told(ours) == {"data": {"tftensor": {**tensor, "doubleVal": [2.0, 5.0]}}}
+
+
+@pytest.mark.parametrize("by", TRANSPORTS)
+def test_the_deployment_names_one_of_several_models(ask: Callable[..., Any], node: Any, by: str) -> None:
+    address = endpoint(node, by)
+    echo, words, nope = (
+        ask(address, {"str_data": "x"}, transport=by, deployment_name=name) for name in ("echo", "words", "nope")
+    )
+    assert told(echo) == {"strData": "X"}
+    assert told(words)["jsonData"]["capitals"] == ["X"]
+    assert not nope["success"]
+    said = nope["message"] if by == "grpc" else nope["answer"]["status"]["info"]
+    assert 'no model is named "nope"' in said
+    assert "taskId" in said
+
+
+def test_an_error_by_rest_is_a_seldon_message_that_says_failure(ask: Callable[..., Any], alone: Any) -> None:
+    arguments = {"raw_data": {"data": {"tensor": {"shape": [3], "values": [1, 2]}}}}
+    outcome = ask(endpoint(alone, "rest"), arguments, transport="rest")
+    assert not outcome["success"]
+    assert outcome["message"] == "400:Bad Request"
+    assert outcome["answer"]["status"] == {
+        "code": 400,
+        "info": "data.tensor: float64 of shape [3] takes 3 values; got 2",
+        "reason": "MICROSERVICE_BAD_DATA",
+        "status": "FAILURE",
+    }
 
 
 @pytest.mark.parametrize("entrance", ENTRANCES)

@@ -25,7 +25,17 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-TASKS = {"half": 21, "double": 22, "text": 23, "counter": 24, "several": 25, "picky": 26, "handled": 27, "broken": 28}
+TASKS = {
+    "half": 21,
+    "double": 22,
+    "text": 23,
+    "counter": 24,
+    "several": 25,
+    "picky": 26,
+    "handled": 27,
+    "broken": 28,
+    "defaults": 29,
+}
 
 HANDLER = '''
 import numpy as np
@@ -58,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     maker = SavedModelMaker()
     for version, plus in ((1, 2.0), (3, 3.0)):
         maker.half_plus_two(root / "half" / str(version), plus)
-    for kind in ("double", "text", "counter", "several", "picky", "broken"):
+    for kind in ("double", "text", "counter", "several", "picky", "broken", "defaults"):
         (root / kind).mkdir()
         getattr(maker, kind)(root / kind / "1")
     shutil.copytree(root / "double", root / "handled")
@@ -190,6 +200,27 @@ def test_metadata_is_the_saved_models_own(predictions: Any, folder: Path) -> Non
         assert found.signature_def[name] == signature, name
 
 
+def test_inputs_with_defaults_may_be_left_out_and_metadata_tells_them(predictions: Any) -> None:
+    x = np.float32([[1, 2, 3]])
+    answer = predictions.Predict(predict("defaults", x=x), timeout=20)
+    assert list(answer.outputs["y"].float_val) == [11, 12, 13]
+    answer = predictions.Predict(predict("defaults", x=x, shift=np.float32([[1]])), timeout=20)
+    assert list(answer.outputs["y"].float_val) == [2, 3, 4]
+    answer = predictions.Predict(predict("defaults", "greeting", word=np.array([b"bye"], object)), timeout=20)
+    assert list(answer.outputs["text"].string_val) == [b"bye!"]
+    request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=["signature_def"])
+    request.model_spec.name = "defaults"
+    found = get_model_metadata_pb2.SignatureDefMap()
+    assert predictions.GetModelMetadata(request, timeout=20).metadata["signature_def"].Unpack(found)
+    defaults = {name: dict(signature.defaults) for name, signature in found.signature_def.items()}
+    assert {name: list(values) for name, values in defaults.items()} == {
+        "serving_default": ["shift"], "scaled": ["factor"], "greeting": ["end"],
+    }  # fmt: skip
+    assert tf.make_ndarray(defaults["serving_default"]["shift"]).tolist() == [[10]]
+    assert tf.make_ndarray(defaults["scaled"]["factor"]).tolist() == 2
+    assert tf.make_ndarray(defaults["greeting"]["end"]).tolist() == b"!"
+
+
 def test_status_of_every_version(asked: Any) -> None:
     models = model_service_pb2_grpc.ModelServiceStub(asked.channel)
     request = get_model_status_pb2.GetModelStatusRequest()
@@ -222,10 +253,9 @@ def test_a_signature_by_name(predictions: Any) -> None:
     ("request_", "code", "words"),
     [
         (predict("nobody", x=1.0), "NOT_FOUND", "Servable not found for request: Latest(nobody)"),
-        (predict("half", "nosuch", x=np.float32([[1]])), "INVALID_ARGUMENT",
-         'Serving signature name: "nosuch" not found in signature def'),
-        (predict("several", a=1.0), "INVALID_ARGUMENT",
-         'Serving signature name: "serving_default" not found in signature def'),
+        (predict("half", "nosuch", x=np.float32([[1]])), "FAILED_PRECONDITION",
+         'Serving signature key "nosuch" not found.'),
+        (predict("several", a=1.0), "FAILED_PRECONDITION", 'Serving signature key "serving_default" not found.'),
         (predict("half", z=np.float32([[1]])), "INVALID_ARGUMENT", "input size does not match signature: "),
         (predict("half"), "INVALID_ARGUMENT", "input size does not match signature: "),
         (predict("half", x=np.float64([[1]])), "INVALID_ARGUMENT", "does not take dtype float64"),
@@ -262,7 +292,7 @@ def test_an_unknown_version_label_output_or_method(predictions: Any) -> None:
     wrong.input.example_list.examples.append(example(1))
     code, said = refused(predictions.Classify, wrong)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert "Expected classification signature method_name to be tensorflow/serving/classify" in said
+    assert "Expected classification signature outputs to contain at least one of" in said
 
 
 def test_a_handler_before_after_and_around_a_saved_model(asked: Any) -> None:

@@ -60,7 +60,8 @@ class Load:
 
 
 @pytest.fixture(scope="module")
-def root(make: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(make: Any, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models for each transport, since the tests add versions to it."""
     root = tmp_path_factory.mktemp("models")
     for name in NAMES:
         make.linear(root / name / "1", 1)

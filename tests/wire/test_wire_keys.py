@@ -9,16 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dl_inference_core.errors import BadRequest
+from dl_inference_core.errors import BadRequest, ModelNotFound
 from dl_inference_core.wire import messages, openinference, protocol, tfserving, tfserving_examples
 from dl_inference_core.wire import seldon as seldon_codec
 from dl_inference_core.wire.protocol import (
     METHODS,
     MULTI_INFERENCE,
+    OPENINFERENCE_AS_REQUESTED,
     PROTOCOLS,
     QUESTIONS,
     SIGNATURES,
+    TIS_PREDICT,
+    TRANSFORMS,
     VERSIONS,
+    Queueing,
     well_formed,
 )
 
@@ -56,16 +60,20 @@ def test_methods_name_every_path_that_infers() -> None:
         "/seldon.protos.Model/Predict": "seldon",
         "/seldon.protos.Seldon/Predict": "seldon",
         "/inference.GRPCInferenceService/ModelInfer": "openinference",
+        "/seldon.protos.Generic/TransformInput": "seldon_transform_input",
+        "/seldon.protos.Generic/TransformOutput": "seldon_transform_output",
     }
     assert {q.node_method: q.name for q in QUESTIONS} == {
         "/inference.GRPCInferenceService/ModelMetadata": "openinference_metadata",
         "/tensorflow.serving.PredictionService/GetModelMetadata": "tfserving_metadata",
         "/tensorflow.serving.ModelService/GetModelStatus": "tfserving_status",
+        "/inference.GRPCInferenceService/ModelReady": "openinference_ready",
     }
     for path in (*METHODS, *(q.node_method for q in QUESTIONS)):
         service, _, method = path[1:].rpartition("/")
         assert method in {m.name for m in messages.pool.FindServiceByName(service).methods}
-    assert all(METHODS[p.node_method] is p for p in (*PROTOCOLS.values(), MULTI_INFERENCE))
+    assert all(METHODS[p.node_method] is p for p in (*PROTOCOLS.values(), MULTI_INFERENCE, *TRANSFORMS))
+    assert METHODS[TIS_PREDICT].name == "openinference"
 
 
 def test_each_protocol_finds_its_codec() -> None:
@@ -76,7 +84,9 @@ def test_each_protocol_finds_its_codec() -> None:
         "seldon": seldon_codec,
         "openinference": openinference,
     }
-    assert not any(p.codec_at for p in (MULTI_INFERENCE, *QUESTIONS)), "these a model answers in its own way"
+    assert OPENINFERENCE_AS_REQUESTED.codec is openinference.AS_REQUESTED
+    own = (MULTI_INFERENCE, *QUESTIONS, *TRANSFORMS)
+    assert not any(p.codec_at for p in own), "these a model answers in its own way"
 
 
 @pytest.mark.parametrize("padding", [b"", PADDING])
@@ -92,8 +102,14 @@ def test_each_protocol_finds_its_codec() -> None:
 def test_the_name_stands_in_the_model_spec(p: Any, message: Any, padding: Any) -> None:
     body = message(model_spec={"name": "textcnn-69", "version_label": "stable"}).SerializeToString()
     assert p.read_key(padding + body + padding) == "textcnn-69"
-    for nameless in (b"", message(model_spec={"signature_name": "s"}).SerializeToString()):
-        with pytest.raises(BadRequest, match=r"model_spec\.name is missing or empty"):
+    with pytest.raises(BadRequest, match=r"^Missing ModelSpec"):
+        p.read_key(padding)
+    nameless = message(model_spec={"signature_name": "s"}).SerializeToString()
+    if p is VERSIONS:
+        with pytest.raises(ModelNotFound, match=r"^Could not find any versions of model "):
+            p.read_key(padding + nameless)
+    else:
+        with pytest.raises(BadRequest, match=r"^ModelSpec has no name specified\."):
             p.read_key(padding + nameless)
 
 
@@ -104,11 +120,13 @@ def test_all_tasks_of_a_multi_inference_name_one_model(padding: Any) -> None:
         return messages.MultiInferenceRequest(tasks=tasks).SerializeToString() + padding
 
     assert MULTI_INFERENCE.read_key(body("m")) == MULTI_INFERENCE.read_key(body("m", "m", "m")) == "m"
-    for names in (("m", "n"), ("m", ""), ("", "m")):
-        with pytest.raises(BadRequest, match="All ModelSpecs in a MultiInferenceRequest must access the same model"):
+    with pytest.raises(BadRequest, match=r"^All ModelSpecs in a MultiInferenceRequest must access the same model"):
+        MULTI_INFERENCE.read_key(body("m", "n"))
+    for names in (("m", ""), ("", "m"), ("m", "", "n")):
+        with pytest.raises(BadRequest, match=r"^Found ModelSpec with an empty model name\."):
             MULTI_INFERENCE.read_key(body(*names))
     for names in ((), ("",), ("", "")):
-        with pytest.raises(BadRequest, match=r"model_spec\.name is missing or empty"):
+        with pytest.raises(BadRequest, match=r"^ModelSpec has no name specified\."):
             MULTI_INFERENCE.read_key(body(*names))
 
 
@@ -165,13 +183,20 @@ def test_a_task_id_of_another_kind_is_refused(kind: Any, given: Any) -> None:
 
 @pytest.mark.parametrize("padding", [b"", PADDING])
 @pytest.mark.parametrize(
-    ("name", "missing"), [("tfserving", "model_spec.name"), ("seldon", "taskId"), ("openinference", "model_name")]
+    ("name", "missing"), [("tfserving", "model_spec.name"), ("seldon", ""), ("openinference", "model_name")]
 )
 def test_a_missing_key_and_malformed_bytes_are_bad_requests(name: Any, missing: Any, padding: Any) -> None:
+    """A Seldon message alone may leave its key out: what it goes to is found otherwise."""
     read_key = PROTOCOLS[name].read_key
-    with pytest.raises(BadRequest, match=missing):
-        read_key(padding)
-    for broken in (b"\x0a\x05ab", b"\xff", b"\x00\x00", b"\x0c", b"\x0e\x00", b"\x0a\x01\xff", b"\x12\x02\x12\x01"):
+    if missing:
+        with pytest.raises(BadRequest, match=missing):
+            read_key(padding)
+    else:
+        assert read_key(padding) is None
+        assert read_key(padding + seldon(other="x")) is None
+    # The first field of a Seldon message is not read on the way to its key.
+    inside = b"\x12\x02\x12\x01" if name == "seldon" else b"\x0a\x01\xff"
+    for broken in (b"\x0a\x05ab", b"\xff", b"\x00\x00", b"\x0c", b"\x0e\x00", inside):
         with pytest.raises(BadRequest):
             read_key(padding + broken)
 
@@ -273,3 +298,73 @@ def test_well_formed(padding: Any) -> None:
     for broken in (b"\x0a\x05ab", b"\xff", b"\x00\x00", b"\x0c", b"\x0e\x00", b"\x0d\x01"):
         assert not well_formed(padding + broken)
     assert not well_formed(b"")
+
+
+def asking(padding: bytes = b"", **parameters: dict[str, Any]) -> bytes:
+    """A ModelInferRequest with such parameters, each by the name of its kind."""
+    message = messages.ModelInferRequest(model_name="m", raw_input_contents=[padding] if padding else [])
+    for name, kinds in parameters.items():
+        value = message.parameters[name]
+        value.SetInParent()
+        for kind, content in kinds.items():
+            setattr(value, kind, content)
+    body: bytes = message.SerializeToString()
+    return body
+
+
+@pytest.mark.parametrize("padding", [b"", b"priority", b"p" * 40_000], ids=["small", "word", "large"])
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, Queueing()),
+        ({"other": {"string_param": "priority"}}, Queueing()),
+        ({"priority": {"int64_param": 2}}, Queueing(2)),
+        ({"priority": {"uint64_param": 2**64 - 1}}, Queueing(2**64 - 1)),
+        ({"priority": {"int64_param": 0}, "timeout": {"int64_param": 0}}, Queueing()),
+        ({"timeout": {"int64_param": 1_500_000}, "other": {"bool_param": True}}, Queueing(0, 1.5)),
+    ],
+)
+def test_what_a_request_says_about_its_place_in_the_queue(parameters: Any, expected: Any, padding: bytes) -> None:
+    read = PROTOCOLS["openinference"].read_queueing
+    assert read is not None
+    body = asking(padding, **parameters)
+    assert read(body) == read(memoryview(body)) == expected
+
+
+def test_parameters_are_read_where_there_are_many_fields() -> None:
+    message = messages.ModelInferRequest.FromString(asking(timeout={"int64_param": 7}))
+    for number in range(100):
+        message.inputs.add(name=f"x{number}")
+    read = PROTOCOLS["openinference"].read_queueing
+    assert read is not None
+    assert read(message.SerializeToString()) == Queueing(0, 7e-6)
+
+
+@pytest.mark.parametrize("padding", [b"", b"p" * 40_000], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("priority", {"string_param": "high"}, "string_param high; .* 0 or more in int64_param or uint64_param"),
+        ("priority", {"int64_param": -1}, "int64_param -1; .* 0 or more"),
+        ("priority", {"double_param": 1.0}, "double_param 1.0"),
+        ("priority", {}, "no value"),
+        ("timeout", {"int64_param": -1}, "int64_param -1; .* 0 or more in int64_param"),
+        ("timeout", {"uint64_param": 5}, "uint64_param 5"),
+        ("timeout", {"bool_param": True}, "bool_param True"),
+    ],
+)
+def test_a_place_in_the_queue_of_another_kind_is_refused(name: str, given: Any, said: str, padding: bytes) -> None:
+    """As Triton's gRPC server refuses it."""
+    read = PROTOCOLS["openinference"].read_queueing
+    assert read is not None
+    with pytest.raises(BadRequest, match=f'parameter "{name}" is {said}'):
+        read(asking(padding, **{name: given}))
+
+
+def test_a_transformation_takes_a_payload() -> None:
+    for transform in TRANSFORMS:
+        with pytest.raises(BadRequest, match="no payload"):
+            transform.read_key(seldon(taskId=1))
+        message = messages.SeldonMessage(strData="")
+        assert transform.read_key(message.SerializeToString()) is None
+        assert transform.read_key(message.SerializeToString() + seldon(taskId="m")) == "m"

@@ -73,15 +73,18 @@ def test_requests_that_tritonclient_builds(datatype: Any) -> None:
     assert (decoded.id, decoded.outputs, decoded.parameters) == ("abc", ("y",), {"a": 1, "b": "c", "d": True})
 
 
+@pytest.mark.parametrize("as_requested", [False, True])
 @pytest.mark.parametrize("form", [Form.TENSORS, Form.TENSORS_RAW])
 @pytest.mark.parametrize("datatype", ARRAYS)
-def test_answers_that_tritonclient_reads(datatype: Any, form: Any) -> None:
+def test_answers_that_tritonclient_reads(datatype: Any, form: Any, as_requested: bool) -> None:
+    """Raw, whatever the form of the request; `AS_REQUESTED` alone answers a typed request typed."""
+    codec: Any = openinference.AS_REQUESTED if as_requested else openinference
     request = Request(payload={"x": ARRAYS["FP32"]}, form=form, model="asked", id="abc")
-    body = openinference.encode_response(
+    body = codec.encode_response(
         Response(payload={"y": ARRAYS[datatype], "z": ARRAYS["FP32"]}, model="m", version=2), request
     )
     message = service_pb2.ModelInferResponse.FromString(body)
-    raw = form is Form.TENSORS_RAW or datatype not in TYPED
+    raw = not as_requested or form is Form.TENSORS_RAW or datatype not in TYPED
     assert len(message.raw_output_contents) == (2 if raw else 0)
     assert [output.HasField("contents") for output in message.outputs] == [not raw, not raw]
     assert (message.model_name, message.model_version, message.id) == ("m", "2", "abc")
@@ -155,7 +158,8 @@ def request(datatype: Any = "FP32", shape: Any = (2,), raws: Any = (), **content
         (request(shape=(10**12,), fp32_contents=[1]), "takes 1000000000000 values"),
         (request(shape=(10**12,), raws=[b""]), "raw bytes; got 0"),
         (request(shape=(1,) * 65, fp32_contents=[1]), "not possible"),
-        (request(shape=(0, 2**62, 2**62)), "not possible"),
+        (request(shape=(0, 2**62, 2**62)), "holds no values"),
+        (request(shape=(10_000_000, 0)), "holds no values; expected at most 1024 rows"),
         (request(int_contents=[1, 2]), "FP32 stands in fp32_contents; got values in int_contents"),
         (request("INT8", int_contents=[1, 300]), "out of the range of int8"),
         (request("UINT16", uint_contents=[1, 70000]), "out of the range of uint16"),

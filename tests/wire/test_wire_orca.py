@@ -49,30 +49,23 @@ def test_what_is_no_number_from_0_is_not_said(value: float) -> None:
 
 
 @pytest.mark.parametrize("key", [orca.KEY, orca.OWN_KEY])
-def test_a_report_is_taken_out_of_the_trailers(key: str) -> None:
-    trailers: list[tuple[str, str | bytes]] = [("a", "1"), (key, orca.encode(LOAD)), ("b-bin", b"2")]
-    assert orca.take(trailers) == LOAD
-    assert trailers == [("a", "1"), ("b-bin", b"2")]
+def test_a_report_is_read_among_other_trailers(key: str) -> None:
+    assert orca.read([("a", "1"), (key, orca.encode(LOAD)), ("b-bin", b"2")]) == LOAD
 
 
-def test_nothing_that_tells_of_load_stays() -> None:
-    trailers: list[tuple[str, str | bytes]] = [
-        ("endpoint-load-metrics", "TEXT cpu_utilization=0.3"),
-        *orca.trailers(orca.encode(LOAD)),
-        *orca.trailers(orca.encode(LOAD)),
-    ]
-    assert orca.take(trailers) == LOAD
-    assert trailers == []
+def test_the_report_in_orcas_text_form_is_passed_over() -> None:
+    assert orca.read([("endpoint-load-metrics", "TEXT cpu_utilization=0.3"), *orca.trailers(orca.encode(LOAD))]) == LOAD
+
+
+def test_what_tells_of_load_is_known_by_its_keys() -> None:
+    told = {"endpoint-load-metrics", *(key for key, _ in orca.trailers(b""))}
+    assert told == orca.TRAILERS == {orca.KEY, orca.OWN_KEY, "endpoint-load-metrics"}
 
 
 @pytest.mark.parametrize("value", [b"\xff", b"\x31\x00", "text"])
-def test_a_malformed_report_is_none_and_does_not_stay(value: str | bytes) -> None:
-    trailers: list[tuple[str, str | bytes]] = [(orca.KEY, value)]
-    assert orca.take(trailers) is None
-    assert trailers == []
+def test_a_malformed_report_is_none(value: str | bytes) -> None:
+    assert orca.read([(orca.KEY, value)]) is None
 
 
-def test_other_trailers_stay_as_they_are() -> None:
-    trailers: list[tuple[str, str | bytes]] = [("a", "1")]
-    assert orca.take(trailers) is None
-    assert trailers == [("a", "1")]
+def test_without_a_report_there_is_none() -> None:
+    assert orca.read([("a", "1")]) is None

@@ -94,7 +94,8 @@ def test_meta_and_names_are_read() -> None:
         ({"data": {"tensor": {"shape": [-1], "values": [1]}}}, "negative size"),
         ({"data": {"tensor": {"shape": [2**31 - 1] * 4, "values": [1]}}}, "got 1"),
         ({"data": {"tensor": {"shape": [1] * 65, "values": [1]}}}, "not possible"),
-        ({"data": {"tensor": {"shape": [0] + [2**31 - 1] * 6}}}, "not possible"),
+        ({"data": {"tensor": {"shape": [0] + [2**31 - 1] * 6}}}, "holds no values"),
+        ({"data": {"tensor": {"shape": [1025, 0]}}}, "holds no values"),
         ({"data": {"ndarray": eval("[" * 33 + "1" + "]" * 33)}}, "33 dimensions; expected 32"),
         ({"data": {"ndarray": eval("[" * 33 + "True" + "]" * 33)}}, "33 dimensions; expected 32"),
         ({"data": {"ndarray": [[1], [1, 2]]}}, "unequal length"),
@@ -182,6 +183,65 @@ def test_integers_and_narrow_floats_become_doubles(dtype: Any) -> None:
     assert json_format.MessageToDict(answer(array, Form.NDARRAY).data.ndarray) == [[1, 2], [3, 100]]
     decoded: Any = seldon.decode_response(answer(array, Form.TFTENSOR).SerializeToString()).payload
     assert decoded.dtype == array.dtype
+
+
+BIG = 2**53 + 1
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        np.array([[1, BIG]]),
+        np.array([-BIG]),
+        np.array([BIG], np.uint64),
+        np.array([2**63 - 1]),
+        np.array([2**64 - 1], np.uint64),
+        {"ids": np.array([BIG])},
+        {"ids": np.array([BIG]), "scores": np.ones(1)},
+        {"ids": [BIG]},
+        {"id": np.int64(BIG)},
+        [BIG, 0.5],
+        [{"id": BIG}],
+        np.uint64(BIG),
+        BIG,
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("form", [Form.TENSOR, Form.NDARRAY, Form.JSON])
+def test_an_integer_that_no_double_holds_is_refused(payload: Any, form: Any) -> None:
+    with pytest.raises(BadRequest, match=r"the answer holds the integer -?\d+: Seldon's numbers are doubles"):
+        answer(payload, form)
+
+
+def test_integers_that_a_double_holds_go_out_as_they_are_and_tftensors_hold_them_all() -> None:
+    for number in (2**53, -(2**53), 2**53 + 2, 2**62, -(2**63)):
+        for form in (Form.TENSOR, Form.NDARRAY):
+            decoded: Any = seldon.decode_response(answer(np.array([number]), form).SerializeToString()).payload
+            assert decoded.tolist() == [number]
+        assert answer({"id": number}).jsonData.struct_value.fields["id"].number_value == number
+    assert list(answer(np.array([BIG]), Form.TFTENSOR).data.tftensor.int64_val) == [BIG]
+    with pytest.raises(BadRequest, match=f"the integer {BIG}"):
+        answer(MATRIX, tags={"id": BIG})
+
+
+def test_bytes_that_are_not_text_are_refused_where_text_is_sent() -> None:
+    for payload in (np.array([b"\xff"], object), {"a": b"\xff"}, [{"a": b"\xff"}], {"a": np.array([b"\xff"], object)}):
+        with pytest.raises(BadRequest, match=r"bytes that are not UTF-8 \(invalid start byte at 0\)"):
+            answer(payload)
+
+
+@pytest.mark.parametrize(
+    ("payload", "json"),
+    [
+        ([True, 3], [True, 3.0]),
+        ([1, "a"], [1.0, "a"]),
+        ([np.True_, np.int64(3)], [True, 3.0]),
+        ([[True], [0.5]], [[True], [0.5]]),
+    ],
+)
+@pytest.mark.parametrize("form", [Form.TENSOR, Form.NDARRAY, Form.TFTENSOR])
+def test_values_of_several_kinds_stay_what_they_are(payload: Any, json: Any, form: Any) -> None:
+    assert repr(json_format.MessageToDict(answer(payload, form).data.ndarray)) == repr(json)
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from dl_inference_core.errors import InferenceError
+from dl_inference_core.errors import BadRequest, InferenceError
 from dl_inference_core.tensors import Form, Request, Response
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.protocol import OPENINFERENCE_AS_REQUESTED, PROTOCOLS
 from dl_inference_core.wire.templates import Templates
 
+CODECS: dict[str, Any] = {
+    **{name: protocol.codec for name, protocol in PROTOCOLS.items()},
+    "as requested": OPENINFERENCE_AS_REQUESTED.codec,
+}
 FORMS = [
     ("openinference", Form.TENSORS_RAW),
     ("openinference", Form.TENSORS),
+    ("as requested", Form.TENSORS_RAW),
+    ("as requested", Form.TENSORS),
     ("tfserving", Form.TENSORS),
     ("seldon", Form.TENSOR),
     ("seldon", Form.TFTENSOR),
@@ -37,7 +43,7 @@ def tensors(draw: Any, name: str, form: Form) -> Any:
         dtype = draw(st.sampled_from(DTYPES)) if form is Form.TFTENSOR else "float64"
         return [draw(arrays.arrays(dtype, shape)) for _ in range(2)]
     described = draw(st.dictionaries(st.text(max_size=3), st.tuples(st.sampled_from(DTYPES), SHAPES), max_size=3))
-    if form is Form.TENSORS and name == "openinference":  # which has float16 as raw contents only
+    if form is Form.TENSORS and name != "tfserving":  # Open Inference has float16 as raw contents only
         described = {key: value for key, value in described.items() if value[0] != "float16"}
     return [{key: draw(arrays.arrays(dtype, shape)) for key, (dtype, shape) in described.items()} for _ in range(2)]
 
@@ -67,7 +73,7 @@ def knows(templates: Templates, body: bytes) -> bool:
 @given(data=st.data())
 @settings(deadline=None, max_examples=150)
 def test_a_request_means_the_same(name: str, form: Form, data: st.DataObject) -> None:
-    codec = PROTOCOLS[name].codec
+    codec = CODECS[name]
     templates = Templates(codec, "m", 1)
     first, second = (
         codec.encode_request(Request(payload=payload, form=form, model="m", id="7", outputs=("y",)))
@@ -86,7 +92,7 @@ def test_a_request_means_the_same(name: str, form: Form, data: st.DataObject) ->
 @given(data=st.data())
 @settings(deadline=None, max_examples=150)
 def test_an_answer_is_written_the_same(name: str, form: Form, data: st.DataObject) -> None:
-    codec = PROTOCOLS[name].codec
+    codec = CODECS[name]
     templates = Templates(codec, "m", 1)
     shape = (1, 2)
     asked: Any = np.ones(shape) if name == "seldon" else {"x": np.array([[1.25, -3.5]], np.float32)}
@@ -110,6 +116,8 @@ def test_an_answer_is_written_the_same(name: str, form: Form, data: st.DataObjec
         ("openinference", Form.TENSORS_RAW, "int64"),
         ("openinference", Form.TENSORS, "float32"),
         ("openinference", Form.TENSORS, "float64"),
+        ("as requested", Form.TENSORS_RAW, "float32"),
+        ("as requested", Form.TENSORS, "float32"),
         ("tfserving", Form.TENSORS, "float32"),
         ("tfserving", Form.TENSORS, "int64"),
         ("seldon", Form.TENSOR, "float64"),
@@ -118,7 +126,7 @@ def test_an_answer_is_written_the_same(name: str, form: Form, data: st.DataObjec
 )
 def test_what_clients_send_is_known(name: str, form: Form, dtype: str) -> None:
     """Requests and their answers, of float32, by templates of which both tensors are part."""
-    codec = PROTOCOLS[name].codec
+    codec = CODECS[name]
     templates = Templates(codec, "m", 1)
     numbers = np.arange(6, dtype=dtype).reshape(2, 3) + 300
     payload: Any = numbers if name == "seldon" else {"x": numbers, "longer": numbers[:, :2] + 7}
@@ -149,7 +157,7 @@ def test_numbers_as_varints_are_not_known() -> None:
 @pytest.mark.parametrize("number", [5, 200])
 def test_a_number_of_one_byte_is_not_taken_for_its_varint(name: str, number: int) -> None:
     """200 is a varint of two bytes, the first of which is 200."""
-    codec = PROTOCOLS[name].codec
+    codec = CODECS[name]
     templates = Templates(codec, "m", 1)
     body = codec.encode_request(Request(payload={"x": np.array([number], np.uint8)}, form=Form.TENSORS, model="m"))
     if name == "tfserving":  # typed, as clients may
@@ -176,6 +184,19 @@ def test_what_is_used_is_kept() -> None:
         for body in bodies:
             templates.decode_request(body)
     assert sum(knows(templates, body) for body in bodies) == 8
+
+
+@pytest.mark.parametrize("form", [Form.TENSOR, Form.NDARRAY])
+def test_an_integer_that_the_protocol_cannot_hold_is_refused_in_a_known_answer_too(form: Form) -> None:
+    codec = PROTOCOLS["seldon"].codec
+    templates = Templates(codec, "m", 1)
+    body = codec.encode_request(Request(payload=np.arange(3.0), form=form, model="m"))
+    for _ in range(3):
+        answer: Any = codec.decode_response(templates.encode_response(np.array([7]), templates.decode_request(body)))
+        assert answer.payload.tolist() == [7.0]
+    for _ in range(3):
+        with pytest.raises(BadRequest, match="the integer 9007199254740993"):
+            templates.encode_response(np.array([2**53 + 1]), templates.decode_request(body))
 
 
 @pytest.mark.parametrize("change", [{"id": "8"}, {"tags": {"a": "c"}}, {"model": "another"}])

@@ -11,6 +11,7 @@ import pytest
 
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.wire.tfserving_models import (
+    DescribedSignature,
     decode_metadata_request,
     decode_status_request,
     encode_metadata,
@@ -73,14 +74,25 @@ def test_malformed_questions_are_bad_requests(decode: Any) -> None:
 
 
 STRING, FLOAT = np.dtype(object), np.dtype(np.float32)
-SIGNATURES: dict[str, Any] = {
-    "serving_default": (
-        "tensorflow/serving/predict",
-        [("x", "serving_default_x:0", FLOAT, (None, 3)), ("flag", "", np.dtype(np.bool_), ())],
-        [("y", "StatefulPartitionedCall:0", np.dtype(np.int64), None)],
+DEFAULTS = {
+    "flag": np.array(True),
+    "words": np.array([[b"a"], [b""]], object),
+    "x": np.array([[0.5, 1, 2]], np.float32),
+}
+SIGNATURES = {
+    "serving_default": DescribedSignature(
+        method="tensorflow/serving/predict",
+        inputs=[("x", "serving_default_x:0", FLOAT, (None, 3)), ("flag", "", np.dtype(np.bool_), ())],
+        outputs=[("y", "StatefulPartitionedCall:0", np.dtype(np.int64), None)],
+        defaults=DEFAULTS,
     ),
-    "classify": ("tensorflow/serving/classify", [("inputs", "", STRING, (None,))], [("scores", "", None, None)]),
-    "nothing": ("my/own", [], []),
+    "classify": DescribedSignature(
+        method="tensorflow/serving/classify",
+        inputs=[("inputs", "", STRING, (None,))],
+        outputs=[("scores", "", None, None)],
+        defaults={},
+    ),
+    "nothing": DescribedSignature(method="my/own", inputs=[], outputs=[], defaults={}),
 }
 
 
@@ -95,7 +107,7 @@ def test_tensorflow_reads_the_signatures(apis: Any) -> None:
     found = apis.SignatureDefMap()
     assert answer.metadata["signature_def"].Unpack(found)
     assert {name: signature.method_name for name, signature in found.signature_def.items()} == {
-        name: method for name, (method, _, _) in SIGNATURES.items()
+        name: signature.method for name, signature in SIGNATURES.items()
     }
     tf = apis.tf
     default = found.signature_def["serving_default"]
@@ -108,6 +120,12 @@ def test_tensorflow_reads_the_signatures(apis: Any) -> None:
     assert (flag.name, tf.as_dtype(flag.dtype), tf.TensorShape(flag.tensor_shape).as_list()) == ("flag", tf.bool, [])
     assert (y.name, tf.as_dtype(y.dtype)) == ("StatefulPartitionedCall:0", tf.int64)
     assert tf.TensorShape(y.tensor_shape).rank is None
+    assert set(default.defaults) == set(DEFAULTS)
+    for name, value in DEFAULTS.items():
+        found_value = tf.make_ndarray(default.defaults[name])
+        assert (found_value.dtype, found_value.shape) == (value.dtype, value.shape)
+        np.testing.assert_array_equal(found_value, value)
+    assert not found.signature_def["classify"].defaults
     classify = found.signature_def["classify"]
     assert tf.as_dtype(classify.inputs["inputs"].dtype) == tf.string
     assert classify.outputs["scores"].dtype == 0

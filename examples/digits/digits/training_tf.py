@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from dl_inference_tf_backend.importing import import_tensorflow
 
 from digits.data import Data, HeldOut, Integers
 from digits.handler import SIDE
@@ -16,7 +17,7 @@ os.environ["KERAS_BACKEND"] = "tensorflow"
 # That there is no GPU it calls an error, later on, between the progress bars.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import tensorflow as tf
+tf = import_tensorflow()
 
 EPOCHS = {1: 3, 2: 9}
 """By version, on top of those of the version before."""

@@ -13,7 +13,7 @@ from dl_inference_balancers.candidates import Trusting
 from dl_inference_balancers.weighted import DynamicWeightedRoundRobin
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Node, Outcome
-from dl_inference_core.transport import Call, Message
+from dl_inference_core.transport import Exchange, Message
 
 _PRIME = (1 << 61) - 1
 
@@ -40,7 +40,7 @@ class RendezvousHash(Trusting[int]):
 
     class Options(PluginOptions):
         """Attributes:
-        key: what is hashed: an entry of the call's metadata, or all bytes of the request, which takes about a
+        key: what is hashed: an entry of the request's metadata, or all bytes of the request, which takes about a
             millisecond for each MB on the event loop.
         key_metadata: which entry; in lower case.
         bound: how many times the mean number in flight a node may have; 1 is as even as possible, a large number
@@ -58,10 +58,10 @@ class RendezvousHash(Trusting[int]):
         self._numbers: list[int] = []
         self._keyless = DynamicWeightedRoundRobin(DynamicWeightedRoundRobin.Options())
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
-        key = self._key(call)
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
+        key = self._key(exchange)
         if key is None:
-            return self._keyless.choose(nodes, call)
+            return self._keyless.choose(nodes, exchange)
         if nodes is not self._given:
             self._take(nodes)
         eligible, numbers = self._eligible, self._numbers
@@ -100,11 +100,11 @@ class RendezvousHash(Trusting[int]):
     def _first(self, node: Node) -> int:
         return _number(node.address.encode())
 
-    def _key(self, call: Call) -> Message | None:
+    def _key(self, exchange: Exchange) -> Message | None:
         if self.options.key == "request":
-            return call.request
+            return exchange.message
         wanted = self.options.key_metadata
-        for name, value in call.metadata:
+        for name, value in exchange.metadata:
             if name == wanted:
                 return value.encode() if isinstance(value, str) else value
         return None

@@ -13,7 +13,7 @@ from pydantic import Field
 from dl_inference_balancers.candidates import State, Trusting
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Node, Outcome
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 
 _DRAWS = 5
 
@@ -30,7 +30,7 @@ class LoadAware(Trusting[State]):
         self._draws = draws
         self._without_chance = without_chance
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         if nodes is not self._given:
             self._take(nodes)
         candidates = self._eligible

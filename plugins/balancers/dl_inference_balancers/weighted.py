@@ -13,7 +13,7 @@ from pydantic import Field
 from dl_inference_balancers.candidates import OverEligible
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Balancer, Node, Outcome
-from dl_inference_core.transport import Call
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire.orca import Load
 
 
@@ -93,7 +93,7 @@ class SmoothWeightedRoundRobin(Balancer):
         self._total = 0
         self._turn = 0
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         if nodes is not self._given:
             self._arrange(nodes)
         best = None
@@ -207,7 +207,7 @@ class WeightedRandom(OverEligible):
 
     name = "random"
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         if nodes is not self._given:
             self._take(nodes)
         return self._draw()
@@ -349,12 +349,12 @@ class OrcaWeightedRoundRobin(EffectiveWeightedRoundRobin):
         self._reported: dict[Node, _Reported] = {}
         self._due = -math.inf
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         now = self.clock()
         if now >= self._due:
             self._due = now + self.options.update_s
             self._update(nodes, now)
-        return super().choose(nodes, call)
+        return super().choose(nodes, exchange)
 
     def report(self, node: Node, load: Load) -> None:
         if node not in self.shares or load.utilization <= 0 or load.qps <= 0:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.gateway.balancing import Outcome
-from dl_inference_core.testing import CALL, BalancerConformance, FakeNode
+from dl_inference_core.testing import EXCHANGE, BalancerConformance, FakeNode
 from dl_inference_core.testing.balancer import Simulation
 
 COUNTS = st.lists(st.integers(0, 20), min_size=1, max_size=8)
@@ -68,7 +68,7 @@ def nodes_of(counts: list[int], weights: list[int] | None = None) -> tuple[FakeN
 def test_trust_is_halved_by_failures_and_comes_half_the_way_back(cls: type[LoadAware[Any]]) -> None:
     balancer = make(cls)
     nodes = nodes_of([0, 0])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     trusts = []
     for outcome in [Outcome.FAILURE, Outcome.OVERLOAD, Outcome.NEUTRAL] + [Outcome.SUCCESS] * 7:
         balancer.record(nodes[0], outcome, 0.01)
@@ -81,7 +81,7 @@ def test_trust_is_halved_by_failures_and_comes_half_the_way_back(cls: type[LoadA
 def test_a_node_that_returned_is_fully_trusted_until_it_fails_again(cls: type[LoadAware[Any]]) -> None:
     balancer = make(cls)
     nodes = nodes_of([0, 0])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     for _ in range(20):
         balancer.record(nodes[0], Outcome.FAILURE, 0.01)
     assert 1 / 1000 < balancer.doubted[nodes[0]] < 1 / 50
@@ -97,7 +97,7 @@ def test_a_node_that_fails_everything_gets_a_32nd_of_its_part(cls: type[LoadAwar
     balancer = make(cls)
     taken = 0
     for _ in range(20_000):
-        node = balancer.choose(nodes, CALL)
+        node = balancer.choose(nodes, EXCHANGE)
         taken += node is nodes[0]
         balancer.record(node, Outcome.FAILURE if node is nodes[0] else Outcome.SUCCESS, 0.05)
     assert 0.4 / 32 < taken * compared / 20_000 < 1.6 / 32
@@ -108,19 +108,19 @@ def test_a_node_that_fails_everything_gets_a_32nd_of_its_part(cls: type[LoadAwar
 def test_where_many_nodes_fail_the_others_get_the_requests(cls: type[LoadAware[Any]], count: int) -> None:
     nodes = nodes_of([3] * count)
     balancer = make(cls)
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     for node in nodes[: count // 2]:
         node.in_flight = 0
         for _ in range(10):
             balancer.record(node, Outcome.FAILURE, 0.001)
-    taken = Counter(balancer.choose(nodes, CALL) in nodes[: count // 2] for _ in range(2000))
+    taken = Counter(balancer.choose(nodes, EXCHANGE) in nodes[: count // 2] for _ in range(2000))
     assert taken[True] < 100
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_where_all_fail_all_are_tried(cls: type[LoadAware[Any]]) -> None:
     balancer = make(cls)
-    simulation = Simulation(balancer, nodes := nodes_of([0] * 4), lambda number: CALL)
+    simulation = Simulation(balancer, nodes := nodes_of([0] * 4), lambda number: EXCHANGE)
     simulation.failing.update(nodes)
     simulation.run(2)
     for node in nodes:
@@ -129,7 +129,7 @@ def test_where_all_fail_all_are_tried(cls: type[LoadAware[Any]]) -> None:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_node_that_is_well_again_is_found_without_anybody_saying_so(cls: type[LoadAware[Any]]) -> None:
-    simulation = Simulation(make(cls), nodes := nodes_of([0] * 4), lambda number: CALL)
+    simulation = Simulation(make(cls), nodes := nodes_of([0] * 4), lambda number: EXCHANGE)
     simulation.failing.add(nodes[2])
     simulation.run(2)
     simulation.failing.clear()
@@ -145,13 +145,13 @@ def test_a_node_that_is_well_again_is_found_without_anybody_saying_so(cls: type[
 @given(COUNTS)
 def test_up_to_eight_nodes_the_fewest_in_flight_is_chosen(counts: list[int]) -> None:
     nodes = nodes_of(counts)
-    assert LeastRequest(LeastRequest.Options()).choose(nodes, CALL).in_flight == min(counts)
+    assert LeastRequest(LeastRequest.Options()).choose(nodes, EXCHANGE).in_flight == min(counts)
 
 
 def test_ties_are_broken_by_chance() -> None:
     nodes = nodes_of([1, 0, 0, 1, 0])
     balancer = make(LeastRequest)
-    taken = Counter(balancer.choose(nodes, CALL) for _ in range(3000))
+    taken = Counter(balancer.choose(nodes, EXCHANGE) for _ in range(3000))
     assert set(taken) == {nodes[1], nodes[2], nodes[4]}
     assert min(taken.values()) > 850
 
@@ -161,7 +161,7 @@ def test_of_many_nodes_the_fewest_of_d_are_chosen() -> None:
     nodes = nodes_of(list(range(10)))
     for choices in (2, 3):
         balancer = make(LeastRequest, choices=choices)
-        taken = Counter(balancer.choose(nodes, CALL).in_flight for _ in range(9000))
+        taken = Counter(balancer.choose(nodes, EXCHANGE).in_flight for _ in range(9000))
         for place in range(10):
             part = math.comb(9 - place, choices - 1) / math.comb(10, choices)
             assert taken[place] / 9000 == pytest.approx(part, abs=5 * math.sqrt(part / 9000) + 1e-9)
@@ -176,7 +176,7 @@ def test_where_weights_differ_parts_are_those_of_envoys_formula(pairs: list[tupl
     counts, weights = [count for count, _ in pairs], [*(weight for _, weight in pairs[1:]), pairs[1][1] + 1]
     nodes = nodes_of(counts, weights)
     balancer = LeastRequest(LeastRequest.Options(bias=bias))
-    taken = Counter(balancer.choose(nodes, CALL) for _ in range(500))
+    taken = Counter(balancer.choose(nodes, EXCHANGE) for _ in range(500))
     effective = [weight / (count + 1) ** bias for count, weight in zip(counts, weights, strict=True)]
     for node, weight in zip(nodes, effective, strict=True):
         assert abs(taken[node] - 500 * weight / sum(effective)) <= 2
@@ -185,7 +185,7 @@ def test_where_weights_differ_parts_are_those_of_envoys_formula(pairs: list[tupl
 def test_of_many_idle_nodes_parts_are_in_proportion_to_weights() -> None:
     nodes = nodes_of([0] * 20, [1] * 10 + [3] * 10)
     balancer = make(LeastRequest)
-    taken = Counter(balancer.choose(nodes, CALL).weight for _ in range(8000))
+    taken = Counter(balancer.choose(nodes, EXCHANGE).weight for _ in range(8000))
     assert taken[3] / 8000 == pytest.approx(0.75, abs=0.025)
 
 
@@ -222,7 +222,7 @@ def test_the_least_cost_is_chosen(samples: list[tuple[int, float, float, int]], 
     balancer = PeakEwma(PeakEwma.Options(decay_s=decay_s, start_s=0.05))
     balancer.clock = lambda: now
     nodes = nodes_of([0, 0], [1, 3])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     reference = {node: Finagle(0.05, decay_s) for node in nodes}
     for place, seconds, pause, in_flight in samples:
         now += pause
@@ -232,13 +232,13 @@ def test_the_least_cost_is_chosen(samples: list[tuple[int, float, float, int]], 
         assert balancer.learned(nodes[place]) == pytest.approx(reference[nodes[place]].seconds)
         costs = [reference[node].cost(now, node) for node in nodes]
         if not math.isclose(*costs, rel_tol=1e-6):
-            assert balancer.choose(nodes, CALL) is nodes[costs.index(min(costs))]
+            assert balancer.choose(nodes, EXCHANGE) is nodes[costs.index(min(costs))]
 
 
 def test_a_failure_counts_with_its_time_if_that_is_more_and_never_makes_a_node_look_fast() -> None:
     balancer = make(PeakEwma)
     nodes = nodes_of([0, 0])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     for outcome, seconds, average in [
         (Outcome.FAILURE, 0.001, None),
         (Outcome.SUCCESS, 0.05, 0.05),
@@ -254,9 +254,9 @@ def test_a_failure_counts_with_its_time_if_that_is_more_and_never_makes_a_node_l
 def test_another_process_takes_over_the_latency() -> None:
     balancer = make(PeakEwma)
     nodes = nodes_of([0, 0])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     balancer.learn(nodes[0], 0.5)
-    assert {balancer.choose(nodes, CALL) for _ in range(20)} == {nodes[1]}
+    assert {balancer.choose(nodes, EXCHANGE) for _ in range(20)} == {nodes[1]}
 
 
 def slow_one(node: FakeNode, chance: float) -> float:
@@ -265,7 +265,7 @@ def slow_one(node: FakeNode, chance: float) -> float:
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_node_that_is_ten_times_slower_gets_less(cls: type[LoadAware[Any]]) -> None:
-    simulation = Simulation(make(cls), nodes := nodes_of([0] * 4), lambda number: CALL, seconds=slow_one)
+    simulation = Simulation(make(cls), nodes := nodes_of([0] * 4), lambda number: EXCHANGE, seconds=slow_one)
     simulation.run(1)
     since = simulation.now
     simulation.run(10)
@@ -297,26 +297,26 @@ def test_the_hot_cold_lexicographic_rule(pairs: list[tuple[int, float]], later: 
     nodes = nodes_of(counts)
     balancer = Prequal(Prequal.Options(hot_quantile=quantile))
     balancer.clock = lambda: 0.0
-    balancer.choose(nodes[::-1], CALL)  # what they have is seen here, and that decides for 16 choices
+    balancer.choose(nodes[::-1], EXCHANGE)  # what they have is seen here, and that decides for 16 choices
     for node, (_, seconds) in zip(nodes, pairs, strict=True):
         balancer.record(node, Outcome.SUCCESS, seconds)
     for node, count in zip(nodes, later, strict=False):
         node.in_flight = count
     places = hot_cold(later[: len(nodes)], counts, lambda place: pairs[place][1], quantile)
-    assert balancer.choose(nodes, CALL) in {nodes[place] for place in places}
+    assert balancer.choose(nodes, EXCHANGE) in {nodes[place] for place in places}
 
 
 def test_the_busiest_are_passed_over_however_fast() -> None:
     balancer = make(Prequal, hot_quantile=0.5)
     balancer.clock = lambda: 0.0
     nodes = nodes_of([9, 0, 1, 0])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     for node, seconds in zip(nodes, (0.001, 0.2, 0.002, 0.1), strict=True):
         balancer.record(node, Outcome.SUCCESS, seconds)
-    assert balancer.choose(nodes, CALL) is nodes[3]
+    assert balancer.choose(nodes, EXCHANGE) is nodes[3]
     for node, count in zip(nodes, (9, 4, 1, 5), strict=True):
         node.in_flight = count
-    assert balancer.choose(nodes, CALL) is nodes[2]  # all are hot
+    assert balancer.choose(nodes, EXCHANGE) is nodes[2]  # all are hot
 
 
 def test_latency_is_that_at_the_number_in_flight_and_ages() -> None:
@@ -326,33 +326,33 @@ def test_latency_is_that_at_the_number_in_flight_and_ages() -> None:
     nodes = nodes_of([0, 0])
     nodes[0].in_flight = 9
     nodes[1].in_flight = 9
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     steady, varying = nodes
     for seconds in (0.05, 0.9, 0.05, 0.04, 0.05):  # the median is 0.05
         balancer.record(steady, Outcome.SUCCESS, seconds)
     balancer.record(varying, Outcome.SUCCESS, 0.5)
     varying.in_flight = 0
     balancer.record(varying, Outcome.SUCCESS, 0.01)
-    assert balancer.choose(nodes, CALL) is varying
+    assert balancer.choose(nodes, EXCHANGE) is varying
     varying.in_flight = 8
-    assert balancer.choose(nodes, CALL) is steady
+    assert balancer.choose(nodes, EXCHANGE) is steady
     now = 1.5
     varying.in_flight = 0
     balancer.record(varying, Outcome.SUCCESS, 0.02)
     varying.in_flight = 8
-    assert balancer.choose(nodes, CALL) is varying  # what it took with eight is too long ago
+    assert balancer.choose(nodes, EXCHANGE) is varying  # what it took with eight is too long ago
     now = 2.4  # the other one's 0.05 count as 0.05 * 2^-1.4 now
-    assert balancer.choose(nodes, CALL) is steady
+    assert balancer.choose(nodes, EXCHANGE) is steady
 
 
 def test_failures_say_nothing_of_latency() -> None:
     balancer = make(Prequal, hot_quantile=1.0)
     nodes = nodes_of([0, 0])
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     for node, seconds in zip(nodes, (0.05, 0.01), strict=True):
         balancer.record(node, Outcome.SUCCESS, seconds)
     for _ in range(3):
         balancer.record(nodes[0], Outcome.FAILURE, 0.0001)
         balancer.record(nodes[0], Outcome.NEUTRAL, 0.0001)
     balancer.learn(nodes[0], 1.0)
-    assert {balancer.choose(nodes, CALL) for _ in range(20)} == {nodes[1]}
+    assert {balancer.choose(nodes, EXCHANGE) for _ in range(20)} == {nodes[1]}

@@ -21,8 +21,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from dl_inference_core.gateway.balancing import Node, Outcome
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.testing import CALL, BalancerConformance, FakeNode
-from dl_inference_core.transport import Call
+from dl_inference_core.testing import EXCHANGE, BalancerConformance, FakeNode
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire.orca import Load
 
 WEIGHTS = st.lists(st.integers(0, 40), min_size=1, max_size=8).filter(any)
@@ -44,7 +44,7 @@ def sequence(balancer: SmoothWeightedRoundRobin, nodes: list[FakeNode], length: 
     """Which of the nodes are chosen, by their places in the list."""
     places: dict[Node, int] = {node: place for place, node in enumerate(nodes)}
     given = tuple(nodes)
-    return [places[balancer.choose(given, CALL)] for _ in range(length)]
+    return [places[balancer.choose(given, EXCHANGE)] for _ in range(length)]
 
 
 def owed(balancer: SmoothWeightedRoundRobin) -> int:
@@ -100,7 +100,7 @@ def test_each_period_takes_each_node_its_weight_times_and_every_prefix_is_near_t
     taken: Counter[Any] = Counter()
     given_nodes = tuple(nodes)
     for n in range(1, 2 * total + 1):
-        taken[balancer.choose(given_nodes, CALL)] += 1
+        taken[balancer.choose(given_nodes, EXCHANGE)] += 1
         assert owed(balancer) == 0
         for node in nodes:
             behind = Fraction(n * node.weight, total) - taken[node]
@@ -116,7 +116,7 @@ def test_among_four_a_node_can_be_more_than_a_turn_late() -> None:
     behind = []
     taken = 0
     for n in range(1, 81):
-        taken += balancer.choose(nodes, CALL) is nodes[3]
+        taken += balancer.choose(nodes, EXCHANGE) is nodes[3]
         behind.append(Fraction(37 * n, 80) - taken)
     assert max(behind) == Fraction(82, 80)
 
@@ -131,41 +131,41 @@ def test_weight_zero_gets_nothing_while_another_has_weight_and_its_turn_otherwis
     balancer: SmoothWeightedRoundRobin,
 ) -> None:
     nodes = nodes_of([0, 2, 0])
-    assert {balancer.choose(nodes, CALL) for _ in range(20)} == {nodes[1]}
+    assert {balancer.choose(nodes, EXCHANGE) for _ in range(20)} == {nodes[1]}
     alone = [nodes[0], nodes[2]]
     for node in alone:
         balancer.record(node, Outcome.FAILURE, 1.0)
-    taken = [balancer.choose(alone, CALL) for _ in range(20)]
+    taken = [balancer.choose(alone, EXCHANGE) for _ in range(20)]
     assert taken[::2] == [taken[0]] * 10
     assert taken[1::2] == [taken[1]] * 10
     assert taken[0] is not taken[1]
-    assert {balancer.choose(nodes, CALL) for _ in range(20)} == {nodes[1]}
+    assert {balancer.choose(nodes, EXCHANGE) for _ in range(20)} == {nodes[1]}
     assert owed(balancer) == 0
 
 
 def test_a_node_that_was_away_for_a_call_keeps_its_place() -> None:
     nodes = nodes_of([1, 1])
     balancer = weighted()
-    assert balancer.choose(nodes, CALL) is nodes[0]
-    assert balancer.choose(nodes[:1], CALL) is nodes[0]
-    assert balancer.choose(nodes, CALL) is nodes[1]
+    assert balancer.choose(nodes, EXCHANGE) is nodes[0]
+    assert balancer.choose(nodes[:1], EXCHANGE) is nodes[0]
+    assert balancer.choose(nodes, EXCHANGE) is nodes[1]
 
 
 def test_a_forgotten_node_leaves_the_others_at_the_start_of_a_period() -> None:
     nodes = nodes_of([5, 3, 2])
     balancer = weighted()
     for _ in range(4):
-        balancer.choose(nodes, CALL)
+        balancer.choose(nodes, EXCHANGE)
     balancer.forget(nodes[0])
     assert set(balancer.shares) == set(nodes[1:])
     assert {share.current for share in balancer.shares.values()} == {0}
-    assert Counter(balancer.choose(nodes[1:], CALL) for _ in range(5)) == {nodes[1]: 3, nodes[2]: 2}
+    assert Counter(balancer.choose(nodes[1:], EXCHANGE) for _ in range(5)) == {nodes[1]: 3, nodes[2]: 2}
 
 
 def test_forgetting_one_node_keeps_what_was_learned_of_the_others() -> None:
     nodes = nodes_of([1, 1, 1])
     balancer = dynamic()
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     balancer.record(nodes[1], Outcome.FAILURE, 0.1)
     balancer.forget(nodes[0])
     assert [balancer.shares[node].weight for node in nodes[1:]] == [50, 100]
@@ -174,7 +174,7 @@ def test_forgetting_one_node_keeps_what_was_learned_of_the_others() -> None:
 def test_what_ends_after_its_node_was_forgotten_does_not_bring_the_node_back() -> None:
     nodes = nodes_of([1, 1])
     balancer = dynamic()
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     balancer.forget(nodes[1])
     balancer.record(nodes[1], Outcome.FAILURE, 0.1)
     assert set(balancer.shares) == {nodes[0]}
@@ -183,7 +183,7 @@ def test_what_ends_after_its_node_was_forgotten_does_not_bring_the_node_back() -
 def test_six_failures_reach_the_floor_and_seven_successes_come_back() -> None:
     nodes = nodes_of([1, 1])
     balancer = dynamic()
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     share = balancer.shares[nodes[0]]
     weights = []
     for outcome in [Outcome.FAILURE] * 7 + [Outcome.SUCCESS] * 8:
@@ -196,7 +196,7 @@ def test_six_failures_reach_the_floor_and_seven_successes_come_back() -> None:
 def test_overload_counts_as_failure_and_neutral_as_nothing(outcome: Outcome, weight: int) -> None:
     nodes = nodes_of([1, 1])
     balancer = dynamic()
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     balancer.record(nodes[0], outcome, 0.1)
     assert balancer.shares[nodes[0]].weight == weight
 
@@ -210,7 +210,7 @@ def test_a_dead_node_keeps_one_request_in_one_plus_the_others_weights(count: int
     def requests(number: int) -> int:
         failed = 0
         for _ in range(number):
-            node = balancer.choose(nodes, CALL)
+            node = balancer.choose(nodes, EXCHANGE)
             failed += node is dead
             balancer.record(node, Outcome.FAILURE if node is dead else Outcome.SUCCESS, 0.01)
         return failed
@@ -227,10 +227,10 @@ def test_a_dead_node_keeps_one_request_in_one_plus_the_others_weights(count: int
 def test_a_weight_that_the_operator_changes_takes_along_what_was_learned(before: int, after: int, weight: int) -> None:
     nodes = nodes_of([before, 1])
     balancer = dynamic()
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     balancer.record(nodes[0], Outcome.FAILURE, 0.1)
     nodes[0].weight = after
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     assert balancer.shares[nodes[0]].weight == weight
     assert owed(balancer) == 0
 
@@ -238,7 +238,7 @@ def test_a_weight_that_the_operator_changes_takes_along_what_was_learned(before:
 def test_a_node_that_returned_has_its_full_weight_until_it_fails_again() -> None:
     nodes = nodes_of([2, 1])
     balancer = dynamic()
-    balancer.choose(nodes, CALL)
+    balancer.choose(nodes, EXCHANGE)
     for _ in range(9):
         balancer.record(nodes[0], Outcome.FAILURE, 0.1)
     assert balancer.learned(nodes[0]) == 1 / 200
@@ -251,8 +251,8 @@ def test_a_node_that_returned_has_its_full_weight_until_it_fails_again() -> None
 def test_what_is_learned_is_a_part_of_the_weight_here() -> None:
     one, other = nodes_of([1]), nodes_of([3])
     here, there = dynamic(), dynamic(scale=10)
-    here.choose(one, CALL)
-    there.choose(other, CALL)
+    here.choose(one, EXCHANGE)
+    there.choose(other, EXCHANGE)
     here.record(one[0], Outcome.FAILURE, 0.1)
     value = here.learned(one[0])
     assert value is not None
@@ -268,7 +268,7 @@ def test_what_is_out_of_date_in_a_heap_does_not_pile_up() -> None:
     nodes = tuple(nodes_of([1] * 6))
     balancer = dynamic()
     for turn in range(5000):
-        balancer.choose(nodes, CALL)
+        balancer.choose(nodes, EXCHANGE)
         balancer.record(nodes[0], Outcome.FAILURE, 0.1)
         balancer.record(nodes[1], Outcome.SUCCESS if turn % 9 == 8 else Outcome.FAILURE, 0.1)
         balancer.record(nodes[2], Outcome.SUCCESS if turn % 2 else Outcome.FAILURE, 0.1)
@@ -284,7 +284,7 @@ def test_chance_is_in_proportion_to_weights(weights: list[int]) -> None:
     nodes = tuple(nodes_of(weights))
     balancer = WeightedRandom(WeightedRandom.Options())
     balancer.random.seed(sum(weights))
-    drawn = Counter(balancer.choose(nodes, CALL) for _ in range(4000))
+    drawn = Counter(balancer.choose(nodes, EXCHANGE) for _ in range(4000))
     for node in nodes:
         part = node.weight / sum(weights)
         assert drawn[node] / 4000 == pytest.approx(part, abs=5 * math.sqrt(part * (1 - part) / 4000) + 1e-9)
@@ -304,7 +304,7 @@ class Reports:
         self.choose()
 
     def choose(self) -> Node:
-        return self.balancer.choose(self.nodes, CALL)
+        return self.balancer.choose(self.nodes, EXCHANGE)
 
     def report(self, place: int, qps: float, utilization: float, eps: float = 0.0) -> None:
         self.balancer.report(self.nodes[place], Load(qps=qps, utilization=utilization, eps=eps))
@@ -411,7 +411,7 @@ class Reference:
         self.current: dict[Any, int] = {}
         self.effective: dict[Any, int] = {}
 
-    def choose(self, nodes: Sequence[Node], call: Call) -> Node | None:
+    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node | None:
         """None where every weight is 0: round robin, and where that starts is left open."""
         for node in nodes:
             self.current.setdefault(node, 0)
@@ -471,7 +471,7 @@ class AgainstTheReference(RuleBasedStateMachine):
     def choose(self, times: int) -> None:
         given = self.given
         for _ in range(times):
-            chosen, expected = self.balancer.choose(given, CALL), self.reference.choose(given, CALL)
+            chosen, expected = self.balancer.choose(given, EXCHANGE), self.reference.choose(given, EXCHANGE)
             assert chosen in given
             assert expected is None or chosen is expected
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,8 @@ from pydantic import Field
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Backend, Model
+from dl_inference_core.node.model_files import HEAD_BYTES, describe_foreign
+from dl_inference_tf_backend.importing import import_tensorflow
 
 FILES = ("saved_model.pb", "saved_model.pbtxt")
 
@@ -21,11 +22,12 @@ class TensorFlowBackend(Backend):
     builder of TensorFlow 1 write."""
 
     name = "tensorflow"
+    refuses_shapes = True
 
     class Options(PluginOptions):
         """Attributes:
         intra_op_threads: threads that one operation may use, shared by all models; if left out, a thread for each core
-            of this worker's share.
+            of this worker's share; a CPU quota counts as so many cores, rounded up.
         inter_op_threads: threads that run independent operations of a model at the same time, shared by all models;
             0, the default, runs a request's operations one after another on the thread of the request, which costs
             least.
@@ -61,7 +63,12 @@ class TensorFlowBackend(Backend):
         self._prepare()
         from dl_inference_tf_backend.saved_model import SavedModel
 
-        return SavedModel(directory, options.tags, self._session_config(device), _placement(device))
+        try:
+            return SavedModel(directory, options.tags, self._session_config(device), _placement(device))
+        except ModelError as error:
+            if foreign := _foreign_file(directory):
+                raise ModelError(f"{directory} holds no SavedModel: {foreign}") from error
+            raise
 
     def _prepare(self) -> None:
         """Once per process: import TensorFlow, and load the libraries.
@@ -72,9 +79,7 @@ class TensorFlowBackend(Backend):
         with self._lock:
             if self._prepared:
                 return
-            # What it notes of itself is for nobody here. It takes no word for the lines it writes while it is imported.
-            os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-            import tensorflow as tf
+            tf = import_tensorflow()
 
             for library in self.options.custom_op_libraries:
                 try:
@@ -98,6 +103,19 @@ class TensorFlowBackend(Backend):
         if device == "cpu":
             config.device_count["GPU"] = 0
         return config
+
+
+def _foreign_file(directory: Path) -> str:
+    """Which file of a SavedModel is something else, and what; "" if each may be what it should be."""
+    for path in (directory / FILES[0], *sorted((directory / "variables").glob("variables.*"))):
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        # A model without variables may have an empty file of them.
+        if head and (found := describe_foreign(head)) is not None:
+            return f"{path.relative_to(directory)} is {found}"
+    return ""
 
 
 def _placement(device: str) -> str | None:

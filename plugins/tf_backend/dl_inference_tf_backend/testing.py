@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+
+def rewrite_signatures(folder: Path, change: Callable[[Any], None]) -> Path:
+    """Let `change` edit the `SignatureDef`s, by name, of the SavedModel in `folder`; returns `folder`."""
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    file = folder / "saved_model.pb"
+    content = saved_model_pb2.SavedModel.FromString(file.read_bytes())
+    change(content.meta_graphs[0].signature_def)
+    file.write_bytes(content.SerializeToString())
+    return folder
 
 
 class SavedModelMaker:
@@ -178,6 +190,81 @@ class SavedModelMaker:
 
         module = Picky()
         tf.saved_model.save(module, str(folder), signatures=module.__call__)
+        return folder
+
+    def dense(self, folder: Path) -> Path:
+        """y = x · w, of float32: x [?, 3], w [3, 2]."""
+        import tensorflow as tf
+
+        class Dense(tf.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.w = tf.Variable([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+
+            @tf.function(input_signature=[tf.TensorSpec([None, 3], tf.float32, name="x")])
+            def __call__(self, x: Any) -> Any:
+                return {"y": tf.matmul(x, self.w)}
+
+        module = Dense()
+        tf.saved_model.save(module, str(folder), signatures=module.__call__)
+        return folder
+
+    def unsigned(self, folder: Path) -> Path:
+        """A function, and no signature."""
+        import tensorflow as tf
+
+        module = tf.Module()
+        module.f = tf.function(lambda x: {"y": 2 * x})
+        tf.saved_model.save(module, str(folder))
+        return folder
+
+    def ragged(self, folder: Path) -> Path:
+        """By the default signature y = 3 · x, float32 of shape [?, 3], and y as a ragged tensor."""
+        import tensorflow as tf
+
+        class Ragged(tf.Module):
+            @tf.function(input_signature=[tf.TensorSpec([None, 3], tf.float32, name="x")])
+            def __call__(self, x: Any) -> Any:
+                return {"y": 3 * x, "ragged": tf.RaggedTensor.from_tensor(3 * x)}
+
+        module = Ragged()
+        tf.saved_model.save(module, str(folder), signatures=module.__call__)
+        return folder
+
+    def defaults(self, folder: Path) -> Path:
+        """Signatures with inputs that may be left out: the default one y = x + shift (x [?, 3], shift [?, 1] is 10),
+        "scaled" y = x · factor (factor [] is 2) and "greeting" text = word + end (word [?], end [] is "!")."""
+        import tensorflow as tf
+
+        x = tf.TensorSpec([None, 3], tf.float32, name="x")
+        ten, two, mark = tf.constant([[10.0]]), tf.constant(2.0), tf.constant("!")
+
+        class Defaults(tf.Module):
+            @tf.function(input_signature=[x, tf.TensorSpec([None, 1], tf.float32, name="shift")])
+            def shifted(self, x: Any, shift: Any = ten) -> Any:
+                return {"y": x + shift}
+
+            @tf.function(input_signature=[x, tf.TensorSpec([], tf.float32, name="factor")])
+            def scaled(self, x: Any, factor: Any = two) -> Any:
+                return {"y": x * factor}
+
+            @tf.function(
+                input_signature=[
+                    tf.TensorSpec([None], tf.string, name="word"),
+                    tf.TensorSpec([], tf.string, name="end"),
+                ]
+            )
+            def greeting(self, word: Any, end: Any = mark) -> Any:
+                return {"text": tf.strings.join([word, end])}
+
+        module = Defaults()
+        tf.saved_model.save(
+            module,
+            str(folder),
+            signatures={
+                "serving_default": module.shifted, "scaled": module.scaled, "greeting": module.greeting,
+            },
+        )  # fmt: skip
         return folder
 
     def broken(self, folder: Path) -> Path:

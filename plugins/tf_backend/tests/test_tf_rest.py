@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
-import http.client
-import json
+import math
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dl_inference_core.app import App
 from dl_inference_core.config import Config
-from dl_inference_core.plugins import Plugins
 
 Ask = Callable[..., tuple[int, Any]]
 
@@ -29,7 +23,7 @@ def models(make_saved: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_saved.half_plus_two(root / "half_plus_three" / "123", plus=3.0)
     make_saved.half_plus_two(root / "half_plus_three" / "124", plus=30.0)
     (root / "half_plus_three" / "model.toml").write_text("version_labels = { stable = 123 }\n")
-    for kind in ("text", "several", "counter", "picky", "broken"):
+    for kind in ("text", "several", "counter", "picky", "broken", "defaults"):
         (root / kind).mkdir()
         getattr(make_saved, kind)(root / kind / "1")
     make_saved.dtypes(root / "dtypes" / "1", DTYPES)
@@ -55,43 +49,10 @@ class Reverses(Handler):
 
 
 @pytest.fixture(scope="module")
-def port(models: Path) -> Iterator[int]:
-    """Where a node serves `models` by HTTP."""
-    config = Config(port=0, http_port=0, transport="grpcio", models={"directory": models})
-    started, ending = threading.Event(), asyncio.Event()
-    found: dict[str, Any] = {}
-
-    async def main() -> None:
-        app = App(config, Plugins())
-        try:
-            await app.serve()
-            found.update(port=app.http_port, loop=asyncio.get_running_loop())
-        finally:
-            started.set()
-        await ending.wait()
-        await app.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(main(),))
-    thread.start()
-    assert started.wait(120)
-    yield found["port"]
-    found["loop"].call_soon_threadsafe(ending.set)
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-@pytest.fixture
-def ask(port: int) -> Ask:
-    """(path, document): the status and the JSON of an answer."""
-
-    def ask(path: str, document: Any = None) -> tuple[int, Any]:
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
-            body = document if isinstance(document, str | None) else json.dumps(document)
-            connection.request("GET" if body is None else "POST", f"/v1/models/{path}", body)
-            answer = connection.getresponse()
-            return answer.status, json.loads(answer.read())
-
-    return ask
+def ask(models: Path, serve_node: Any) -> Iterator[Ask]:
+    """(path, document): the status and the JSON of a node's answer."""
+    with serve_node(Config(port=0, http_port=0, transport="grpcio", models={"directory": models})) as node:
+        yield node.ask
 
 
 def test_predict_as_documented(ask: Ask) -> None:
@@ -132,9 +93,9 @@ def test_classify(ask: Ask) -> None:
 
 def test_a_signature_is_for_one_method(ask: Ask) -> None:
     status, answer = ask("half_plus_three:regress", {"signature_name": "classify", "examples": [{"x": 1.0}]})
-    assert (status, "Expected regression signature method_name" in answer["error"]) == (400, True)
+    assert (status, "Expected one output Tensor, found 2" in answer["error"]) == (400, True)
     status, answer = ask("half_plus_three:regress", {"examples": [{"x": 1.0}]})
-    assert status == 400
+    assert (status, "No regression inputs found in SignatureDef" in answer["error"]) == (400, True)
     status, answer = ask("half_plus_three:predict", {"signature_name": "nope", "instances": [[1.0]]})
     assert (status, 'Serving signature name: "nope" not found' in answer["error"]) == (400, True)
 
@@ -199,12 +160,21 @@ def test_every_dtype(ask: Ask) -> None:
     assert ask("dtypes:predict", {"instances": rows}) == (200, {"predictions": rows})
 
 
+def test_numbers_are_rounded_to_the_inputs_dtype_and_more_names_are_ignored_in_columns(ask: Ask) -> None:
+    rounded, exact = ([ask("half_plus_three:predict", {"instances": [[number]]})] for number in (2**24 + 1, 2**24))
+    assert rounded == exact
+    assert rounded[0][0] == 200
+    status, answer = ask("half_plus_three:predict", {"inputs": {"x": [[1e39]], "more": "ignored"}})
+    assert (status, answer["outputs"]) == (200, [[math.inf]])
+
+
 def test_what_is_wrong(ask: Ask) -> None:
     for path, document, status, said in (
         ("half:predict", {"instances": [1.0, 5.0]}, 404, "Servable not found for request: Latest(half)"),
-        ("half_plus_three:predict", {"instances": [["x"]]}, 400, "does not take dtype"),
+        ("half_plus_three:predict", {"instances": [["x"]]}, 400, "is not of expected type: float"),
+        ("half_plus_three:predict", {"instances": [[True]]}, 400, "is not of expected type: float"),
         ("half_plus_three:predict", {"instances": [[1.0, 2.0]]}, 400, "does not take shape"),
-        ("half_plus_three:predict", {"instances": [{"z": [1.0]}]}, 400, "input size does not match signature"),
+        ("half_plus_three:predict", {"instances": [{"z": [1.0]}]}, 400, "does not have named input: z"),
         ("half_plus_three:predict", "nope", 400, "JSON Parse error"),
         ("picky:predict", {"inputs": [-1.0]}, 400, "x is negative"),
         ("broken:predict", {"inputs": [[1.0]]}, 503, "not ready"),
@@ -238,3 +208,27 @@ def test_metadata(ask: Ask) -> None:
         "dtype": "DT_FLOAT",
         "tensor_shape": {"dim": [{"size": "-1", "name": ""}, {"size": "1", "name": ""}], "unknown_rank": False},
     }
+
+
+def test_inputs_with_defaults_may_be_left_out_and_metadata_tells_them(ask: Ask) -> None:
+    row = {"predictions": [[11.0, 12.0, 13.0]]}
+    for instances in ([[1, 2, 3]], [{"x": [1, 2, 3]}], [{"x": [1, 2, 3], "shift": [10]}]):
+        assert ask("defaults:predict", {"instances": instances}) == (200, row)
+    given = {"inputs": {"x": [[1, 2, 3]], "shift": [[1]]}}
+    assert ask("defaults:predict", given) == (200, {"outputs": [[2.0, 3.0, 4.0]]})
+    greeting = {"signature_name": "greeting", "inputs": {"word": ["hello"]}}
+    assert ask("defaults:predict", greeting) == (200, {"outputs": ["hello!"]})
+    # Another name beside all inputs is ignored; beside fewer it may be an optional input's, misspelt.
+    assert ask("defaults:predict", {"inputs": {**given["inputs"], "more": 1}}) == (200, {"outputs": [[2.0, 3.0, 4.0]]})
+    status, answer = ask("defaults:predict", {"inputs": {"x": [[1, 2, 3]], "shfit": [[1]]}})
+    assert (status, "does not have named input: shfit" in answer["error"]) == (400, True)
+    status, answer = ask("defaults/metadata")
+    assert status == 200
+    signatures = answer["metadata"]["signature_def"]["signature_def"]
+    shift = signatures["serving_default"]["defaults"]["shift"]
+    assert (shift["dtype"], shift["float_val"]) == ("DT_FLOAT", [10.0])
+    assert [dim["size"] for dim in shift["tensor_shape"]["dim"]] == ["1", "1"]
+    end = signatures["greeting"]["defaults"]["end"]
+    assert (end["dtype"], base64.b64decode(end["string_val"][0])) == ("DT_STRING", b"!")
+    status, answer = ask("several/metadata")
+    assert answer["metadata"]["signature_def"]["signature_def"]["add"]["defaults"] == {}

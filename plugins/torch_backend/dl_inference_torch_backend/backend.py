@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -14,30 +16,32 @@ from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Backend, Model
 from dl_inference_core.node.samples import read_samples
 from dl_inference_core.node.sources import imports_from, load_module
+from dl_inference_torch_backend.selection import INDEX_SUFFIX, candidates, model_file
 
 if TYPE_CHECKING:
     import torch
 
     from dl_inference_torch_backend.devices import Device
     from dl_inference_torch_backend.modules import TorchModel
-
-SUFFIXES = (".pt2", ".safetensors", ".pt", ".pth")
+    from dl_inference_torch_backend.weights import Weights
 
 
 class TorchBackend(Backend):
     """Loads `.pt2` (torch.export), TorchScript, state dicts and safetensors with a factory, and whole pickles.
 
-    The one file that ends in one of `SUFFIXES` is the model; where there are several, `file` says which. What a `.pt`
-    or `.pth` is follows from what is in it.
+    The one file that ends in one of `selection.SUFFIXES`, or an index of weights in parts, is the model; where there
+    are several, `file` says which. What a `.pt` or `.pth` is follows from what is in it.
     """
 
     name = "torch"
 
     class Options(PluginOptions):
         """Attributes:
-        intra_op_threads: threads that one operator may use; if left out, a thread for each core of this worker's share,
-            which is torch's own default where there is one worker.
-        inter_op_threads: threads that run independent operators of TorchScript; likewise.
+        intra_op_threads: threads that one operator may use; if left out, OMP_NUM_THREADS of the environment, else a
+            thread for each core of this worker's share; a CPU quota counts as so many cores, rounded up. Where one
+            worker has all cores and no quota, torch's own default.
+        inter_op_threads: threads that run independent operators of TorchScript; if left out, likewise, without
+            OMP_NUM_THREADS.
         """
 
         intra_op_threads: int | None = Field(default=None, ge=1)
@@ -47,6 +51,8 @@ class TorchBackend(Backend):
         """Attributes:
         file: the model's file; needed only where the folder holds several that could be.
         factory: "module:function" beside the model that makes the `nn.Module` of a state dict.
+        ignore_weights: names of weights, with `*` and `?`, that the file may lack and the module may not know, such as
+            "*.position_ids"; what the file lacks is as the factory made it.
         sha256: digests in hex; with any, only files that have one of them are loaded, and those are unpickled whole,
             which runs whatever code is in them, unless there are `allow_classes`.
         allow_classes: classes, as "module.Class", that a whole pickle may hold; nothing else of it is run.
@@ -63,6 +69,7 @@ class TorchBackend(Backend):
 
         file: str | None = Field(default=None, pattern=r"^[^/\\]+$")
         factory: str = Field(default="model:create_model", pattern=r"^\w+:\w+$")
+        ignore_weights: tuple[str, ...] = ()
         sha256: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
         allow_classes: tuple[Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")], ...] = ()
         execution: Literal["auto", "eager", "frozen", "compile", "aoti"] = "auto"
@@ -81,18 +88,16 @@ class TorchBackend(Backend):
 
     @classmethod
     def recognises(cls, directory: Path) -> bool:
-        return bool(_candidates(directory))
+        return bool(candidates(directory))
 
     def load(self, directory: Path, options: PluginOptions, device: str) -> Model:
         assert isinstance(options, self.ModelOptions)
         self._set_threads()
         place = _device(device)
-        path = _file(directory, options)
+        path = model_file(directory, options.file)
         try:
-            content = path.read_bytes()
-            _check_digest(path, content, options)
             with imports_from(directory):
-                return _run_as_said(_model(path, content, options, place), directory, options)
+                return _run_as_said(_model(path, options, place), directory, options)
         except ModelError:
             raise
         except (Exception, SystemExit) as error:
@@ -109,47 +114,42 @@ class TorchBackend(Backend):
         Raises:
             ModelError: it is too late for that.
         """
+        # Large tensors in huge pages: a tensor of 200 MB is given back to the system in 1 ms in the place of 17 ms, in
+        # which all threads wait. PyTorch reads this at its first allocation.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         import torch
 
         with self._lock:
             if self._threads_set:
                 return
-            intra, inter = self.options.intra_op_threads or self.cores, self.options.inter_op_threads
-            if inter is not None and inter != torch.get_num_interop_threads():
+            share = 0 if "OMP_NUM_THREADS" in os.environ else self.cores
+            intra, inter = self.options.intra_op_threads or share, self.options.inter_op_threads or self.cores
+            if inter and inter != torch.get_num_interop_threads():
                 try:
                     torch.set_num_interop_threads(inter)
                 except RuntimeError as error:
-                    raise ModelError(
-                        f"inter_op_threads is {torch.get_num_interop_threads()} in this process and cannot become "
-                        f"{inter} any more: restart it"
-                    ) from error
+                    if self.options.inter_op_threads is not None:
+                        raise ModelError(
+                            f"inter_op_threads is {torch.get_num_interop_threads()} in this process and cannot become "
+                            f"{inter} any more: restart it"
+                        ) from error
             if intra:
                 torch.set_num_threads(intra)
             self.imported()
             self._threads_set = True
 
 
-def _candidates(directory: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in directory.iterdir() if entry.suffix in SUFFIXES and entry.is_file())
-    except OSError:
-        return []
+def _read(path: Path, options: TorchBackend.ModelOptions) -> bytes:
+    """Raises:
+    ModelError: the file is not of the format that its name says, or has another digest.
+    """
+    from dl_inference_torch_backend.files import refuse_foreign
 
-
-def _file(directory: Path, options: TorchBackend.ModelOptions) -> Path:
-    names = _candidates(directory)
-    if options.file is not None:
-        if options.file not in names:
-            raise ModelError(f"{directory} has no model file {options.file}; it has {', '.join(names) or 'none'}")
-        return directory / options.file
-    if not names:
-        raise ModelError(f"{directory} has no file that ends in one of {', '.join(SUFFIXES)}")
-    if len(names) > 1:
-        raise ModelError(
-            f"{directory} has several files that could be the model, {', '.join(names)}: say which with "
-            f'`file = "{names[0]}"` under [options] in model.toml'
-        )
-    return directory / names[0]
+    content = path.read_bytes()
+    if not path.name.endswith(INDEX_SUFFIX):
+        refuse_foreign(path, content)
+    _check_digest(path, content, options)
+    return content
 
 
 def _check_digest(path: Path, content: bytes, options: TorchBackend.ModelOptions) -> None:
@@ -160,12 +160,13 @@ def _check_digest(path: Path, content: bytes, options: TorchBackend.ModelOptions
         )
 
 
-def _model(path: Path, content: bytes, options: TorchBackend.ModelOptions, place: torch.device) -> TorchModel:
+def _model(path: Path, options: TorchBackend.ModelOptions, place: torch.device) -> TorchModel:
     import torch
 
-    from dl_inference_torch_backend import files, modules
+    from dl_inference_torch_backend import files, forwards, modules, weights
     from dl_inference_torch_backend.devices import device_for
 
+    content = _read(path, options)
     trusted = bool(options.sha256) and not options.allow_classes
     device = device_for(place)
     if path.suffix == ".pt2":
@@ -175,16 +176,22 @@ def _model(path: Path, content: bytes, options: TorchBackend.ModelOptions, place
             pt2.refuse_unsafe(path, content, trusted=trusted)
             return _compiled(path, content, device)
         return modules.ExportedModel(pt2.load_exported(path, content, trusted=trusted), device)
+    unpickle = partial(files.unpickle, classes=options.allow_classes, trusted=trusted)
+    if path.name.endswith(INDEX_SUFFIX):
+        read = partial(_read, options=options)
+        return forwards.EagerModel(
+            _from_weights(path, options, weights.read_parts(path, content, read, unpickle)), device
+        )
     if path.suffix == ".safetensors":
-        return modules.EagerModel(_from_state(path, options, files.load_safetensors(content)), device)
+        return forwards.EagerModel(_from_weights(path, options, weights.read_weights(path, content, unpickle)), device)
     if files.is_torchscript(content):
-        return modules.ScriptedModel(files.load_scripted(content, place), device)
-    held = files.unpickle(path, content, options.allow_classes, trusted=trusted)
+        return forwards.ScriptedModel(files.load_scripted(content, place), device)
+    held = unpickle(path, content)
     if isinstance(held, dict):
-        held = _from_state(path, options, held)
+        held = _from_weights(path, options, weights.Weights(held))
     if not isinstance(held, torch.nn.Module):
         raise ModelError(f"{path} holds a {type(held).__qualname__}; expected an nn.Module or a state dict")
-    return modules.EagerModel(held, device)
+    return forwards.EagerModel(held, device)
 
 
 def _compiled(path: Path, content: bytes, device: Device) -> TorchModel:
@@ -208,10 +215,13 @@ def _compiled(path: Path, content: bytes, device: Device) -> TorchModel:
 
 def _run_as_said(model: TorchModel, directory: Path, options: TorchBackend.ModelOptions) -> TorchModel:
     """`model`, which from now on runs as `options` say; closed if it cannot."""
+    from dl_inference_torch_backend.forwards import ForwardModel
     from dl_inference_torch_backend.modules import CompiledModel
 
     model.device.settle()
     try:
+        if isinstance(model, ForwardModel) and not model.cannot_answer:
+            model.state_numbers({name: array for sample in read_samples(directory) for name, array in sample.items()})
         if isinstance(model, CompiledModel):
             if options.dtype or options.channels_last or options.cuda_graphs:
                 raise ModelError(
@@ -229,9 +239,11 @@ def _run_as_said(model: TorchModel, directory: Path, options: TorchBackend.Model
     return model
 
 
-def _from_state(path: Path, options: TorchBackend.ModelOptions, state: dict[str, Any]) -> torch.nn.Module:
-    """What the factory makes, with the weights in `state`."""
+def _from_weights(path: Path, options: TorchBackend.ModelOptions, weights: Weights) -> torch.nn.Module:
+    """What the factory makes, with `weights`."""
     import torch
+
+    from dl_inference_torch_backend.weights import fill
 
     module_name, _, function = options.factory.partition(":")
     source = path.with_name(f"{module_name}.py")
@@ -250,7 +262,7 @@ def _from_state(path: Path, options: TorchBackend.ModelOptions, state: dict[str,
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{function}() in {source} gave a {type(module).__qualname__}; expected an nn.Module")
     try:
-        module.load_state_dict(state)
+        fill(module, weights, options.ignore_weights)
     except Exception as error:
         raise ModelError(f"the weights in {path} do not fit the module that {function}() in {source} makes") from error
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +15,14 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from dl_inference_core.errors import ModelError
 from dl_inference_torch_backend.execution import Flat, ModelOptions, Trial, free_places, in_words
-from dl_inference_torch_backend.modules import CompiledRun, ScriptedModel, TorchModel, flat_graph
+from dl_inference_torch_backend.forwards import ScriptedModel
+from dl_inference_torch_backend.modules import CompiledRun, TorchModel, flat_graph
 from dl_inference_torch_backend.pt2 import load_compiled
+
+# torch.compile logs a traceback for inputs of a shape that the model does not take, which the client is told of.
+logging.getLogger("torch._subclasses.fake_tensor").addFilter(
+    lambda record: not record.getMessage().startswith("failed while attempting to run meta")
+)
 
 
 def compile_now(model: TorchModel, flat: Flat, trials: Sequence[Trial], options: ModelOptions) -> Callable[..., Any]:

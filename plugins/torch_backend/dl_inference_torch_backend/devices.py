@@ -48,9 +48,6 @@ class Device:
         Other shapes run as before. `run` returns tensors only."""
         return run
 
-    def release(self) -> None:
-        """The model is gone."""
-
 
 class Accelerator(Device):
     """A device with memory and streams of its own. What is asked of it lines up on one stream per model, so copies of
@@ -138,9 +135,6 @@ class Cuda(Accelerator):
             outputs = run()
         self._pool = graph.pool()
         return graph.replay, outputs
-
-    def release(self) -> None:
-        torch.cuda.empty_cache()
 
 
 class _Graphs:

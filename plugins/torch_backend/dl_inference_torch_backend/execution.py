@@ -20,7 +20,8 @@ from dl_inference_core.node.backend import Signature
 from dl_inference_core.node.samples import of_rows, read_samples, rows_of, samples
 from dl_inference_core.tensors import Tensor
 from dl_inference_torch_backend.backend import TorchBackend
-from dl_inference_torch_backend.modules import ExportedModel, ScriptedModel, TorchModel
+from dl_inference_torch_backend.forwards import ScriptedModel
+from dl_inference_torch_backend.modules import ExportedModel, TorchModel
 
 ModelOptions: TypeAlias = TorchBackend.ModelOptions
 
@@ -55,6 +56,8 @@ def prepare(model: TorchModel, options: ModelOptions, directory: Path) -> None:
         # torch deprecates TorchScript at each step, and warns of what a trace leaves out: that is what is checked here.
         warnings.simplefilter("ignore")
         trials = _trials(model, directory, options.cuda_graphs)
+        if model.order:
+            model.take_only(tuple(trials[0].inputs))
         try:
             _change(model, options, trials)
         except ModelError:
@@ -69,7 +72,7 @@ def _trials(model: TorchModel, directory: Path, wanted: Sequence[int]) -> list[T
     trials: dict[Any, Trial] = {}
     failure: Exception | None = None
     for inputs, required in _inputs(model.signature, directory, wanted):
-        shapes = tuple(array.shape for array in inputs.values())
+        shapes = tuple((name, array.shape) for name, array in inputs.items())
         if shapes in trials:
             continue
         try:
@@ -82,6 +85,8 @@ def _trials(model: TorchModel, directory: Path, wanted: Sequence[int]) -> list[T
             if required:
                 break
     else:
+        if len({tuple(trial.inputs) for trial in trials.values()}) > 1:
+            raise ModelError(f"the samples in {directory} have different inputs; expected the same in all of them")
         if trials and {trial.rows for trial in trials.values()}.issuperset(wanted):
             return list(trials.values())
     raise ModelError(
@@ -174,8 +179,12 @@ def _freeze(model: TorchModel, flat: Flat, trials: Sequence[Trial], options: Mod
     """TorchScript is frozen as it is, an exported program as TorchScript of its graph; a module is traced, conversions
     and all."""
     if isinstance(model, ExportedModel | ScriptedModel):
-        core = model.core if isinstance(model, ScriptedModel) else torch.jit.script(_scriptable(model.core))
-        frozen = _frozen(core)
+        frozen: torch.nn.Module
+        if isinstance(model, ExportedModel):
+            frozen = _frozen(torch.jit.script(_scriptable(model.core)))
+        else:
+            frozen = _frozen(model.core.module)
+            frozen = frozen if model.core.in_order else model.core.around(frozen)
         if options.dtype or options.channels_last:
             flat.core = frozen
             return flat.forward

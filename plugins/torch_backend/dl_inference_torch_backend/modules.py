@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor, mapped
+from dl_inference_torch_backend import failures
 from dl_inference_torch_backend.devices import Device
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class TorchModel(Model):
 
     order: tuple[str, ...] = ()
     """The inputs, in the order in which `core` takes them; none: one, of any name."""
+    cannot_answer: str = ""
+    """Why the model cannot answer a request by itself, a handler with a `run_model` of its own apart; "" if it can."""
 
     def __init__(self, native: Any, core: Any, device: Device, run: Callable[..., Any] | None = None) -> None:
         """Args:
@@ -50,6 +52,14 @@ class TorchModel(Model):
         """The names of what `_run` returns, if that is a flat sequence; None is left out."""
         self._constants: Sequence[tuple[str, Any]] = ()
         """Outputs that `_run` does not return."""
+
+    @property
+    def signatures(self) -> Mapping[str, Signature]:
+        return {} if self.cannot_answer else super().signatures
+
+    @property
+    def unserved(self) -> Mapping[str, str]:
+        return {DEFAULT_SIGNATURE: self.cannot_answer} if self.cannot_answer else {}
 
     @property
     def native(self) -> Any:
@@ -69,10 +79,24 @@ class TorchModel(Model):
 
     def close(self) -> None:
         self._native = self.core = self._run = None
-        self.device.release()
+
+    @classmethod
+    def return_memory(cls) -> None:
+        torch.cuda.empty_cache()  # nothing where CUDA is not in use
 
     def __call__(self, inputs: Mapping[str, Any], signature: str = DEFAULT_SIGNATURE) -> dict[str, Tensor]:
-        return self.outputs(self.named(self.result(self.tensors(inputs))))
+        tensors = self.tensors(inputs)
+        try:
+            result = self.result(tensors)
+        except Exception as error:
+            explained = self.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+        return self.outputs(self.named(result))
+
+    def explain(self, error: BaseException) -> BaseException:
+        return failures.explain(error)
 
     def run_as(self, run: Callable[..., Any], output_names: Sequence[str], constants: Mapping[str, Any]) -> None:
         """From now on have `run` give those outputs, from the tensors of `order`; `constants` are given beside them."""
@@ -93,24 +117,40 @@ class TorchModel(Model):
         self.order = tuple(sample)
         self.signature = replace(self.signature, inputs=tuple(specs))
 
-    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """`inputs` as tensors on the model's device, whatever device those that are tensors were on."""
+    def take_only(self, names: Sequence[str]) -> None:
+        """From now on take the inputs `names` and no others, in this order; all are required."""
+        specs = {spec.name: replace(spec, optional=False) for spec in self.signature.inputs}
+        self.order = tuple(names)
+        self.signature = replace(self.signature, inputs=tuple(specs[name] for name in names))
+
+    def tensors(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """`inputs` with arrays and tensors, in lists and dicts too, as tensors on the model's device."""
         return {
-            name: self._from_numpy(value) if isinstance(value, np.ndarray) else self.device.place_tensor(value)
+            name: self._from_numpy(value) if isinstance(value, np.ndarray) else self._placed(value)
             for name, value in inputs.items()
         }
 
-    def arguments(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def arguments(self, tensors: Mapping[str, Any]) -> list[Any]:
         """`tensors` in the order of `core`.
 
         Raises:
             BadRequest: the model does not take them.
         """
-        if self.order:
+        if self.order or self.signature.exact:
+            if len(tensors) != len(self.order) or not tensors.keys() >= set(self.order):
+                raise self.mismatch(tensors, self.order)
             return [tensors[name] for name in self.order]
         if len(tensors) != 1:
             raise BadRequest(f"the model does not name its inputs and takes one tensor, not {len(tensors)}")
         return list(tensors.values())
+
+    def mismatch(self, given: Iterable[str], names: Collection[str]) -> BadRequest:
+        """What to raise for inputs of the names `given`, where the model takes `names`: one is unknown, or missing."""
+        takes = f"it takes {', '.join(map(str, self.signature.inputs)) or 'no inputs'}"
+        if unknown := [name for name in given if name not in names]:
+            return BadRequest(f'the model has no input "{unknown[0]}"; {takes}')
+        missing = [spec.name for spec in self.signature.inputs if not spec.optional and spec.name not in given]
+        return BadRequest(f'the input "{missing[0]}" is missing; {takes}')
 
     def result(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """What the model returns for `tensors`."""
@@ -129,18 +169,22 @@ class TorchModel(Model):
         """As arrays; None is left out.
 
         Raises:
-            TypeError: something that is no tensor and no number.
+            TypeError: an output is neither a tensor nor a number, or two outputs have the same name.
         """
         tensors = iter(self.device.download([value for _, value in named if isinstance(value, torch.Tensor)]))
         outputs: dict[str, Tensor] = {}
         for name, value in named:
+            if name in outputs:
+                raise TypeError(_meet(name))
             if isinstance(value, torch.Tensor):
                 outputs[name] = _array(next(tensors))
             elif isinstance(value, bool | int | float | complex):
                 outputs[name] = np.asarray(value)
             elif value is not None:
                 kind = type(value).__qualname__
-                raise TypeError(f'output "{name}" is a {kind}, no tensor: only a handler can answer it')
+                raise TypeError(
+                    f'output "{name}" has the type {kind}; expected a tensor or a number: a handler can convert it'
+                )
         return outputs
 
     def _from_numpy(self, array: Tensor) -> torch.Tensor:
@@ -152,63 +196,27 @@ class TorchModel(Model):
             raise BadRequest(f"torch models take no {dtype} tensors") from error
         return tensor.view(torch.bfloat16) if bfloat16 else tensor
 
+    def _placed(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.device.place_tensor(value)
+        return mapped(self.to_native(value), torch.Tensor, self.device.place_tensor)
+
     def _to_numpy(self, tensor: torch.Tensor) -> Tensor:
         return _array(self.device.download([tensor])[0])
-
-
-class EagerModel(TorchModel):
-    """An `nn.Module`; its inputs are the parameters of `forward` that have no default."""
-
-    def __init__(self, module: torch.nn.Module, device: Device) -> None:
-        module = module.to(device.place).eval()
-        parameters = inspect.signature(module.forward).parameters.values()
-        required: list[inspect.Parameter] = []
-        if not any(parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters):
-            required = [parameter for parameter in parameters if parameter.default is parameter.empty]
-        self.order = tuple(parameter.name for parameter in required)
-        self.signature = Signature(inputs=tuple(TensorSpec(name=name) for name in self.order))
-        keywords = [parameter.name for parameter in required if parameter.kind is parameter.KEYWORD_ONLY]
-        super().__init__(module, _Keywords(module, keywords) if keywords else module, device)
-
-
-class _Keywords(torch.nn.Module):
-    """A module that takes its keywords as its last arguments."""
-
-    def __init__(self, module: torch.nn.Module, keywords: Sequence[str]) -> None:
-        super().__init__()
-        self.module = module
-        self._keywords = tuple(keywords)
-
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        places = len(tensors) - len(self._keywords)
-        return self.module(*tensors[:places], **dict(zip(self._keywords, tensors[places:], strict=True)))
-
-
-class ScriptedModel(TorchModel):
-    """A TorchScript module; its inputs are those of its schema that have no default."""
-
-    def __init__(self, module: torch.jit.ScriptModule, device: Device) -> None:
-        arguments: Any = module.forward.schema.arguments[1:]  # type: ignore[attr-defined]
-        required = [argument for argument in arguments if not argument.has_default_value()]
-        self.order = tuple(argument.name for argument in required)
-        self.signature = Signature(inputs=tuple(TensorSpec(name=name) for name in self.order))
-        keywords = [argument.name for argument in required if argument.kwarg_only]
-        super().__init__(module, _Keywords(module.eval(), keywords) if keywords else module.eval(), device)
-
-    def result(self, tensors: Mapping[str, torch.Tensor]) -> Any:
-        # By name, since a handler may give what has a default as well.
-        return super().result(tensors) if self.core is None else self._native(**tensors)
 
 
 class ExportedModel(TorchModel):
     """A torch.export program; names, dtypes, shapes and their limits are those it was exported with."""
 
+    platform = "pytorch_exported"
+
     def __init__(self, program: torch.export.ExportedProgram, device: Device) -> None:
         """Raises:
-        ModelError: it takes anything but tensors and constants.
+        ModelError: it takes anything but tensors and constants, or the names of two inputs or outputs are the same.
         """
         program = move_to_device_pass(program, device.place)
         module: Any = program.module()
+        _take_names(module, program)
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
         arguments = [spec.arg for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
         names = _input_names(program, [argument.name for argument in arguments])
@@ -224,17 +232,19 @@ class ExportedModel(TorchModel):
             else:
                 raise ModelError(f'the program takes "{name}" as a number; export it with tensors only')
         self.order = tuple(spec.name for spec in specs)
+        if len(set(self.order)) < len(specs):
+            raise ModelError(f"two inputs of the program have the same name; it takes {', '.join(self.order)}")
         constants = {index: item.value for index, item in enumerate(self._given) if isinstance(item, ConstantArgument)}
         self._guards: Callable[..., Any] | None = getattr(module, "_guards_fn", None)
         self._admitted: set[tuple[torch.Size, ...]] = set()
         # Its own forward flattens and unflattens Python's containers, which takes 50 µs, and runs the guards, 25 µs.
         graph = flat_graph(module, constants)
         super().__init__(module, graph, device, graph.forward)
-        self.signature = Signature(inputs=tuple(specs), outputs=_output_specs(program, values))
+        self.signature = Signature(inputs=tuple(specs), outputs=_output_specs(program, values), exact=True)
         self._output_names = _output_names(program)
 
     def arguments(self, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        arguments = super().arguments(tensors) if self.order else []
+        arguments = super().arguments(tensors)
         if self._guards is not None:
             shapes = tuple(tensor.shape for tensor in arguments)
             if shapes not in self._admitted:
@@ -268,6 +278,8 @@ class ExportedModel(TorchModel):
 class CompiledModel(TorchModel):
     """An AOTInductor package, which is machine code. It does not say what it takes, so a sample does: names, dtypes and
     numbers of dimensions."""
+
+    platform = "torch_aoti"  # Triton's name
 
     def __init__(self, package: AOTICompiledModel, device: Device, sample: Mapping[str, Tensor]) -> None:
         """Args:
@@ -339,11 +351,42 @@ def flat_graph(module: Any, constants: Mapping[int, Any]) -> torch.fx.GraphModul
     return torch.fx.GraphModule(module, graph)
 
 
-def _input_names(program: torch.export.ExportedProgram, graph_names: list[str]) -> list[str]:
-    """The parameters of `forward` if each is one value, else the graph's names for what they hold."""
+def _take_names(module: torch.nn.Module, program: torch.export.ExportedProgram) -> None:
+    """Let handlers give `module`, a `program.module()`, each argument by position or by name, as they can an eager
+    module. By itself it takes an argument only in the way in which it was exported."""
+    in_spec = program.call_spec.in_spec
     signature = program.module_call_graph[0].signature
-    names = (signature.forward_arg_names if signature is not None else None) or []
-    return list(names) if len(names) == len(graph_names) else graph_names
+    if in_spec is None or signature is None or signature.forward_arg_names is None:
+        return
+    names = tuple(signature.forward_arg_names)
+    exported, _ = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
+    positional = names[: len(exported)]
+
+    def arrange(
+        _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if len(args) > len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+            return None  # the module itself says what is wrong
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        return tuple([given.pop(name) for name in positional if name in given]), given
+
+    module.register_forward_pre_hook(arrange, prepend=True, with_kwargs=True)
+
+
+def _input_names(program: torch.export.ExportedProgram, graph_names: list[str]) -> list[str]:
+    """The name of each flat input: the parameter of `forward`, and what `named` appends for what it holds; the graph's
+    own name where the program does not say."""
+    in_spec = program.call_spec.in_spec
+    signature = program.module_call_graph[0].signature
+    names = list(graph_names)
+    if in_spec is not None and signature is not None:
+        args, kwargs = pytree.tree_unflatten(list(range(in_spec.num_leaves)), in_spec)
+        parameters = [*zip(signature.forward_arg_names or (), args, strict=False), *kwargs.items()]
+        for parameter, value in parameters:
+            for name, place in named(value, parameter):
+                if isinstance(place, int):  # a container of a kind that `named` does not know, otherwise
+                    names[place] = name
+    return names
 
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str | None]:
@@ -353,12 +396,22 @@ def _output_names(program: torch.export.ExportedProgram) -> list[str | None]:
 
 
 def _names_of(out_spec: pytree.TreeSpec) -> list[str | None]:
-    """The name of each flat output."""
+    """The name of each flat output.
+
+    Raises:
+        ModelError: two outputs have the same name.
+    """
     names: list[str | None] = [None] * out_spec.num_leaves
     for name, place in named(pytree.tree_unflatten(list(range(out_spec.num_leaves)), out_spec)):
         if isinstance(place, int):  # a container of a kind that `named` does not know, otherwise
+            if name in names:
+                raise ModelError(_meet(name))
             names[place] = name
     return names
+
+
+def _meet(name: str) -> str:
+    return f'two outputs have the name "{name}" once nested keys are joined by "_"; give one of them another key'
 
 
 def _output_specs(program: torch.export.ExportedProgram, values: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
@@ -373,12 +426,13 @@ def _spec(name: str, value: Any) -> TensorSpec:
         return TensorSpec(name=name)
     return TensorSpec(
         name=name,
-        dtype=_numpy_dtype(value.dtype),
+        dtype=numpy_dtype(value.dtype),
         shape=tuple(size if isinstance(size, int) else None for size in value.shape),
     )
 
 
-def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any] | None:
+    """numpy's name for a dtype of torch's; None if it has none."""
     try:
         return _array(torch.empty(0, dtype=dtype)).dtype
     except TypeError:

@@ -9,9 +9,11 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch._export.serde import schema
 from torch.export.pt2_archive import PT2ArchiveReader, constants
 
 # torch.export.load wraps it, but falls back to an older, pickled format and swallows the error.
@@ -19,14 +21,14 @@ from torch.export.pt2_archive._package import AOTICompiledModel, load_pt2
 
 from dl_inference_core.errors import ModelError
 from dl_inference_torch_backend.files import pin
+from dl_inference_torch_backend.program_check import UnsafeProgramError, check_examples, check_program
 
 
 def load_exported(path: Path, content: bytes, *, trusted: bool) -> torch.export.ExportedProgram:
-    """The program in a `.pt2` archive. A hostile one can run code even if it holds no pickle: torch evaluates the
-    expressions of symbolic sizes and the guards in it as Python.
+    """The program in a `.pt2` archive.
 
     Raises:
-        ModelError: it holds pickled objects or compiled code and is not `trusted`, or it holds no program.
+        ModelError: it holds what could run code and is not `trusted`, or it holds no program.
     """
     refuse_unsafe(path, content, trusted=trusted)
     programs = load_pt2(io.BytesIO(content)).exported_programs
@@ -36,7 +38,7 @@ def load_exported(path: Path, content: bytes, *, trusted: bool) -> torch.export.
 
 
 def is_compiled(content: bytes) -> bool:
-    """Whether a `.pt2` archive holds code that AOTInductor compiled; False for what is no archive."""
+    """Whether a `.pt2` archive holds code that AOTInductor compiled; False if it is not an archive."""
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return any(name.partition("/")[2].startswith(constants.AOTINDUCTOR_DIR) for name in archive.namelist())
@@ -68,26 +70,46 @@ def load_compiled(content: bytes, device: torch.device) -> AOTICompiledModel:
 
 def refuse_unsafe(path: Path, content: bytes, *, trusted: bool) -> None:
     """Raises:
-    ModelError: a `.pt2` archive holds pickled objects or compiled code and is not `trusted`.
+    ModelError: a `.pt2` archive that is not `trusted` holds pickled objects, compiled code, or a graph with anything
+        that torch.export does not write.
     """
-    if not trusted and (record := _unsafe_record(content)) is not None:
-        raise ModelError(f"{path} is refused: it holds {record}, which could run any code; {pin(content)}")
+    if trusted:
+        return
+    try:
+        _check_records(PT2ArchiveReader(io.BytesIO(content)))
+    except UnsafeProgramError as error:
+        raise ModelError(f"{path} is refused: it holds {error}, which could run any code; {pin(content)}") from None
 
 
-def _unsafe_record(content: bytes) -> str | None:
-    """What in the archive is no graph and no plain tensor, seen by the reader that will load it."""
-    reader = PT2ArchiveReader(io.BytesIO(content))
-    for name in reader.get_file_names():
-        if name.startswith(constants.AOTINDUCTOR_DIR):
-            return f"compiled code ({name})"
-        if name.startswith((constants.WEIGHTS_DIR, constants.CONSTANTS_DIR)) and name.endswith(".json"):
-            for entry in json.loads(reader.read_string(name))["config"].values():
+def _check_records(reader: PT2ArchiveReader) -> None:
+    """Check each record in the archive that torch evaluates, seen by the reader that will load it.
+
+    Raises:
+        UnsafeProgramError: as of `refuse_unsafe`.
+    """
+    names = reader.get_file_names()
+    # The reader lists no more than 511 bytes of a name, but finds a record by its whole name, in whatever case: without
+    # this check, torch could load a record that is listed, and checked, under another name.
+    has_record: Callable[[str], bool] = reader.archive_file.has_record  # type: ignore[attr-defined]
+    if len({name.lower() for name in names}) < len(names) or not all(map(has_record, names)):
+        raise UnsafeProgramError("records whose names are too long or not unique")
+    for name in names:
+        kind = name.lower()  # torch finds records in capitals, too
+        if kind.startswith(constants.AOTINDUCTOR_DIR):
+            raise UnsafeProgramError(f"compiled code ({name})")
+        if kind.startswith(constants.MODELS_DIR):
+            check_program(schema.ExportedProgram, json.loads(reader.read_string(name)))
+        elif kind.startswith((constants.WEIGHTS_DIR, constants.CONSTANTS_DIR)) and kind.endswith(".json"):
+            payload = json.loads(reader.read_string(name))
+            for entry in payload["config"].values():
                 plain = (constants.WEIGHT_FILENAME_PREFIX, constants.TENSOR_CONSTANT_FILENAME_PREFIX)
                 if entry["use_pickle"] or not entry["path_name"].startswith(plain):
-                    return f"a pickled object ({entry['path_name']})"
-        elif name.endswith(".pt"):
+                    raise UnsafeProgramError(f"a pickled object ({entry['path_name']})")
+            check_program(schema.PayloadConfig, payload)
+        elif kind.endswith(".pt"):
             try:
-                torch.load(io.BytesIO(reader.read_bytes(name)), weights_only=True)
-            except Exception:  # torch.export would unpickle it whole, then
-                return f"a pickled object ({name})"
-    return None
+                value = torch.load(io.BytesIO(reader.read_bytes(name)), weights_only=True)
+            except Exception as error:  # torch.export would unpickle it whole, then
+                raise UnsafeProgramError(f"a pickled object ({name})") from error
+            if kind.startswith(constants.SAMPLE_INPUTS_DIR):
+                check_examples(value)

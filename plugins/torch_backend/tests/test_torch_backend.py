@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,11 +17,16 @@ import pytest
 import safetensors.torch
 import torch
 from dl_inference_torch_backend.backend import TorchBackend
+from dl_inference_torch_backend.testing import load
 from torch.export import Dim
 
+from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest, ModelError
 from dl_inference_core.node.backend import Backend, Model
+from dl_inference_core.node.handler_inputs import inputs_of
+from dl_inference_core.node.loading import Loader
 from dl_inference_core.node.sources import imports_from
+from dl_inference_core.tensors import Form, Request
 from dl_inference_core.testing import BackendConformance
 
 NET = """
@@ -78,6 +85,7 @@ def write_pickle(directory: Path, add: int = 0) -> tuple[Path, torch.nn.Module]:
     with imports_from(directory):
         import net
 
+        net.Net.__module__ = "net"  # as in the script that a model is saved by
         module = net.Net().eval()
         torch.save(module, directory / "model.pth")
     return directory, module
@@ -95,11 +103,6 @@ def script(directory: Path, module: torch.nn.Module) -> Path:
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(module), directory / "model.pt")  # type: ignore[no-untyped-call]
     return directory
-
-
-def load(directory: Path, device: str = "cpu", **options: Any) -> Model:
-    backend = TorchBackend(TorchBackend.Options())
-    return backend.load(directory, TorchBackend.ModelOptions(**options), device)
 
 
 def call(model: Model, **inputs: Any) -> dict[str, Any]:
@@ -228,6 +231,20 @@ def test_a_damaged_file_is_a_model_error_that_names_it(tmp_path, write, options,
         load(directory, **options)
 
 
+@pytest.mark.parametrize(
+    ("write", "platform"),
+    [
+        (write_exported, "pytorch_exported"),
+        (write_scripted, "pytorch_libtorch"),
+        (write_state_dict, "pytorch_eager"),
+        (write_safetensors, "pytorch_eager"),
+    ],
+)
+def test_the_platform_names_the_format_of_the_file(tmp_path, write, platform):
+    write(tmp_path)
+    assert load(tmp_path).platform == platform
+
+
 def test_the_session_is_inference_mode(tmp_path):
     model = load(write_scripted(tmp_path)[0])
     assert not torch.is_inference_mode_enabled()
@@ -339,6 +356,37 @@ def test_answers_on_cuda(tmp_path, write, options, device):
         assert model.to_native(X).is_cuda
     np.testing.assert_allclose(call(model, x=X)["output"], module.cpu()(torch.from_numpy(X)).detach(), rtol=1e-3)
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "threads"),
+    [
+        ({}, {}, "3 3"),
+        ({"OMP_NUM_THREADS": "2"}, {}, "2 3"),
+        ({}, {"intra_op_threads": 1, "inter_op_threads": 2}, "1 2"),
+    ],
+)
+def test_threads_follow_the_share_of_the_cores_unless_somebody_says_otherwise(tmp_path, environment, options, threads):
+    directory, _ = write_scripted(tmp_path)
+    program = """
+        import pathlib, sys, torch
+        from dl_inference_torch_backend.backend import TorchBackend
+
+        backend = TorchBackend(TorchBackend.Options.model_validate_json(sys.argv[2]))
+        backend.cores = 3
+        backend.load(pathlib.Path(sys.argv[1]), backend.ModelOptions(), "cpu")
+        print(torch.get_num_threads(), torch.get_num_interop_threads())
+    """
+    without = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ran = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(directory), json.dumps(options)],
+        env={**without, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert ran.stdout.strip() == threads
 
 
 def test_threads_are_set_once_per_process(tmp_path):
@@ -465,6 +513,45 @@ def test_a_program_that_takes_a_number_is_a_model_error(tmp_path):
         load(tmp_path)
 
 
+class Weighed(torch.nn.Module):
+    def forward(self, tokens, weight):
+        return tokens * weight
+
+
+@pytest.mark.parametrize("keywords", [(), ("weight",), ("tokens", "weight")])
+def test_handlers_give_a_program_its_arguments_by_position_or_by_name(tmp_path, keywords):
+    given = {"tokens": torch.tensor([2, 3]), "weight": torch.tensor([1.0, 0.5])}
+    args = [value for name, value in given.items() if name not in keywords]
+    export(tmp_path, Weighed(), *args, kwargs={name: given[name] for name in keywords})
+    native = load(tmp_path).native
+    for result in (
+        native(*given.values()),
+        native(given["tokens"], weight=given["weight"]),
+        native(weight=given["weight"], tokens=given["tokens"]),
+    ):
+        torch.testing.assert_close(result, torch.tensor([2.0, 1.5]))
+    for wrong_args, wrong_kwargs in (((), {}), (given.values(), {"weight": 1}), ((), {"mask": given["tokens"]})):
+        with pytest.raises((ValueError, TypeError)):
+            native(*wrong_args, **wrong_kwargs)
+
+
+@pytest.mark.parametrize("returned", ["array", "{'x': array}", "[[2, 3]]"])
+def test_a_processor_calls_a_program_on_what_its_preprocess_returned(tmp_path, returned):
+    export(tmp_path, Doubles(), torch.ones(1, 2))
+    (tmp_path / "processor.py").write_text(
+        f"import numpy as np\narray = np.array([[2, 3]])\ndef preprocess(x, **kwargs): return {returned}\n"
+    )
+    loaded = Loader(backends={"torch": TorchBackend(TorchBackend.Options())}, handlers={}).load(
+        NamedModel(path=tmp_path), tmp_path
+    )
+    handler, model = loaded.instances[0].handler, loaded.instances[0].model
+    request = Request(payload="text", form=Form.TEXT)
+    with model.session():
+        inputs = inputs_of(handler, request)
+        answer = handler.postprocess(handler.run_model(model, inputs, request), request)
+    np.testing.assert_array_equal(answer["y"], [[4, 6]])
+
+
 def test_constants_of_the_export_are_no_inputs(tmp_path):
     export(tmp_path, Numbers(), torch.ones(2), 3)
     model = load(tmp_path)
@@ -498,15 +585,15 @@ def eager(directory: Path, forward: str, result: str) -> Model:
 @pytest.mark.parametrize(
     ("forward", "result", "names", "expected"),
     [
-        ("self, x, y=None, *, z", "x + z", ["x", "z"], {"output": [2]}),
+        ("self, x, y=2.0, *, z", "x * y + z", ["x", "z"], {"output": [3]}),
         ("self, x, /", "x", ["x"], {"output": [1]}),
         ("self, x, z", "dict(a=x, b=None, c=1.5)", ["x", "z"], {"a": [1], "c": 1.5}),
         ("self, x", "collections.namedtuple('P', 'p q')(x, x + 1)", ["x"], {"p": [1], "q": [2]}),
         ("self, *args", "args[0]", [], {"output": [1]}),
-        ("self, x, **kwargs", "x", [], {"output": [1]}),
+        ("self, x, **kwargs", "x", ["x"], {"output": [1]}),
     ],
 )
-def test_an_eager_module_names_the_inputs_that_it_requires(tmp_path, forward, result, names, expected):
+def test_an_eager_module_names_its_inputs(tmp_path, forward, result, names, expected):
     model = eager(tmp_path, forward, result)
     assert [spec.name for spec in model.signature.inputs] == names
     outputs = call(model, **{name: np.ones(1, np.float32) for name in names or ["anything"]})
@@ -515,13 +602,15 @@ def test_an_eager_module_names_the_inputs_that_it_requires(tmp_path, forward, re
 
 def test_names_of_a_client_never_become_keyword_arguments(tmp_path):
     model = eager(tmp_path, "self, x=None, **kwargs", "1 / 0")
-    with pytest.raises(BadRequest, match="does not name its inputs and takes one tensor, not 2"):
+    with pytest.raises(BadRequest, match=r"Sent extra: \{anything\}"):
         call(model, x=X, anything=X)
+    with model.session(), pytest.raises(BadRequest, match=r'no input "anything"; it takes "x" .*optional'):
+        model({"x": X, "anything": X})
 
 
 def test_an_output_that_no_tensor_can_hold_is_named(tmp_path):
     model = eager(tmp_path, "self, x", "dict(a=x, b=object())")
-    with pytest.raises(TypeError, match='output "b" is a object, no tensor'):
+    with pytest.raises(TypeError, match='output "b" has the type object; expected a tensor or a number'):
         call(model, x=X)
 
 

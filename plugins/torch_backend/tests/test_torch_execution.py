@@ -17,6 +17,7 @@ import torch
 from dl_inference_torch_backend import compiling, devices, execution
 from dl_inference_torch_backend.backend import TorchBackend
 from dl_inference_torch_backend.devices import Accelerator
+from dl_inference_torch_backend.testing import load
 from torch.export import Dim
 
 from dl_inference_core.errors import BadRequest, ModelError
@@ -40,11 +41,6 @@ class Net(torch.nn.Module):
 create_model = Net
 """
 X = np.linspace(-1, 1, 12, dtype=np.float32).reshape(4, 3)
-
-
-def load(directory: Path, device: str = "cpu", **options: Any) -> Model:
-    backend = TorchBackend(TorchBackend.Options())
-    return backend.load(directory, TorchBackend.ModelOptions(**options), device)
 
 
 def call(model: Model, **inputs: Any) -> dict[str, Any]:
@@ -161,12 +157,38 @@ def test_images_lie_with_their_channels_last(tmp_path):
 
 def changed(module: torch.nn.Module, sample: dict[str, Any], directory: Path, **options: Any) -> Model:
     """`module` as it runs with `options`."""
-    from dl_inference_torch_backend.modules import EagerModel
+    from dl_inference_torch_backend.forwards import EagerModel
 
     np.savez(directory / "sample.npz", **sample)
     model = EagerModel(module, devices.device_for(torch.device("cpu")))
     execution.prepare(model, TorchBackend.ModelOptions(**options), directory)
     return model
+
+
+class Optionals(torch.nn.Module):
+    def forward(self, x, mask=None, *, shift=None):
+        if mask is not None:
+            x = x * mask
+        return x if shift is None else x + shift
+
+
+@pytest.mark.parametrize("options", [{"execution": "frozen"}, {"dtype": "float32"}, {"channels_last": True}])
+@pytest.mark.parametrize("names", [("x",), ("x", "mask"), ("x", "shift"), ("x", "mask", "shift")])
+def test_a_changed_model_takes_the_inputs_of_its_sample(tmp_path, options, names):
+    sample = {name: X + place for place, name in enumerate(names)}
+    model = changed(Optionals(), dict(reversed(sample.items())), tmp_path, **options)
+    assert [(spec.name, spec.optional) for spec in model.signature.inputs] == [(name, False) for name in names]
+    expected = Optionals()(**{name: torch.from_numpy(array) for name, array in sample.items()})
+    np.testing.assert_allclose(call(model, **sample)["output"], expected, rtol=1e-6)
+    for wrong in ({**sample, "other": X}, dict(list(sample.items())[1:])):
+        with model.session(), pytest.raises(BadRequest, match=r'it takes "x"'):
+            model(wrong)
+
+
+def test_samples_of_different_inputs_are_a_model_error(tmp_path):
+    np.savez(tmp_path / "warm_up.npz", x=X, mask=X)
+    with pytest.raises(ModelError, match="have different inputs; expected the same in all of them"):
+        changed(Optionals(), {"x": X}, tmp_path, execution="frozen")
 
 
 class Keyword(torch.nn.Module):
@@ -445,6 +467,13 @@ def packaged(package: Package, tmp_path: Path) -> Path:
     (tmp_path / "model.pt2").write_bytes(package.content)
     np.savez(tmp_path / "sample.npz", x=X)
     return tmp_path
+
+
+@needs_compiler
+def test_the_platform_of_a_package_is_not_that_of_a_program(packaged, package):
+    """A program that is compiled when it is loaded stays an exported program."""
+    assert load(packaged, sha256=digest(package)).platform == "torch_aoti"
+    assert package.model.platform == "pytorch_exported"
 
 
 def digest(package: Package) -> list[str]:

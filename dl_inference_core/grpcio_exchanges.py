@@ -1,0 +1,460 @@
+"""Calls of grpcio's server as exchanges, and their attempts at nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, HandlerFailed, InferenceError
+from dl_inference_core.grpcio_connections import Calling, as_bytes
+from dl_inference_core.transport import (
+    Attempt,
+    Connection,
+    Done,
+    Extras,
+    Message,
+    Metadata,
+    Service,
+    Trailers,
+    UnaryExchange,
+    shortened,
+)
+from dl_inference_core.wire.protocol import well_formed
+
+_log = logging.getLogger(__name__)
+
+_STATUS = {Code(status.value[0]): status for status in grpc.StatusCode}
+_OF_HTTP = frozenset({"user-agent", "te", "content-type", "content-length"})
+_OF_ENVOY = frozenset({"x-forwarded-for", "x-envoy-internal", "x-envoy-expected-rq-timeout-ms"})
+_RESERVED = _OF_HTTP | _OF_ENVOY
+_MOST_UNSENT = 256 * 1024
+"""Bytes of a stream that wait to be sent, from which on the service is told to wait: four of HTTP/2's first windows."""
+
+
+class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
+    """Makes an exchange of each call.
+
+    Attributes:
+        exchange_service: answers the exchanges.
+        tasks: of attempts beside others.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.exchange_service = service
+        self.tasks: set[asyncio.Task[None]] = set()
+        # Reading a context's metadata costs 3 % of a gateway's request, and nearly always there is none.
+        self._without_metadata = {
+            path: grpc.unary_unary_rpc_method_handler(_unary(path, self, metadata=False))
+            for path, method in service.methods.items()
+            if not method.streaming
+        }
+        self._handlers = {
+            path: grpc.stream_stream_rpc_method_handler(_streaming(path, self))
+            if method.streaming
+            else grpc.unary_unary_rpc_method_handler(_unary(path, self, metadata=True))
+            for path, method in service.methods.items()
+        }
+
+    def service(self, details: Any) -> Any:
+        metadata = details.invocation_metadata
+        if len(metadata) == 1 and metadata[0][0] == "user-agent" and details.method in self._without_metadata:
+            return self._without_metadata[details.method]
+        return self._handlers.get(details.method)
+
+
+def _unary(method: str, handlers: Handlers, *, metadata: bool) -> Any:
+    async def answer(request: bytes, context: Any) -> Message:
+        own = _callers_own(context.invocation_metadata()) if metadata else ()
+        return await GrpcioExchange(handlers, context, method, request, own).run()
+
+    return answer
+
+
+def _streaming(method: str, handlers: Handlers) -> Any:
+    async def answer(_: Any, context: Any) -> None:
+        await GrpcioStream(handlers, context, method, b"", _callers_own(context.invocation_metadata())).run()
+
+    return answer
+
+
+def _callers_own(metadata: Any) -> Metadata:
+    return tuple([pair for pair in metadata if pair[0] not in _RESERVED and not pair[0].startswith("grpc-")])
+
+
+class GrpcioExchange(UnaryExchange):
+    """A unary call, answered by the task that `grpc.aio` makes for it.
+
+    That task also carries out the attempts, one after another; an attempt beside another has a task of its own. What
+    another thread asks for is done on the event loop.
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_code",
+        "_context",
+        "_error",
+        "_handlers",
+        "_loop",
+        "_message",
+        "_next",
+        "_on_cancel",
+        "_thread",
+        "_trailers",
+        "_waiter",
+    )
+
+    def __init__(self, handlers: Handlers, context: Any, method: str, message: bytes, metadata: Metadata) -> None:
+        remaining = context.time_remaining()
+        super().__init__(method, message, metadata, None if remaining is None else time.monotonic() + remaining)
+        self._handlers = handlers
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._code: Code | None = None
+        """How it has ended."""
+        self._message: Message = b""
+        self._error: InferenceError | None = None
+        self._trailers: Trailers = ()
+        self._on_cancel: list[Callable[[], object]] = []
+        self._attempts: list[GrpcioAttempt] = []
+        """Those that have not ended."""
+        self._next: GrpcioAttempt | None = None
+        """The one that the task of the call is to carry out next."""
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def run(self) -> Message:
+        """Have the service begin it, and carry it to its end."""
+        service = self._handlers.exchange_service
+        try:
+            service.begin_all((self,))
+            await self._until_ended()
+        finally:
+            self.leave()  # unless it has ended. A write may tell that the client has left before the task is cancelled
+            self._on_cancel.clear()
+            if (attempt := self._next) is not None:
+                self._next = None
+                attempt.abandon()
+            service.ended(self, Code.UNKNOWN if self._code is None else self._code)
+        # Not by `abort`, whose exception leads to itself by way of this frame: the message would be garbage.
+        if self._error is not None:
+            self._context.set_code(_STATUS[self._error.code])
+            self._context.set_details(shortened(str(self._error)))
+            self._trailers = self._error.trailers
+        if self._trailers:
+            self._context.set_trailing_metadata(tuple(self._trailers))
+        return as_bytes(self._message)
+
+    def leave(self) -> None:
+        """The client has left, or the deadline has passed. Event loop only."""
+        if self._end(Code.CANCELLED):
+            for callback in self._on_cancel:
+                callback()
+
+    async def _until_ended(self) -> None:
+        while self._code is None:
+            if (attempt := self._next) is not None:
+                self._next = None
+                await attempt.run()
+            else:
+                await self._woken()
+
+    async def _woken(self) -> None:
+        self._waiter = self._loop.create_future()
+        await self._waiter
+        self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _end(
+        self, code: Code, message: Message = b"", trailers: Trailers = (), error: InferenceError | None = None
+    ) -> bool:
+        """Whether it had not ended. Event loop only."""
+        if self._code is not None:
+            return False
+        self._code, self._message, self._trailers, self._error = code, message, trailers, error
+        for attempt in self._attempts:
+            attempt.cancel()
+        self._wake()
+        return True
+
+    def on_loop(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call `function` now on the event loop, soon from another thread."""
+        if threading.get_ident() == self._thread:
+            function(*arguments)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+    def reply(self, message: Message, trailers: Trailers = ()) -> None:
+        self.on_loop(self._end, Code.OK, message, trailers)
+
+    def fail(self, error: InferenceError) -> None:
+        self.on_loop(self._end, error.code, b"", (), error)
+
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        self.on_loop(self._add_on_cancel, callback)
+
+    def _add_on_cancel(self, callback: Callable[[], object]) -> None:
+        if self._code is None:
+            self._on_cancel.append(callback)
+        elif self._code is Code.CANCELLED and self._error is None:
+            self._loop.call_soon(callback)
+
+    def forward(
+        self,
+        connection: Connection,
+        method: str,
+        done: Done,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        allow_empty: bool = False,
+        extras: Extras | None = None,
+    ) -> Attempt:
+        assert isinstance(connection, Calling)
+        attempt = GrpcioAttempt(self, connection, method, done, timeout_s, metadata, allow_empty, extras)
+        self.on_loop(self._forward, attempt)
+        return attempt
+
+    def _forward(self, attempt: GrpcioAttempt) -> None:
+        beside = bool(self._attempts)
+        self._attempts.append(attempt)
+        if self._code is not None:
+            attempt.cancel()
+        if beside or self._code is not None:
+            task = self._loop.create_task(attempt.run())
+            self._handlers.tasks.add(task)
+            task.add_done_callback(self._handlers.tasks.discard)
+        else:
+            self._next = attempt
+            self._wake()
+
+    def attempt_ended(self, attempt: GrpcioAttempt, answer: Message | None, trailers: Trailers) -> None:
+        """Answer the client, if the attempt gave an answer. Event loop only."""
+        self._attempts.remove(attempt)
+        if answer is not None:
+            private = self._handlers.exchange_service.private_trailers
+            self._end(Code.OK, answer, [pair for pair in trailers if pair[0] not in private] if trailers else ())
+
+
+class GrpcioStream(GrpcioExchange):
+    """A stream in each direction: the task of the call sends, and another one reads while a message is asked for."""
+
+    __slots__ = ("_lock", "_on_message", "_on_writable", "_outgoing", "_reading", "_unsent")
+
+    def __init__(self, handlers: Handlers, context: Any, method: str, message: bytes, metadata: Metadata) -> None:
+        super().__init__(handlers, context, method, message, metadata)
+        self._outgoing: deque[Message] = deque()
+        self._unsent = 0
+        """The bytes that were given to `send` and are not written yet."""
+        self._lock = threading.Lock()
+        """Of `_unsent`."""
+        self._on_message: Callable[[Message | None], object] | None = None
+        self._on_writable: Callable[[], object] | None = None
+        self._reading: asyncio.Task[None] | None = None
+
+    async def _until_ended(self) -> None:
+        try:
+            while True:
+                while self._outgoing:
+                    await self._context.write(as_bytes(self._outgoing[0]))
+                    self._add_unsent(-len(self._outgoing.popleft()))
+                    if self._unsent < _MOST_UNSENT and (callback := self._on_writable) is not None:
+                        self._on_writable = None
+                        callback()
+                if self._code is not None:
+                    return
+                await self._woken()
+        finally:
+            if self._reading is not None:
+                self._reading.cancel()
+
+    def reply(self, message: Message, trailers: Trailers = ()) -> None:
+        self.on_loop(self._reply, message, trailers)
+
+    def _reply(self, message: Message, trailers: Trailers) -> None:
+        if self._code is None:
+            self.send(message)
+            self._end(Code.OK, b"", trailers)
+
+    def forward(
+        self,
+        connection: Connection,
+        method: str,
+        done: Done,
+        *,
+        timeout_s: float | None = None,
+        metadata: Metadata = (),
+        allow_empty: bool = False,
+        extras: Extras | None = None,
+    ) -> Attempt:
+        raise TypeError(f"{self.method} streams: only unary methods are forwarded")
+
+    def on_message(self, callback: Callable[[Message | None], object]) -> None:
+        self.on_loop(self._read, callback)
+
+    def _read(self, callback: Callable[[Message | None], object]) -> None:
+        if self._code is not None:
+            return
+        self._on_message = callback
+        if self._reading is None:
+            self._reading = self._loop.create_task(self._read_asked())
+
+    async def _read_asked(self) -> None:
+        try:
+            while (callback := self._on_message) is not None and self._code is None:
+                self._on_message = None
+                message = await self._context.read()
+                callback(None if message is grpc.aio.EOF else message)
+        except grpc.aio.BaseError:  # the client left, and the task of the call is told
+            return
+        finally:
+            self._reading = None
+
+    def send(self, message: Message) -> bool:
+        self._add_unsent(len(message))
+        self.on_loop(self._send, message)
+        return self._unsent < _MOST_UNSENT
+
+    def _send(self, message: Message) -> None:
+        if self._code is None:
+            self._outgoing.append(message)
+            self._wake()
+
+    def _add_unsent(self, size: int) -> None:
+        with self._lock:
+            self._unsent += size
+
+    def on_writable(self, callback: Callable[[], object]) -> None:
+        self.on_loop(self._await_room, callback)
+
+    def _await_room(self, callback: Callable[[], object]) -> None:
+        if self._code is not None:
+            return
+        if self._unsent < _MOST_UNSENT:
+            self._loop.call_soon(callback)
+        else:
+            self._on_writable = callback
+
+    def finish(self, trailers: Trailers = ()) -> None:
+        self.on_loop(self._end, Code.OK, b"", trailers)
+
+
+class GrpcioAttempt(Attempt):
+    """A call of a node that answers an exchange."""
+
+    __slots__ = (
+        "_allow_empty",
+        "_call",
+        "_cancelled",
+        "_connection",
+        "_done",
+        "_exchange",
+        "_extras",
+        "_metadata",
+        "_method",
+        "_timeout_s",
+    )
+
+    def __init__(
+        self,
+        exchange: GrpcioExchange,
+        connection: Calling,
+        method: str,
+        done: Done,
+        timeout_s: float | None,
+        metadata: Metadata,
+        allow_empty: bool,
+        extras: Extras | None,
+    ) -> None:
+        self._exchange = exchange
+        self._allow_empty = allow_empty
+        self._connection = connection
+        self._method = method
+        self._done = done
+        self._timeout_s = timeout_s
+        self._metadata = metadata
+        self._extras = extras
+        self._cancelled = False
+        self._call: Any = None
+        """Of `grpc.aio`, once it is under way."""
+
+    async def run(self) -> None:
+        """Carry it out. Raises nothing but the CancelledError of the task."""
+        exchange = self._exchange
+        begun = time.monotonic()
+        error: InferenceError | None = None
+        trailers: Trailers = ()
+        left = False
+        try:
+            if self._cancelled:
+                raise asyncio.CancelledError
+            trailers = await self._carry()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            left = task is not None and task.cancelling() > 0
+            if left:
+                exchange.leave()
+            error = AttemptCancelled("this process cancelled the attempt")
+        except InferenceError as failure:
+            error = failure.with_traceback(None)  # which leads to this frame, and so to the messages
+        except Exception as failure:
+            _log.exception("a function that changes messages failed")
+            error = HandlerFailed(f"unexpected {type(failure).__name__}")
+        if error is not None:
+            exchange.attempt_ended(self, None, ())
+            trailers = error.trailers
+        self._done(error, trailers, time.monotonic() - begun)
+        if left:
+            raise asyncio.CancelledError
+
+    async def _carry(self) -> Trailers:
+        """Have the node answer, and hand a good answer to the exchange; returns the node's trailers."""
+        exchange, extras = self._exchange, self._extras
+        request = exchange.message
+        if extras is not None and extras.change_request is not None:
+            request = extras.change_request(request)
+        answer, trailers = await self._connection.call_for(
+            self._begun, self._method, as_bytes(request), self._metadata, self._timeout_s
+        )
+        if not well_formed(answer) and (answer or not self._allow_empty):
+            malformed = AnswerMalformed("the answer is not a protobuf message")
+            malformed.trailers = trailers
+            raise malformed
+        if extras is not None:
+            changed = answer if extras.change_answer is None else extras.change_answer(answer)
+            exchange.attempt_ended(self, changed, trailers)
+            if extras.sink is not None:
+                extras.sink.offer(request, answer)
+        else:
+            exchange.attempt_ended(self, answer, trailers)
+        return trailers
+
+    def abandon(self) -> None:
+        """End it before it has begun."""
+        self._exchange.attempt_ended(self, None, ())
+        self._done(AttemptCancelled("this process cancelled the attempt"), (), 0.0)
+
+    def cancel(self) -> None:
+        self._exchange.on_loop(self._cancel)
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+        if self._call is not None:
+            self._call.cancel()
+
+    def _begun(self, call: Any) -> None:
+        self._call = call
+        if self._cancelled:
+            call.cancel()

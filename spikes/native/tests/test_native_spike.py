@@ -1,0 +1,100 @@
+"""What the spike does of the suite for transports, with one I/O thread and with three."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from dl_inference_core.testing import TransportConformance
+from dl_inference_native import NativeTransport
+
+RUN = """
+is_a_transport_with_a_name
+options_are_strict
+channel_arguments_become_options_or_are_told
+
+bytes_go_there_and_back
+handlers_run_on_the_loop_that_made_the_server
+an_unknown_method_is_unimplemented
+metadata_arrive_in_order_and_nothing_of_the_protocol_with_them
+metadata_of_an_official_client_hold_nothing_of_the_protocol
+trailers_come_back_with_an_answer_and_with_an_error
+500_calls_in_flight_are_answered_in_any_order
+messages_over_the_limit_are_refused_and_those_at_it_pass
+ten_megabytes_pass_by_default
+each_status_arrives_with_its_message
+a_message_too_long_for_a_header_does_not_hide_the_status
+what_nobody_foresaw_is_a_failure_and_never_ok
+
+the_deadline_reaches_the_server
+a_deadline_that_passes_ends_the_call_on_both_sides
+a_deadline_already_passed_sends_nothing
+cancelling_the_caller_cancels_the_handler_and_no_other_call
+an_official_client_that_hangs_up_cancels_the_handler
+closing_a_connection_ends_its_calls
+
+an_exchange_may_be_answered_while_it_begins
+any_thread_may_answer_or_fail
+many_exchanges_are_answered_together_from_another_thread
+exchanges_of_many_connections_are_answered_together
+the_first_end_wins_and_later_calls_do_nothing
+an_error_that_was_answered_is_not_kept
+a_client_that_leaves_is_told_once_and_never_inside_the_registration
+a_deadline_that_passes_is_the_clients_leaving
+a_timer_runs_its_function_once_unless_it_is_cancelled
+
+a_message_goes_to_a_node_and_its_answer_to_the_client
+what_is_no_answer_reaches_the_service_alone
+an_attempt_that_failed_may_be_followed_by_another_from_its_callback
+any_thread_may_forward
+the_quicker_of_two_attempts_answers_and_the_other_is_cancelled
+an_attempt_that_the_service_cancels_leaves_the_exchange_open
+a_client_that_leaves_cancels_the_attempt_at_the_node
+an_attempt_has_a_timeout_of_its_own
+an_attempt_after_the_end_sends_nothing_and_says_so
+functions_may_change_the_request_and_the_answer
+a_function_that_raises_ends_the_attempt_alone
+a_sink_has_copies_and_drops_what_does_not_fit
+300_exchanges_are_forwarded_at_once
+a_large_metadata_value_ends_no_other_call
+
+one_server_answers_on_several_addresses
+two_servers_share_a_port_if_both_say_so
+a_port_in_use_is_a_config_error
+a_bad_address_is_a_config_error_and_leaves_no_port_taken
+connections_over_the_limit_are_closed_and_one_that_goes_makes_room
+the_limit_of_connections_is_one_for_all_addresses
+calls_over_the_limit_of_one_connection_wait_for_others_to_end
+none_of_many_calls_at_once_fails
+a_client_that_pings_more_often_than_data_comes_stays_connected
+a_drain_lets_calls_finish_and_refuses_new_ones_so_that_another_node_is_tried
+a_call_that_outlasts_the_grace_is_cancelled
+a_drain_with_nothing_in_flight_returns_at_once_and_frees_the_port
+a_dead_port_is_unreachable_at_once_and_reached_again_in_1500_ms
+a_peer_that_says_nothing_costs_no_more_than_the_deadline
+a_peer_that_hangs_up_or_is_no_grpc_server_is_the_nodes_failure
+"""
+"""Not run, because the spike has no streams, TLS, Unix-domain sockets or compression: the rest of the suite."""
+
+_TESTS = {f"test_{name}" for name in RUN.split()}
+_REST = {name: None for name in dir(TransportConformance) if name.startswith("test_") and name not in _TESTS}
+
+
+class _Spike(TransportConformance):
+    transport_class = NativeTransport
+
+
+class TestOneIoThread(_Spike):
+    vars().update(_REST)
+    options: ClassVar = {"io_threads": 1}
+
+
+class TestThreeIoThreads(_Spike):
+    vars().update(_REST)
+    options: ClassVar = {"io_threads": 3}
+
+
+@pytest.mark.parametrize("name", sorted(_TESTS))
+def test_what_is_listed_is_a_test_of_the_suite(name: str) -> None:
+    assert callable(getattr(TransportConformance, name))

@@ -1,0 +1,90 @@
+"""Exceptions become statuses in one place, and nothing of them stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+
+import pytest
+
+from dl_inference_core.coroutines import Coroutines
+from dl_inference_core.errors import AttemptCancelled, BadRequest, Code, HandlerFailed
+from dl_inference_core.failures import fail
+from dl_inference_core.local_exchange import LocalExchange
+
+
+def test_an_expected_error_is_told_as_it_is_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    exchange = LocalExchange("/m")
+    fail(exchange, BadRequest("no such input"))
+    assert type(exchange.error) is BadRequest
+    assert str(exchange.error) == "no such input"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("given", ["r-1", ""])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (HandlerFailed("preprocess failed"), "preprocess failed"),
+        (ZeroDivisionError("secret"), "unexpected ZeroDivisionError"),
+    ],
+)
+def test_others_are_logged_under_the_request_id_that_the_client_gets(
+    caplog: pytest.LogCaptureFixture, error: Exception, said: str, given: str
+) -> None:
+    exchange = LocalExchange("/m", metadata=(("x-request-id", given),) if given else ())
+    fail(exchange, error)
+    assert exchange.error is not None
+    assert exchange.error.code is Code.INTERNAL
+    message, _, request_id = str(exchange.error).removesuffix(")").partition(" (request id ")
+    assert message == said
+    assert request_id == given or (not given and len(request_id) == 32)
+    (record,) = caplog.records
+    assert (record.levelno, record.getMessage()) == (logging.ERROR, f"request {request_id} failed")
+
+
+@pytest.mark.parametrize("kind", [BadRequest, HandlerFailed, ZeroDivisionError])
+def test_nothing_that_a_frame_of_the_error_held_stays(kind: type[Exception], no_collector: None) -> None:
+    class Message:
+        pass
+
+    def handle(exchange: LocalExchange) -> weakref.ref[Message]:
+        message = Message()
+        kept: list[Exception] = []
+        try:
+            raise ValueError
+        except ValueError as cause:
+            try:
+                raise kind("as told") from cause
+            except Exception as error:
+                kept.append(error)  # as a future does that a frame leads to
+                fail(exchange, error)
+        return weakref.ref(message)
+
+    exchange = LocalExchange("/m")
+    logging.disable()  # the test's own handlers keep what is logged
+    try:
+        held = handle(exchange)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert exchange.error is not None
+    assert held() is None
+
+
+def test_a_coroutine_that_somebody_else_cancels_ends_its_exchange() -> None:
+    async def main() -> None:
+        waiting = asyncio.get_running_loop().create_future()
+
+        async def wait(_: object) -> bytes:
+            return bytes(await waiting)
+
+        exchange = LocalExchange("/m")
+        Coroutines().answer(exchange, wait)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(AttemptCancelled):
+            await asyncio.wait_for(exchange.outcome(), 5)
+
+    asyncio.run(main())
