@@ -245,7 +245,7 @@ class App:
     def describe(self) -> list[dict[str, Any]]:
         """What `load` came to: for each version of a model, each node of a route and each route without nodes its kind,
         name, whether it is ok, and a detail."""
-        from dl_inference_core.node.answering import State
+        from dl_inference_core.node.model import State
 
         rows: list[dict[str, Any]] = []
         if self.repository is not None and self.repository.misplaced:

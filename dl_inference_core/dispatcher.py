@@ -101,9 +101,9 @@ class Dispatcher:
         try:
             if self._most_in_flight:
                 self._admit(state)
-            upstream = routes.find_for(exchange, protocol)
+            upstream, key = routes.find_for(exchange, protocol)
             state.upstream = upstream.name
-            upstream.begin(exchange, protocol)
+            upstream.begin(exchange, protocol, key)
         except Exception as error:
             fail(exchange, error)
 

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ from dl_inference_core.transport import (
     Extras,
     Message,
     Metadata,
+    Reply,
     Service,
     Trailers,
     UnaryExchange,
@@ -198,6 +199,13 @@ class GrpcioExchange(UnaryExchange):
 
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
         self.on_loop(self._end, Code.OK, message, trailers)
+
+    @classmethod
+    def reply_all(cls, replies: Sequence[Reply]) -> None:
+        if replies:
+            first = replies[0].exchange
+            assert isinstance(first, GrpcioExchange)
+            first.on_loop(super().reply_all, replies)
 
     def fail(self, error: InferenceError) -> None:
         self.on_loop(self._end, error.code, b"", (), error)

@@ -24,12 +24,11 @@ from dl_inference_core.errors import (
     ConfigError,
 )
 from dl_inference_core.grpcio_connections import GrpcioConnection, TlsConnection
-from dl_inference_core.grpcio_exchanges import GrpcioExchange, Handlers
+from dl_inference_core.grpcio_exchanges import Handlers
 from dl_inference_core.transport import (
     Connection,
     HttpApp,
     Limits,
-    Reply,
     Server,
     Service,
     Timer,
@@ -163,12 +162,6 @@ class GrpcioTransport(Transport):
             return GrpcioConnection(grpc.aio.secure_channel(address, channel_credentials(credentials), options=options))
 
         return TlsConnection(self._watch(tls), connect)
-
-    def reply_all(self, replies: Sequence[Reply]) -> None:
-        if replies:
-            first = replies[0].exchange
-            assert isinstance(first, GrpcioExchange)
-            first.on_loop(super().reply_all, replies)
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         assert self._loop is not None, "there is no event loop before the first serve or connect"

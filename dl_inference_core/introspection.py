@@ -162,24 +162,22 @@ class Introspection:
 
     def _model_ready(self, exchange: Exchange) -> None:
         """Of a version that the request names, the upstream knows."""
-        request = messages.parse(messages.ModelReadyRequest, exchange.message)
-        upstream = self._routes.find(request.name)
+        upstream, key = self._routes.find_for(exchange, READY)
         ready = self._readiness.serves(upstream)
-        if ready and request.version:
-            upstream.begin(exchange, READY)
+        if ready and key.version:
+            upstream.begin(exchange, READY, key)
         else:
             exchange.reply(_body(messages.ModelReadyResponse(ready=ready)))
 
     def _ask(self, question: Protocol, exchange: Exchange) -> None:
-        key = question.read_key(exchange.message)
-        assert key is not None  # only Seldon's requests may lack one
         try:
-            upstream = self._routes.find(key)
+            upstream, key = self._routes.find_for(exchange, question)
         except ModelNotFound:
             if question is VERSIONS:
-                raise ModelNotFound(f"Could not find any versions of model {str(key)[:100]}") from None
+                model = question.read_key(exchange.message).model
+                raise ModelNotFound(f"Could not find any versions of model {str(model)[:100]}") from None
             raise
-        upstream.begin(exchange, question)
+        upstream.begin(exchange, question, key)
 
 
 def _body(message: Any) -> bytes:

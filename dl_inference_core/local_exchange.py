@@ -104,6 +104,8 @@ class LocalExchange(UnaryExchange):
             return False
 
     def _ended(self, code: Code) -> None:
+        with self._lock:
+            self._on_cancel = []  # callbacks lead back here: the message would be garbage
         if self._service is not None:
             self._service.ended(self, code)
         if self._on_end is not None:

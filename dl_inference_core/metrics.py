@@ -59,6 +59,12 @@ class Metrics:
             buckets=_ROWS,
             registry=self._registry,
         )
+        self._stuck_batches = Counter(
+            "dl_inference_stuck_batches",
+            "Batches that ran for longer than the watchdog's limit.",
+            ("model",),
+            registry=self._registry,
+        )
         self._attempts = Counter(
             "dl_inference_attempts",
             "Attempts at nodes, by route, node and outcome (success, failure, overload, neutral).",
@@ -110,6 +116,7 @@ class Metrics:
         # labels() costs more than all the rest of a request's accounting.
         self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
         self._of_batches: dict[str, Histogram] = {}
+        self._stuck_models: set[str] = set()
         self._of_attempts: dict[tuple[str, str, str], Counter] = {}
         self._of_ejections: dict[tuple[str, str], Counter] = {}
         self._of_routes: dict[str, set[tuple[Counter, tuple[str, ...]]]] = {}
@@ -135,10 +142,18 @@ class Metrics:
             histogram = self._of_batches[model] = self._batch_rows.labels(model)
         histogram.observe(rows)
 
+    def stuck_batch(self, model: str) -> None:
+        """A batch of a model ran for longer than the watchdog's limit."""
+        self._stuck_models.add(model)
+        self._stuck_batches.labels(model).inc()
+
     def model_gone(self, model: str) -> None:
         """There is no model of that name any more. What was counted of its batches goes with it."""
         if self._of_batches.pop(model, None) is not None:
             self._batch_rows.remove(model)
+        if model in self._stuck_models:
+            self._stuck_models.remove(model)
+            self._stuck_batches.remove(model)
 
     def attempt(self, route: str, node: str, outcome: str) -> None:
         """An attempt at a node ended."""

@@ -7,7 +7,7 @@ from typing import Protocol as Interface
 
 from dl_inference_core.errors import BadRequest, ModelNotFound
 from dl_inference_core.transport import Exchange
-from dl_inference_core.wire.protocol import Protocol
+from dl_inference_core.wire.protocol import Protocol, RoutingKey
 
 
 class Upstream(Interface):
@@ -21,9 +21,12 @@ class Upstream(Interface):
     def ready(self) -> bool:
         """Whether a request would now be answered."""
 
-    def begin(self, exchange: Exchange, protocol: Protocol) -> None:
-        """Answer or fail `exchange`, now or later; its message is one of `protocol`, which may be a question about the
-        model. Any thread.
+    def begin(self, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
+        """Answer or fail `exchange`, now or later. Any thread.
+
+        Args:
+            protocol: of the exchange's message, which may be a question about the model.
+            key: what `protocol.read_key` gave for the message.
 
         Raises:
             InferenceError: it has not begun.
@@ -51,9 +54,9 @@ class Routes:
         """
         self._tables = tables
 
-    def find_for(self, exchange: Exchange, protocol: Protocol) -> Upstream:
+    def find_for(self, exchange: Exchange, protocol: Protocol) -> tuple[Upstream, RoutingKey]:
         """The upstream for `exchange`: by the key in its bytes; else by the metadata that may name a model; else the
-        only upstream there is.
+        only upstream there is. And the key.
 
         The metadata counts only if an upstream has that name. Seldon's clients put the name of a deployment there, for
         an ingress that has already used it; the model behind the ingress may be called otherwise.
@@ -66,7 +69,7 @@ class Routes:
             ModelNotFound: there is no such upstream, or none at all.
         """
         key = protocol.read_key(exchange.message)
-        return self._find_unkeyed(exchange, protocol) if key is None else self.find(key)
+        return self._find_unkeyed(exchange, protocol) if key.model is None else self.find(key.model), key
 
     def _find_unkeyed(self, exchange: Exchange, protocol: Protocol) -> Upstream:
         label = protocol.key_metadata
@@ -110,8 +113,8 @@ class Routes:
         return found
 
     def find(self, key: str | int) -> Upstream:
-        """The upstream for a routing key: a name is looked up whole; if no route has it, the digits after its last "-"
-        (all of it, if there is none) are the task id.
+        """The upstream for the model of a routing key: a name is looked up whole; if no route has it, the digits after
+        its last "-" (all of it, if there is none) are the task id.
 
         Raises:
             ModelNotFound: there is no such route.

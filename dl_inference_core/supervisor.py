@@ -181,9 +181,10 @@ class Supervisor:
                 self._ending.set()
                 await asyncio.gather(everyone, ending, *beside, return_exceptions=True)
                 await self._end(keeping)
-            for task in (*keeping, *beside):
-                if not task.cancelled():
-                    task.result()
+            # The exception of every task is retrieved, or asyncio would print those of the others as it ends.
+            failed = [task.exception() for task in (*keeping, *beside) if not task.cancelled()]
+            for error in filter(None, failed):
+                raise error
 
     def _reload(self) -> None:
         for process in self._processes.values() if not self._ending.is_set() else ():

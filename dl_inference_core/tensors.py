@@ -9,14 +9,19 @@ from __future__ import annotations
 import base64
 import enum
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Protocol as Interface
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from dl_inference_core.transport import Metadata
 
 Tensor: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -86,6 +91,40 @@ class Method(enum.Enum):
     REGRESS = "tensorflow/serving/regress"
 
 
+class Call(Interface):
+    """The call that brought a request. Any thread."""
+
+    @property
+    def deadline(self) -> float | None:
+        """When the client no longer waits, in seconds on the clock of `time.monotonic`; None is no deadline."""
+
+    @property
+    def metadata(self) -> Metadata:
+        """The gRPC metadata of the call: pairs of a lower-case key and a value."""
+
+    @property
+    def request_id(self) -> str:
+        """What logs and error messages call the request: the client's `x-request-id`, or one made here."""
+
+    def cancelled(self) -> bool:
+        """Whether the client no longer waits for the answer: it has left, or the deadline has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallSnapshot:
+    """A `Call` by its facts: of a request that a handler copied, and of one that no call brought."""
+
+    deadline: float | None = None
+    metadata: Metadata = ()
+    request_id: str = ""
+
+    def cancelled(self) -> bool:
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+
+_NO_CALL = CallSnapshot()
+
+
 # Not frozen: to make a frozen one takes three times as long, 1.7 µs.
 @dataclass(slots=True, kw_only=True)
 class Request:
@@ -105,8 +144,7 @@ class Request:
         tags: Seldon's `meta.tags`, as Python values.
         parameters: the Open Inference Protocol's request parameters.
         id: the client's own id of the request (Open Inference `id`, Seldon `meta.puid`), to be echoed.
-        template: the same in requests to one version of a model that are known to differ in the values of their tensors
-            alone; None if it is not known of this one.
+        call: the call that brought the request; its facts are properties of the request too.
     """
 
     payload: Payload
@@ -122,7 +160,27 @@ class Request:
     tags: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
-    template: Any = field(default=None, repr=False, compare=False)
+    call: Call = field(default=_NO_CALL, repr=False, compare=False)
+
+    @property
+    def deadline(self) -> float | None:
+        """When the client no longer waits, in seconds on the clock of `time.monotonic`; None is no deadline."""
+        return self.call.deadline
+
+    @property
+    def metadata(self) -> Metadata:
+        """The gRPC metadata of the call: pairs of a lower-case key and a value. Of REST, `x-request-id` alone."""
+        return self.call.metadata
+
+    @property
+    def request_id(self) -> str:
+        """What logs and error messages call the request: the client's `x-request-id`, or one made here."""
+        return self.call.request_id
+
+    def cancelled(self) -> bool:
+        """Whether the client no longer waits: it has left, or its deadline has passed. A handler that works for long
+        asks now and then, and stops."""
+        return self.call.cancelled()
 
 
 @dataclass(slots=True, kw_only=True)

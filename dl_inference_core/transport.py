@@ -138,6 +138,12 @@ class Exchange(ABC):
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
         """End the exchange with `message`, its only answer or the last one, whose bytes do not change from now on."""
 
+    @classmethod
+    def reply_all(cls, replies: Sequence[Reply]) -> None:
+        """Answer several exchanges of this class, as `reply` does each."""
+        for exchange, message, trailers in replies:
+            exchange.reply(message, trailers)
+
     @abstractmethod
     def fail(self, error: InferenceError) -> None:
         """End the exchange with the status, the message and the trailers of `error`."""
@@ -421,11 +427,6 @@ class Transport(ABC):
         Raises:
             ConfigError: a certificate or key cannot be used; it names the file.
         """
-
-    def reply_all(self, replies: Sequence[Reply]) -> None:
-        """Answer several exchanges of this transport's servers, as `Exchange.reply` does one. Any thread."""
-        for exchange, message, trailers in replies:
-            exchange.reply(message, trailers)
 
     @abstractmethod
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:

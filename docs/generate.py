@@ -25,7 +25,7 @@ from dl_inference_core.config import (
 )
 from dl_inference_core.node.batching import BatchingConfig, Bucket
 from dl_inference_core.node.loading import ModelConfig
-from dl_inference_core.node.scheduling import QueueLimits
+from dl_inference_core.node.queue import QueueLimits
 
 PAGE = Path(__file__).with_name("configuration.md")
 

@@ -33,16 +33,16 @@ from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.rest import tfserving
 from dl_inference_core.rest.answering import Local, Rest
-from dl_inference_core.rest.tfserving import Addressed
 from dl_inference_core.rest.tfserving_codec import PredictCodec, shortest
 from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Payload, Request, Response, as_tensor, from_json
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import from_strings
+from dl_inference_core.wire.protocol import RoutingKey
 
 LIMIT = 100_000
-ADDRESSED = Addressed(model="m", version=None, label="")
+ADDRESSED = RoutingKey("m")
 
 
 class Features(Handler):

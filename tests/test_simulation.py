@@ -23,7 +23,7 @@ from bench.simulation.scenarios import BY_NAME
 from dl_inference_core.errors import DeadlineExceeded, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.transport import Answer, Exchange
-from dl_inference_core.wire.protocol import Protocol
+from dl_inference_core.wire.protocol import Protocol, RoutingKey
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "dynamic_weighted_round_robin"
@@ -61,12 +61,12 @@ def test_the_page_shows_the_table() -> None:
 def test_what_fails_in_one_request_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     begin, asked = Forwarder.begin, 0
 
-    def fail_once(self: Forwarder, exchange: Exchange, protocol: Protocol) -> None:
+    def fail_once(self: Forwarder, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
         nonlocal asked
         asked += 1
         if asked == 10:
             raise ZeroDivisionError("of no error that a client is told")
-        begin(self, exchange, protocol)
+        begin(self, exchange, protocol, key)
 
     monkeypatch.setattr(Forwarder, "begin", fail_once)
     scenario = replace(BY_NAME[SINKHOLE], warm_s=0.2, fault_s=2.0, after_s=2.0)

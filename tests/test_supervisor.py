@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import re
 import signal
@@ -197,7 +198,7 @@ def test_a_host_that_is_not_this_machines_is_said(tmp_path: Path) -> None:
             run(rig, test)
 
 
-def test_where_no_worker_can_be_started_that_is_said(tmp_path: Path) -> None:
+def test_where_no_worker_can_be_started_that_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rig = Rig(tmp_path)
     rig.supervisor.failing = True
 
@@ -206,3 +207,5 @@ def test_where_no_worker_can_be_started_that_is_said(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="worker 0 could not be started: Too many open files"):
         run(rig, test)
+    gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"], "nobody looked at a task's exception"

@@ -18,9 +18,9 @@ from dl_inference_core.gateway.pool import Endpoints, Pool
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.testing.memory import LoopClock, MemoryExchange
-from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.protocol import PROTOCOLS, RoutingKey
 
-_PROTOCOL = PROTOCOLS["tfserving"]
+_PROTOCOL, _KEY = PROTOCOLS["tfserving"], RoutingKey("m")
 _KEYS = 1000
 ATTEMPT_MS = 500
 SETTLED_S, BACK_S = 1.0, 1.5
@@ -170,7 +170,7 @@ class _Run:
         exchange = MemoryExchange(_PROTOCOL.node_method, b"", metadata, began + self._scenario.deadline_s)
         answered = True
         try:
-            self._forwarder.begin(exchange, _PROTOCOL)
+            self._forwarder.begin(exchange, _PROTOCOL, _KEY)
             await exchange.outcome()
         except InferenceError:
             answered = False

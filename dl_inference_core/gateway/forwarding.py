@@ -37,7 +37,7 @@ from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import Exchange, Metadata, Timer, Trailers
 from dl_inference_core.wire import orca
-from dl_inference_core.wire.protocol import Protocol
+from dl_inference_core.wire.protocol import Protocol, RoutingKey
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Forwarder:
         """Requests that wait for a node to have room."""
         return self.admission.queued
 
-    def begin(self, exchange: Exchange, protocol: Protocol) -> None:
+    def begin(self, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
         """Forward `exchange` to a node, and to another if the first fails by its own fault and time is left.
 
         Raises:

@@ -86,13 +86,14 @@ class Part:
     """What one request brings into a batch.
 
     Attributes:
-        asked: who asks.
+        template: of the request's message, if it matches one.
         rows: 0 if it can share none.
         cut: by output the dimension and the length to which it is cut.
     """
 
-    asked: Any
+    queued: Any
     request: Request
+    template: Any
     inputs: Mapping[str, Any]
     key: Key
     rows: int
@@ -139,21 +140,14 @@ class Batching:
         """The next size that is not held, of more than so many rows, which are fewer than `max_rows`."""
         return min(size for size in self.preferred if size > rows)
 
-    def part(self, asked: Any, request: Request, inputs: Any) -> Part:
-        """What a request brings, whose `inputs` are what the handler made of it."""
-        template = request.template
-        if template is None or not template.inputs or self._buckets:
-            return self._part(asked, request, inputs)
-        if template.shared is None:
-            part = self._part(asked, request, inputs)
-            if part.rows:
-                template.shared = part.key, part.rows
-            return part
-        key, rows = template.shared
-        return Part(asked, request, inputs, key, rows, {})
+    @property
+    def pads_inputs(self) -> bool:
+        """Whether inputs of several lengths share batches: then parts with the same shapes may have different keys."""
+        return bool(self._buckets)
 
-    def _part(self, asked: Any, request: Request, inputs: Any) -> Part:
-        alone = Part(asked, request, inputs, (asked,), 0, {})
+    def part(self, queued: Any, request: Request, inputs: Any, template: Any = None) -> Part:
+        """What a request brings, whose `inputs` are what the handler made of it."""
+        alone = Part(queued, request, template, inputs, (queued,), 0, {})
         signature = request.signature or DEFAULT_SIGNATURE
         if self.signatures is not None and signature not in self.signatures:
             return alone
@@ -176,7 +170,7 @@ class Batching:
                 key += (name, value.dtype, tuple(row))
         except (AttributeError, TypeError, ValueError):  # no array, or one without dimensions
             return alone
-        return Part(asked, request, inputs, tuple(key), rows, cut) if rows else alone
+        return Part(queued, request, template, inputs, tuple(key), rows, cut) if rows else alone
 
     def _bucketed(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, int]]]:
         padded = dict(inputs)
@@ -212,11 +206,16 @@ class Batching:
             yield batch
 
     def run(
-        self, parts: Sequence[Part], model: Callable[[Any], Any], called: Callable[[int], None] = lambda rows: None
+        self,
+        parts: Sequence[Part],
+        model: Callable[[Any], Any],
+        between: Callable[[Sequence[Part]], None] = lambda parts: None,
+        called: Callable[[int], None] = lambda rows: None,
     ) -> list[Any]:
         """Each part's outputs, of calls of `model` with the rows of all together.
 
         Args:
+            between: called before each call of `model` but the first; it may raise to end the batch.
             called: told of each call of `model` that succeeded, with the number of rows of requests in it: copies that
                 fill it up to one of `allowed_rows` do not count.
 
@@ -235,7 +234,7 @@ class Batching:
         if rows <= self.max_rows:
             outputs = self._call(inputs, rows, model, called)
         else:
-            outputs = self._in_pieces(inputs, rows, model, called)
+            outputs = self._in_pieces(inputs, rows, model, lambda: between(parts), called)
         shares, start = [], 0
         for part in parts:
             stop = start + part.rows
@@ -248,10 +247,17 @@ class Batching:
         return self._splits if rows > self.max_rows else bool(self._allowed and rows) and rows not in self._allowed
 
     def _in_pieces(
-        self, inputs: Mapping[str, Any], rows: int, model: Callable[[Any], Any], called: Callable[[int], None]
+        self,
+        inputs: Mapping[str, Any],
+        rows: int,
+        model: Callable[[Any], Any],
+        between: Callable[[], None],
+        called: Callable[[int], None],
     ) -> Any:
         pieces = []
         for start in range(0, rows, self.max_rows):
+            if start:
+                between()
             piece = {name: value[start : start + self.max_rows] for name, value in inputs.items()}
             pieces.append(self._call(piece, min(self.max_rows, rows - start), model, called))
         return {name: self._join([piece[name] for piece in pieces]) for name in pieces[0]}

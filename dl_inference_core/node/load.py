@@ -7,7 +7,9 @@ gives a node, are then what it could answer.
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +22,11 @@ from dl_inference_core.wire import orca
 
 _WINDOW_S = 2.0
 _FRESH_S = 0.1
+_DELAY_PERIOD_S = 0.1
+_DELAY_WEIGHT = 0.2
+"""Of each new measurement: the last half second counts most."""
+_NORMAL_DELAY_S = 0.02
+"""Four of CPython's switch intervals: a mean above that is the work of code that holds the GIL."""
 _ERRORS = frozenset({Blame.NODE, Blame.NODE_SOFTLY, Blame.SERVER})
 
 
@@ -46,7 +53,7 @@ class _Sample:
 
 
 class LoadMeter:
-    """The load of one process over the last two seconds. Its event loop only, but for `watch` and `forget`."""
+    """The load of one process over the last two seconds. Any thread, but for `start` and `stop`."""
 
     def __init__(self, reports_per_s: int = 0) -> None:
         """Args:
@@ -60,6 +67,31 @@ class LoadMeter:
         self._cpus = available_cpus()
         self._samples = deque([self._sample()])
         self._trailers: tuple[tuple[str, bytes], ...] = ()
+        self._lock = threading.Lock()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._delay_s = 0.0
+
+    def start(self) -> None:
+        """Measure from now on how late timers of the event loop are, until `stop`. On the event loop."""
+        self._due = time.monotonic() + _DELAY_PERIOD_S
+        self._timer = asyncio.get_running_loop().call_later(_DELAY_PERIOD_S, self._measure_delay)
+
+    def stop(self) -> None:
+        """Measure it no more. On the event loop."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _measure_delay(self) -> None:
+        late_s = max(time.monotonic() - self._due, 0.0)
+        self._delay_s += _DELAY_WEIGHT * (late_s - self._delay_s)
+        self.start()
+
+    def delay_s(self) -> float:
+        """For how many seconds threads of this process lately waited for the interpreter, by how late timers of the
+        event loop were: long where a handler holds the GIL. 0 where that is no more than on any busy machine."""
+        return self._delay_s if self._delay_s > _NORMAL_DELAY_S else 0.0
 
     def watch(self, worked: Callable[[], float], threads: int) -> Work:
         """Take a version into account from now on, until `forget`. Any thread.
@@ -82,18 +114,18 @@ class LoadMeter:
 
         Failures that are not the node's own do not count: they take next to no time, and would be taken for speed.
         """
-        if error is None:
-            self._answered += 1
-        elif error.blame in _ERRORS:
-            self._answered += 1
-            self._failed += 1
-        now = time.monotonic()
-        if now >= self._report_at:
+        failed = error is not None and error.blame in _ERRORS
+        with self._lock:
+            if error is None or failed:
+                self._answered += 1
+                self._failed += failed
+            now = time.monotonic()
+            if now < self._report_at:
+                return ()
             self._report_at = now + self._pause
             if now - self._samples[-1].at >= _FRESH_S:
                 self._trailers = orca.trailers(self._report())
             return self._trailers
-        return ()
 
     def _report(self) -> bytes:
         now = self._sample()

@@ -19,16 +19,17 @@ from dl_inference_core import children
 from dl_inference_core.config import NamedModel, PluginOptions, validated
 from dl_inference_core.errors import InferenceError, ModelError, text_of
 from dl_inference_core.files import decode
-from dl_inference_core.node.answering import Instance, Loaded, unload
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.batching import BatchingConfig
 from dl_inference_core.node.handling import Handler, check_function
 from dl_inference_core.node.model_files import is_ignored
 from dl_inference_core.node.processor import Processor
+from dl_inference_core.node.queue import QueueLimits
 from dl_inference_core.node.reclaiming import take_variables
-from dl_inference_core.node.scheduling import QueueLimits
 from dl_inference_core.node.sources import Sources, load_module
+from dl_inference_core.node.version import Instance, Loaded, unload
 from dl_inference_core.node.warm_up import warm_up
+from dl_inference_core.node.watchdog import WatchdogConfig
 
 CONFIG_FILE = "model.toml"
 
@@ -93,6 +94,8 @@ class ModelConfig(PluginOptions):
     """how requests share a call of the model"""
     queue: QueueLimits = QueueLimits()
     """how many requests may wait"""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """what happens when a batch does not end"""
     options: dict[str, Any] = Field(default={})
     """the backend's own options for a model"""
     handler_options: dict[str, Any] = Field(default={})
@@ -188,6 +191,7 @@ class Loader:
             threads=config.threads,
             batching=min(batchings, key=lambda batching: batching.max_rows if batching is not None else 0),
             queue=config.queue,
+            watchdog=config.watchdog,
             folder=folder,
             sources=sources,
         )

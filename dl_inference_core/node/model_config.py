@@ -11,7 +11,7 @@ from dl_inference_core.config import ModelsConfig, NamedModel
 from dl_inference_core.errors import BadRequest, Code, ConfigError, PermissionDenied, ReloadFailed
 from dl_inference_core.files import FileWatcher
 from dl_inference_core.node import tfserving_config
-from dl_inference_core.node.answering import ServedModel, State
+from dl_inference_core.node.model import ServedModel, State
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.transport import Exchange
 from dl_inference_core.wire import messages

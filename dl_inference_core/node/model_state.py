@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dl_inference_core.config import NamedModel
-from dl_inference_core.node.answering import LoadedVersion, ServedModel, State, VersionStatus
 from dl_inference_core.node.loading import ModelConfig
+from dl_inference_core.node.model import ServedModel, State, VersionStatus
 from dl_inference_core.node.scanning import Fingerprint
+from dl_inference_core.node.version import LoadedVersion
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -23,14 +23,15 @@ from dl_inference_core.config import NamedModel, validated
 from dl_inference_core.errors import ConfigError, InferenceError
 from dl_inference_core.files import Stamp, stamp
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.node.answering import LoadedVersion, ServedModel, State, VersionStatus
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.loading import Loader, ModelConfig, in_words, load_in_time
+from dl_inference_core.node.model import Published, ServedModel, State, VersionStatus
 from dl_inference_core.node.model_state import ModelState, VersionState
 from dl_inference_core.node.scanning import TOO_LARGE, Fingerprint, Sight, misplacement, scan, too_large
 from dl_inference_core.node.sources import Sources
+from dl_inference_core.node.version import LoadedVersion
 
 _RELOAD_PAUSE_S = 1.0
 """Between the two looks of a reload: a file that is being copied grows within it."""
@@ -133,6 +134,7 @@ class Repository:
         except (OSError, ValueError) as error:
             raise ConfigError(f"the models' directory cannot be read: {error}") from error
         self._take(self._before, self._before)
+        self._meter.start()
         if self._poll_interval_s:
             self._poll = asyncio.create_task(self._keep_looking(), name="repository")
 
@@ -206,6 +208,7 @@ class Repository:
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop looking, give up what is being loaded, and unload everything. Calls still running after `grace_s`
         seconds are left to end with the process."""
+        self._meter.stop()
         begun = set(self._loads)
         if self._poll is not None:
             begun.add(self._poll)
@@ -407,14 +410,16 @@ class Repository:
             for label, number in model.config.version_labels.items()
         }
         model.served.publish(
-            task_id=model.config.task_id,
-            loaded=loaded,
-            versions=versions,
-            labels=model.labels,
-            unserved_labels={
-                label: number for label, number in model.config.version_labels.items() if number not in loaded
-            },
-            refusal=model.refusal,
+            Published(
+                task_id=model.config.task_id,
+                loaded=MappingProxyType(loaded),
+                versions=MappingProxyType(versions),
+                labels=MappingProxyType(dict(model.labels)),
+                unserved_labels=MappingProxyType(
+                    {label: number for label, number in model.config.version_labels.items() if number not in loaded}
+                ),
+                refusal=model.refusal,
+            )
         )
 
     def _index(self) -> None:

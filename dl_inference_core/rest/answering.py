@@ -238,15 +238,14 @@ class Rest:
         """
         exchange = LocalExchange(question.node_method, body, metadata)
         try:
-            upstream = self._local.find_for(exchange, question)
+            upstream, key = self._local.find_for(exchange, question)
         except ModelNotFound as error:
             if question is not VERSIONS:
                 raise
             why = str(error).partition("; ")[2]  # after the first words, which TensorFlow Serving has for requests
-            raise ModelNotFound(
-                f"Could not find any versions of model {str(question.read_key(body))[:100]}; {why}"
-            ) from error
-        upstream.begin(exchange, question)
+            model = question.read_key(body).model
+            raise ModelNotFound(f"Could not find any versions of model {str(model)[:100]}; {why}") from error
+        upstream.begin(exchange, question, key)
         return bytes(await exchange.outcome())
 
     async def _body(self, request: Request) -> bytes:

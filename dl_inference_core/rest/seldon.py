@@ -20,10 +20,10 @@ from dl_inference_core.introspection import Readiness
 from dl_inference_core.rest.answering import Refused, Rest, decoded, raw_path
 from dl_inference_core.rest.documents import checked_object, form_fields, multipart_fields, parsed
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol, task_of
+from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol, RoutingKey, task_of
 
 if TYPE_CHECKING:
-    from dl_inference_core.transport import Metadata
+    from dl_inference_core.transport import Message, Metadata
     from dl_inference_core.wire.protocol import Codec
 
 # What seldon-core's own server answers at its root, and an ingress behind the name of a deployment.
@@ -67,7 +67,7 @@ class Document:
     content: dict[str, Any] = field(default_factory=dict)
     key: str | int | None = None
 
-    def read_key(self, body: bytes) -> str | int | None:
+    def read_key(self, body: Message) -> RoutingKey:
         """As `Protocol.read_key`; refuses a document without a payload or with several.
 
         Raises:
@@ -80,7 +80,7 @@ class Document:
             raise BadRequest(f"the message has {what}; expected one of data, binData, strData and jsonData")
         if "taskId" in self.tags:
             self.key = task_of(self.tags["taskId"])
-        return self.key
+        return RoutingKey(self.key)
 
     @property
     def payloads(self) -> list[str]:
@@ -220,7 +220,7 @@ class Seldon:
     async def _metadata(self, request: Request, metadata: Metadata) -> bytes:
         question = replace(
             METADATA,
-            read_key=lambda _: None,
+            read_key=lambda _: RoutingKey(None),
             key_metadata=PROTOCOLS["seldon"].key_metadata,
             key_expected="the name of a model in the URL, /seldon/NAME/metadata",
         )

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Mount
 from dl_inference_core.errors import BadRequest, Code
 from dl_inference_core.rest.answering import Rest, decoded, raw_path
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol
+from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol, RoutingKey
 
 if TYPE_CHECKING:
     from dl_inference_core.wire.protocol import Codec
@@ -28,26 +28,17 @@ _VERB = re.compile(rf"{_MODELS}{_MODEL}{_VERSION}:(?P<verb>predict|classify|regr
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Addressed:
-    """What a URL says of a request: the model, and which version of it by number or label, or neither."""
-
-    model: str
-    version: int | None
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Inference(Protocol):
-    """One request of the API, as listener and model take it: its bytes say nothing of what the URL says."""
+    """One request of the API, as dispatcher and model take it: its bytes say nothing of what the URL says."""
 
-    addressed: Addressed
+    key: RoutingKey
     verb: str
 
     @property
     def codec(self) -> Codec:
         from dl_inference_core.rest.tfserving_codec import CODECS  # numpy with it
 
-        return cast("Codec", CODECS[self.verb](self.addressed))
+        return cast("Codec", CODECS[self.verb](self.key))
 
 
 def routes(rest: Rest, *, cors: bool = False) -> tuple[BaseRoute, ...]:
@@ -73,33 +64,33 @@ class TfServing:
         """
         path, method = raw_path(request), request.method
         if method == "POST" and (found := _VERB.fullmatch(path)):
-            return await self._infer(request, _addressed(found), found["verb"])
+            return await self._infer(request, _key_in(found), found["verb"])
         if method in ("GET", "HEAD") and (found := _QUESTION.fullmatch(path)):
             if not found["model"]:
                 raise BadRequest("Missing model name in request.")
             question = self._metadata if found["metadata"] else self._status
-            return await question(_addressed(found))
+            return await question(_key_in(found))
         raise BadRequest(
             f"Malformed request: {method} {path[:200]}; expected POST and "
             "/v1/models/MODEL[/versions/NUMBER|/labels/LABEL] with :predict, :classify or :regress, or GET and the "
             "same with /metadata or nothing"
         )
 
-    async def _infer(self, request: Request, addressed: Addressed, verb: str) -> bytes:
+    async def _infer(self, request: Request, key: RoutingKey, verb: str) -> bytes:
         return await self._rest.infer(
             request,
             _Inference(
                 name=f"rest_{verb}",
                 node_method="",
-                read_key=lambda _: addressed.model,
+                read_key=lambda _: key,
                 codec_at="rest",
-                addressed=addressed,
+                key=key,
                 verb=verb,
             ),
         )
 
-    async def _status(self, addressed: Addressed) -> bytes:
-        asked = messages.GetModelStatusRequest(model_spec=_spec(addressed))
+    async def _status(self, key: RoutingKey) -> bytes:
+        asked = messages.GetModelStatusRequest(model_spec=_spec(key))
         answer = messages.parse(
             messages.GetModelStatusResponse, await self._rest.ask(VERSIONS, asked.SerializeToString())
         )
@@ -121,8 +112,8 @@ class TfServing:
             }
         )
 
-    async def _metadata(self, addressed: Addressed) -> bytes:
-        asked = messages.GetModelMetadataRequest(model_spec=_spec(addressed), metadata_field=["signature_def"])
+    async def _metadata(self, key: RoutingKey) -> bytes:
+        asked = messages.GetModelMetadataRequest(model_spec=_spec(key), metadata_field=["signature_def"])
         answer = messages.parse(
             messages.GetModelMetadataResponse, await self._rest.ask(SIGNATURES, asked.SerializeToString())
         )
@@ -131,26 +122,28 @@ class TfServing:
         return _dumped({"model_spec": _printed(answer.model_spec), "metadata": {"signature_def": _printed(signatures)}})
 
 
-def _addressed(found: re.Match[str]) -> Addressed:
-    """Raises:
-    BadRequest: a version that no model can have; what is not UTF-8 after percent-decoding.
+def _key_in(found: re.Match[str]) -> RoutingKey:
+    """The model and the version that a URL names.
+
+    Raises:
+        BadRequest: a version that no model can have; what is not UTF-8 after percent-decoding.
     """
     version = found["version"]
     if version is not None and (len(version) > 19 or int(version) >= 2**63):
         raise BadRequest(f"Failed to convert version: {version[:100]} to numeric.")
-    return Addressed(
+    return RoutingKey(
         model=decoded(found["model"], "model name"),
         version=None if version is None else int(version),
         label=decoded(found["label"] or "", "version label"),
     )
 
 
-def _spec(addressed: Addressed) -> dict[str, Any]:
-    spec: dict[str, Any] = {"name": addressed.model}
-    if addressed.version is not None:
-        spec["version"] = {"value": addressed.version}
-    elif addressed.label:
-        spec["version_label"] = addressed.label
+def _spec(key: RoutingKey) -> dict[str, Any]:
+    spec: dict[str, Any] = {"name": key.model}
+    if key.version is not None:
+        spec["version"] = {"value": key.version}
+    elif key.label:
+        spec["version_label"] = key.label
     return spec
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.rest.documents import checked_object, from_base64, parsed
-from dl_inference_core.rest.tfserving import Addressed
 from dl_inference_core.tensors import (
     Form,
     Json,
@@ -30,6 +29,7 @@ from dl_inference_core.tensors import (
     json_kind,
 )
 from dl_inference_core.wire.arrays import BFLOAT16, STRING, from_strings, native
+from dl_inference_core.wire.protocol import RoutingKey
 from dl_inference_core.wire.tfserving_examples import CLASSIFY, REGRESS, ExamplesCodec, encode_example
 
 _FEW = 64
@@ -48,7 +48,7 @@ class PredictCodec:
     instances the lists of their values.
     """
 
-    addressed: Addressed
+    key: RoutingKey
 
     def decode_request(self, body: bytes) -> Request:
         document = checked_object(parsed(body, _unwrapped))
@@ -61,7 +61,7 @@ class PredictCodec:
             payload=_columns(document["instances"]) if rows else document["inputs"],
             form=Form.JSON,
             layout=Layout.ROWS if rows else Layout.COLUMNS,
-            **_spec(self.addressed, document),
+            **_spec(self.key, document),
         )
 
     def encode_response(self, response: Response, request: Request) -> bytes:
@@ -92,7 +92,7 @@ class ResultsCodec:
 
     codec: ExamplesCodec
     results: Callable[[Any], list[Any]]
-    addressed: Addressed
+    key: RoutingKey
 
     def decode_request(self, body: bytes) -> Request:
         document = checked_object(parsed(body, _unwrapped))
@@ -110,7 +110,7 @@ class ResultsCodec:
             payload=from_strings(serialized, len(serialized)),
             form=Form.EXAMPLES,
             method=self.codec.method,
-            **_spec(self.addressed, document),
+            **_spec(self.key, document),
         )
 
     def encode_response(self, response: Response, request: Request) -> bytes:
@@ -128,7 +128,7 @@ def _floats(messages: Any, name: str) -> list[float]:
     return shortest(np.array([getattr(each, name) for each in messages], np.float32)).tolist()  # type: ignore[no-any-return]
 
 
-CODECS: Mapping[str, Callable[[Addressed], PredictCodec | ResultsCodec]] = MappingProxyType(
+CODECS: Mapping[str, Callable[[RoutingKey], PredictCodec | ResultsCodec]] = MappingProxyType(
     {
         "predict": PredictCodec,
         "classify": partial(ResultsCodec, CLASSIFY, _classes),
@@ -145,15 +145,15 @@ def _unwrapped(found: dict[str, Any]) -> Any:
     return from_base64(text, 'the value of "b64"')
 
 
-def _spec(addressed: Addressed, document: Mapping[str, Any]) -> dict[str, Any]:
+def _spec(key: RoutingKey, document: Mapping[str, Any]) -> dict[str, Any]:
     """What URL and document say beside the payload, as the fields of a `Request`."""
     signature = document.get("signature_name", "")
     if not isinstance(signature, str):
         raise BadRequest("not formatted correctly. 'signature_name' key must be a string value.")
     return {
-        "model": addressed.model,
-        "version": addressed.version,
-        "label": addressed.label,
+        "model": key.model,
+        "version": key.version,
+        "label": key.label,
         "signature": signature,
     }
 

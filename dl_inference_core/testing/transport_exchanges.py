@@ -198,7 +198,7 @@ class ExchangeConformance(LoopbackConformance):
             waiting.append(exchange)
             if len(waiting) == 50:
                 replies = [Reply(each, b"answer to " + bytes(each.message)) for each in waiting]
-                threading.Thread(target=transport.reply_all, args=(replies,)).start()
+                threading.Thread(target=type(exchange).reply_all, args=(replies,)).start()
 
         async with fronted(transport, begin) as rig:
             answers = await asyncio.gather(*(rig.call(b"%d" % number) for number in range(50)))
@@ -213,7 +213,7 @@ class ExchangeConformance(LoopbackConformance):
             waiting.append(exchange)
             if len(waiting) == 60:
                 replies = [Reply(each, b"answer to " + bytes(each.message)) for each in waiting]
-                threading.Thread(target=transport.reply_all, args=(replies,)).start()
+                threading.Thread(target=type(exchange).reply_all, args=(replies,)).start()
 
         async with fronted(transport, begin) as rig, AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(official(rig.address)) for _ in range(12)]

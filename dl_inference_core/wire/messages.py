@@ -123,12 +123,12 @@ def parse(message: Any, body: bytes | memoryview, whole: Any = None) -> Any:
         raise BadRequest(f"the bytes are malformed; expected a {name}") from error
 
 
-def fields(body: bytes | memoryview, number: int) -> bytes | None:
-    """The top-level fields of that number, tags included, in order; the others are stepped over. None as `spans`."""
+def fields(body: bytes | memoryview, *numbers: int) -> bytes | None:
+    """The top-level fields of these numbers, tags included, in order; other fields are passed over. None as `spans`."""
     found = spans(body, 0, len(body))
     if found is None:
         return None
-    return b"".join([body[first:end] for each, first, _, end in found if each == number])
+    return b"".join([body[first:end] for each, first, _, end in found if each in numbers])
 
 
 def spans(body: bytes | memoryview, start: int, end: int) -> list[tuple[int, int, int, int]] | None:

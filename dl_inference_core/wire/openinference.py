@@ -70,7 +70,7 @@ def decode_request(body: bytes) -> Request:
         payload=_decode_tensors(message.inputs, message.raw_input_contents, "input"),
         form=Form.TENSORS_RAW if raw else Form.TENSORS,
         model=message.model_name,
-        version=_decode_version(message.model_version),
+        version=decode_version(message.model_version),
         outputs=tuple(output.name for output in message.outputs),
         parameters={name: _decode_parameter(value) for name, value in message.parameters.items()},
         id=message.id,
@@ -167,12 +167,17 @@ def decode_response(body: bytes) -> Response:
     return Response(
         payload=_decode_tensors(message.outputs, message.raw_output_contents, "output"),
         model=message.model_name,
-        version=_decode_version(message.model_version),
+        version=decode_version(message.model_version),
         id=message.id,
     )
 
 
-def _decode_version(version: str) -> int | None:
+def decode_version(version: str) -> int | None:
+    """The number of a version, from the text that the protocol has for it; None is the newest.
+
+    Raises:
+        BadRequest: it is not a whole number.
+    """
     if not version:
         return None
     if not re.fullmatch(r"-?[0-9]{1,19}", version):

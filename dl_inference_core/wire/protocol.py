@@ -18,6 +18,7 @@ if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dl_inference_core.tensors import Request, Response
+    from dl_inference_core.transport import Message
 
     class Codec(typing.Protocol):
         """What every codec module offers. Arrays that come out of it may be read-only."""
@@ -46,6 +47,21 @@ if typing.TYPE_CHECKING:
             """
 
 
+class RoutingKey(typing.NamedTuple):
+    """Which model a request is for, as the request says it.
+
+    Attributes:
+        model: the name of a model; a task id if the request gives a number; None if the request names no model and its
+            protocol allows that.
+        version: the version asked for: a number, or Open Inference's text; None or "" is the newest version.
+        label: the label of the version asked for, where `version` is None; "" is no label.
+    """
+
+    model: str | int | None
+    version: int | str | None = None
+    label: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Queueing:
     """What a request says about its place in a model's queue.
@@ -66,10 +82,9 @@ class Protocol:
     Attributes:
         name: as in config and metrics.
         node_method: the method path at which nodes are called.
-        read_key: the routing key of a request's bytes: a model's name, or a task id if Seldon's `taskId` is a
-            number; None if the bytes hold no key and the protocol allows that. Reads nothing else. Raises BadRequest:
-            the bytes are malformed; the key is empty, of another kind, or missing where the protocol requires it.
-            Raises ModelNotFound: GetModelStatus asks for the empty name.
+        read_key: the routing key of a request's bytes. Reads nothing else. Raises BadRequest: the bytes are malformed;
+            the model is empty, of another kind, or missing where the protocol requires it. Raises ModelNotFound:
+            GetModelStatus asks for the empty name.
         codec_at: where in `dl_inference_core.wire` its codec is, "module" or "module:attribute"; "" for a question
             about a model, which one that is served here answers in its own way.
         key_metadata: the metadata that may name the model of a request whose bytes hold no key; "" if the bytes always
@@ -82,7 +97,7 @@ class Protocol:
 
     name: str
     node_method: str
-    read_key: Callable[[bytes], str | int | None]
+    read_key: Callable[[Message], RoutingKey]
     codec_at: str = ""
     key_metadata: str = ""
     key_expected: str = ""
@@ -108,51 +123,53 @@ _NO_SPEC = "Missing ModelSpec: model_spec is missing; expected the name of a mod
 _NO_NAME = "ModelSpec has no name specified. model_spec.name is missing or empty; expected the name of a model"
 
 
-def _parse_key(envelope: Any, body: bytes, number: int, whole: Any) -> Any:
-    if len(body) >= _LARGE and (fields := messages.fields(body, number)) is not None:
+def _parse_key(envelope: Any, body: Message, whole: Any, *numbers: int) -> Any:
+    if len(body) >= _LARGE and (fields := messages.fields(body, *numbers)) is not None:
         return messages.parse(envelope, fields, whole)
     return messages.parse(envelope, body, whole)
 
 
-def _read_tfserving_key(body: bytes) -> str:
-    key = _parse_key(messages.PredictKey, body, 1, messages.PredictRequest)
-    name: str = key.model_spec.name
-    if not name:
+def _read_tfserving_key(body: Message) -> RoutingKey:
+    key = _parse_key(messages.PredictKey, body, messages.PredictRequest, 1)
+    if not key.model_spec.name:
         raise BadRequest(_NO_NAME if key.HasField("model_spec") else _NO_SPEC)
-    return name
+    return _key_of(key.model_spec)
 
 
-def _read_status_key(body: bytes) -> str:
+def _key_of(spec: Any) -> RoutingKey:
+    return RoutingKey(spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label)
+
+
+def _read_status_key(body: Message) -> RoutingKey:
     """Raises:
     ModelNotFound: the name is empty: TensorFlow Serving looks even that one up.
     """
     key = messages.parse(messages.PredictKey, body, messages.GetModelStatusRequest)
-    name: str = key.model_spec.name
     if not key.HasField("model_spec"):
         raise BadRequest(_NO_SPEC)
-    if not name:
+    if not key.model_spec.name:
         raise ModelNotFound("Could not find any versions of model ; model_spec.name is empty")
-    return name
+    return _key_of(key.model_spec)
 
 
-def _read_multi_inference_key(body: bytes) -> str:
-    tasks = _parse_key(messages.MultiInferenceKey, body, 1, messages.MultiInferenceRequest).tasks
+def _read_multi_inference_key(body: Message) -> RoutingKey:
+    """The key of the first task, which says the version for all tasks."""
+    tasks = _parse_key(messages.MultiInferenceKey, body, messages.MultiInferenceRequest, 1).tasks
     names = {task.model_spec.name for task in tasks}
     if len(names) > 1 and "" in names:
         raise BadRequest("Found ModelSpec with an empty model name.")
     if len(names) > 1:
         raise BadRequest("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
-    name: str = names.pop() if names else ""
-    if not name:
+    if not names or "" in names:
         raise BadRequest(_NO_NAME)
-    return name
+    return _key_of(tasks[0].model_spec)
 
 
-def _read_openinference_key(body: bytes) -> str:
-    name: str = _parse_key(messages.ModelInferKey, body, 1, messages.ModelInferRequest).model_name
-    if not name:
+def _read_openinference_key(body: Message) -> RoutingKey:
+    key = _parse_key(messages.ModelInferKey, body, messages.ModelInferRequest, 1, 2)
+    if not key.model_name:
         raise BadRequest("model_name is missing or empty; expected the name of a model")
-    return name
+    return RoutingKey(key.model_name, key.model_version)
 
 
 _NO_QUEUEING = Queueing()
@@ -192,12 +209,12 @@ def _read_parameter(parameter: Any, name: str, kinds: tuple[str, ...]) -> int:
     raise BadRequest(f'parameter "{name}" is {given}; expected a whole number of 0 or more in {" or ".join(kinds)}')
 
 
-def _read_seldon_key(body: bytes) -> str | int | None:
-    tags = _parse_key(messages.SeldonKey, body, 2, messages.SeldonMessage).meta.tags
-    return read_task(tags["taskId"]) if "taskId" in tags else None
+def _read_seldon_key(body: Message) -> RoutingKey:
+    tags = _parse_key(messages.SeldonKey, body, messages.SeldonMessage, 2).meta.tags
+    return RoutingKey(read_task(tags["taskId"]) if "taskId" in tags else None)
 
 
-def _read_transform_key(body: bytes) -> str | int | None:
+def _read_transform_key(body: Message) -> RoutingKey:
     """As `_read_seldon_key`; refuses a message without a payload, which is not an answer either."""
     if messages.parse(messages.SeldonMessage, body).WhichOneof("data_oneof") is None:
         raise BadRequest("the message has no payload; expected data, binData, strData, jsonData or customData")

@@ -55,13 +55,11 @@ class Template:
     """Requests that differ in the values of their tensors alone.
 
     Attributes:
-        inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not,
-            None as long as nobody has found out.
-        shared: what `Batching` knows of them.
+        notes: what the user of the codec keeps of them.
         used: whether one has come since this was last looked at.
     """
 
-    __slots__ = ("_around", "_holes", "_parameters", "_said", "_tags", "answers", "inputs", "shared", "used")
+    __slots__ = ("_around", "_holes", "_parameters", "_said", "_tags", "answers", "notes", "used")
 
     def __init__(self, body: bytes, request: Request, holes: Sequence[_Hole]) -> None:
         self._around = tuple(
@@ -81,9 +79,8 @@ class Template:
             "names": request.names,
             "id": request.id,
         }
-        self.inputs: tuple[str, ...] | None = None
         self.used = False
-        self.shared: Any = None
+        self.notes: Any = None
         self.answers: dict[Any, _Answer | None] = {}
 
     def matches(self, body: bytes) -> bool:
@@ -116,7 +113,6 @@ class Template:
             payload=_payload(payload),
             tags=dict(self._tags),
             parameters=dict(self._parameters),
-            template=self,
             **self._said,
         )
 
@@ -152,31 +148,35 @@ class Templates:
         self._count = 0
         self._credit = _CREDIT
 
-    def decode_request(self, body: bytes | memoryview) -> Request:
-        """Raises:
-        BadRequest: as the codec.
+    def decode_request(self, body: bytes | memoryview) -> tuple[Request, Template | None]:
+        """The request, and the template that it matches; None if it matches no known one.
+
+        Raises:
+            BadRequest: as the codec.
         """
         if type(body) is not bytes or len(body) >= _LARGE:
-            return self._codec.decode_request(body)
+            return self._codec.decode_request(body), None
         for template in self._by_size.get(len(body), ()):
             if template.matches(body):
                 if self._credit < _CREDIT:
                     self._credit += _HIT
-                return template.request(body)
+                return template.request(body), template
         request = self._codec.decode_request(body)
         self._credit += _MISS
         if self._credit >= _PRICE:
             self._credit -= _PRICE
             self._learn(body, request)
-        return request
+        return request, None
 
-    def encode_response(self, payload: Payload, request: Request) -> bytes:
+    def encode_response(self, payload: Payload, request: Request, template: Template | None = None) -> bytes:
         """The answer of this version, with that payload.
+
+        Args:
+            template: that `request` came with.
 
         Raises:
             TypeError: as the codec.
         """
-        template = request.template
         if template is None or not template.says(request):
             return self._encode(payload, request)
         described: list[Any] = []

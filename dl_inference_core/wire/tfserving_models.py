@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.tensors import Form, Request, Tensors
+from dl_inference_core.tensors import Tensors
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.tfserving import decode_spec, dtype_number, encode_tensor
+from dl_inference_core.wire.tfserving import dtype_number, encode_tensor
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from dl_inference_core.transport import Message
 
     Described = tuple[str, str, np.dtype[Any] | None, tuple[int | None, ...] | None]
     """Of a tensor its name, the framework's name, dtype and shape; None where it is not known."""
@@ -35,11 +37,9 @@ class DescribedSignature:
     defaults: Tensors
 
 
-def decode_metadata_request(body: bytes) -> Request:
-    """Which model and version is asked about; there is no payload.
-
-    Raises:
-        BadRequest: the request is malformed, or asks for anything but signatures.
+def check_metadata_request(body: Message) -> None:
+    """Raises:
+    BadRequest: the request is malformed, or asks for anything but signatures.
     """
     message = messages.parse(messages.GetModelMetadataRequest, body)
     if not message.metadata_field:
@@ -47,7 +47,6 @@ def decode_metadata_request(body: bytes) -> Request:
     for field in message.metadata_field:
         if field != _FIELD:
             raise BadRequest(f'Metadata field {field[:100]} is not supported; expected "{_FIELD}"')
-    return _about(message.model_spec)
 
 
 def encode_metadata(name: str, version: int, signatures: Mapping[str, DescribedSignature]) -> bytes:
@@ -80,15 +79,6 @@ def encode_signatures(signatures: Mapping[str, DescribedSignature]) -> Any:
     return message
 
 
-def decode_status_request(body: bytes) -> Request:
-    """Which model, and which version if any, is asked about; there is no payload.
-
-    Raises:
-        BadRequest: the request is malformed.
-    """
-    return _about(messages.parse(messages.GetModelStatusRequest, body).model_spec)
-
-
 def encode_status(versions: Iterable[tuple[int, str, int, str]]) -> bytes:
     """A GetModelStatusResponse.
 
@@ -102,7 +92,3 @@ def encode_status(versions: Iterable[tuple[int, str, int, str]]) -> bytes:
             version=number, state=state, status={"error_code": code, "error_message": text}
         )
     return message.SerializeToString()  # type: ignore[no-any-return]
-
-
-def _about(spec: Any) -> Request:
-    return Request(payload=None, form=Form.JSON, **decode_spec(spec))

@@ -15,7 +15,7 @@ from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.transport import Answer, Message
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.protocol import PROTOCOLS, RoutingKey
 
 Lab = Any  # tests/conftest.py
 
@@ -28,6 +28,8 @@ def counted(gateway: Any, name: str) -> float:
     value = gateway.app.metrics._registry.get_sample_value(f"dl_inference_{name}_total", {"route": "m"})
     return float(value or 0)
 
+
+ANY_KEY = RoutingKey("m")
 
 # The bucket
 
@@ -329,7 +331,7 @@ async def test_of_two_errors_at_once_the_one_that_may_not_go_elsewhere_counts(la
     for node, error in zip(forwarder.pool.nodes, reversed(errors) if second else errors, strict=True):
         node.endpoint.connection = Failing(node.endpoint.connection, error)
     exchange = MemoryExchange(protocol.node_method)
-    forwarder.begin(exchange, protocol)
+    forwarder.begin(exchange, protocol, ANY_KEY)
     answer = asyncio.ensure_future(exchange.outcome())
     await lab.until(lambda: len(waiting) == 2)
     together.set()
@@ -406,7 +408,7 @@ async def test_two_attempts_may_end_at_once(lab: Lab) -> None:
 
     protocol = PROTOCOLS["openinference"]
     exchange = MemoryExchange(protocol.node_method)
-    forwarder.begin(exchange, protocol)
+    forwarder.begin(exchange, protocol, ANY_KEY)
     answer, _ = await asyncio.gather(exchange.outcome(), release())
     assert messages.ModelInferResponse.FromString(bytes(answer)).id in "ab"
     await lab.until(lambda: untouched(gateway, *nodes))
@@ -423,7 +425,7 @@ async def test_what_fails_leaves_no_garbage(lab: Lab, hedge: bool) -> None:
     try:
         for _ in range(4):
             exchange = MemoryExchange(protocol.node_method)
-            forwarder.begin(exchange, protocol)
+            forwarder.begin(exchange, protocol, ANY_KEY)
             with pytest.raises(AnswerMalformed):
                 await exchange.outcome()
         assert counted(gateway, "hedges") == 4 * hedge

@@ -21,11 +21,12 @@ from dl_inference_core.errors import (
     ModelNotFound,
     Overloaded,
 )
-from dl_inference_core.node.answering import LoadedVersion, ServedModel
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.load import LoadMeter
+from dl_inference_core.node.model import ServedModel
 from dl_inference_core.node.repository import Repository
+from dl_inference_core.node.version import LoadedVersion
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.testing.memory import answered

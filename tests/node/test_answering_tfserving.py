@@ -25,9 +25,9 @@ from dl_inference_core.errors import (
     ModelNotReady,
     Unimplemented,
 )
-from dl_inference_core.node.answering import ServedModel
 from dl_inference_core.node.backend import Signature, TensorSpec
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.model import ServedModel
 from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Method, Payload, Request, Tensor
@@ -374,12 +374,16 @@ def test_several_signatures_are_answered_in_order_by_one_version(tmp_path: Path)
             Unimplemented,
             "Unsupported signature method_name: tensorflow/serving/predict",
         ),
-        (tasks(), BadRequest, "there are no tasks"),
+        (tasks(), BadRequest, "model_spec.name is missing or empty"),
         (tasks(("x", REGRESS)), BadRequest, "No signature was found with the name: x;"),
         (tasks(("classify", REGRESS)), BadRequest, "Expected one output Tensor, found 2."),
         (tasks(*BOTH, version={"value": 7}), ModelNotFound, "Servable not found for request: Specific(m, 7)"),
         (tasks(*BOTH, version_label="new"), BadRequest, "Unrecognized servable version label: new"),
-        (messages.MultiInferenceRequest(tasks=[{}]).SerializeToString(), BadRequest, "Input is empty."),
+        (
+            messages.MultiInferenceRequest(tasks=[{"model_spec": {"name": "m"}}]).SerializeToString(),
+            BadRequest,
+            "Input is empty.",
+        ),
         (b"\xff", BadRequest, "malformed"),
     ],
 )

@@ -21,16 +21,18 @@ from pydantic import ValidationError
 from dl_inference_core.config import NamedModel, PluginOptions
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, Overloaded
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.node.answering import ServedModel
 from dl_inference_core.node.backend import Signature, TensorSpec
+from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.batching import Batching, BatchingConfig, Bucket, NotRowwise
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import Loader
+from dl_inference_core.node.model import ServedModel
+from dl_inference_core.node.queue import RecentConcurrency
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.node.scheduling import Effort, _Crowd
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.testing.memory import answered
+from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
@@ -114,17 +116,17 @@ class Scene:
 
     def takes(self, seconds: float) -> None:
         """From now on it is known that a request takes so long."""
-        self.jobs.effort = Effort()
-        self.jobs.effort.learn(1, seconds)
+        for _ in range(100):
+            self.cost.learn(1, seconds)
 
     @property
-    def jobs(self) -> Any:
-        return self.served._loaded[1]._workers._jobs
+    def cost(self) -> Any:
+        return self.served.loaded[1]._cost
 
     async def queued(self, count: int) -> None:
-        version = self.served._loaded[1]
+        version = self.served.loaded[1]
         async with asyncio.timeout(10):
-            while version._workers.waiting() < count:  # noqa: ASYNC110 - a queue has no event
+            while version.waiting() < count:  # noqa: ASYNC110 - a queue has no event
                 await asyncio.sleep(0.001)
 
 
@@ -390,7 +392,9 @@ async def test_an_expired_request_is_dropped_before_the_call_and_never_touches_i
 
 async def test_a_malformed_request_never_touches_its_batch_mates(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
-        torn = answered(it.served, OIP, b"\xff\xff")
+        torn = answered(
+            it.served, OIP, messages.ModelInferRequest(model_name="m").SerializeToString() + b"\x2a\x01\xff"
+        )
         wrong = it.ask(1, name="y")
         answers = await it.together(it.ask(2), torn, it.ask(3), wrong)
         assert [answers[0], answers[2]] == [[4], [6]]
@@ -515,7 +519,7 @@ async def test_a_request_is_not_held_beyond_its_deadline(tmp_path: Path) -> None
 async def test_none_is_held_for_more_than_there_are(tmp_path: Path, clients: int) -> None:
     """Each client sends its next request when it has its answer."""
     async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
-        it.jobs._crowd._before = clients
+        it.served.loaded[1]._queue._concurrency._before = clients
 
         async def client() -> list[list[float]]:
             return [await it.ask(number) for number in range(20)]
@@ -527,16 +531,16 @@ async def test_none_is_held_for_more_than_there_are(tmp_path: Path, clients: int
 
 
 def test_how_many_were_here_at_once_lately() -> None:
-    crowd = _Crowd()
+    crowd = RecentConcurrency()
     assert crowd.most == math.inf
     for count, now in ((3, 10.0), (5, 10.5), (4, 10.9)):
-        crowd.seen(count, now)
+        crowd.observe(count, now)
     assert crowd.most == math.inf, "it is early to say"
-    crowd.seen(2, 11.1)
+    crowd.observe(2, 11.1)
     assert crowd.most == 5
-    crowd.seen(1, 12.2)
+    crowd.observe(1, 12.2)
     assert crowd.most == 2
-    crowd.seen(7, 12.3)
+    crowd.observe(7, 12.3)
     assert crowd.most == 7
 
 
@@ -553,16 +557,16 @@ async def test_what_is_held_is_answered_before_the_version_goes(tmp_path: Path) 
         held = asyncio.create_task(it.ask(1))
         await asyncio.sleep(0.02)
         async with asyncio.timeout(5):
-            await it.served._loaded[1].close()
+            await it.served.loaded[1].close()
         assert await held == [2]
 
 
 async def test_to_be_held_is_no_work(tmp_path: Path) -> None:
     async with scene(tmp_path, "[batching]\nmax_delay_us = 200_000") as it:
-        before = it.served._loaded[1]._workers.worked()
+        before = it.served.loaded[1]._threads.worked()
         await it.ask(1)
-        assert it.jobs.effort.seconds(1) < 0.1
-        assert it.served._loaded[1]._workers.worked() - before < 0.1
+        assert it.cost.seconds(1) < 0.1
+        assert it.served.loaded[1]._threads.worked() - before < 0.1
 
 
 async def test_threads_do_not_share_out_what_is_held(tmp_path: Path) -> None:
@@ -672,13 +676,13 @@ async def test_a_batch_takes_in_no_more_than_can_be_answered_in_time(tmp_path: P
             asked = [asyncio.create_task(it.ask(number, deadline=time.monotonic() + 60)) for number in range(5)]
             await it.queued(5)
             for number in (1, 2) * 50:
-                it.jobs.effort.learn(number, 20 * number)
+                it.cost.learn(number, 20 * number)
         assert await asyncio.gather(*asked) == [[0], [2], [4], [6], [8]]
         assert it.model.sizes[1] in (2, 3)
 
 
 def test_the_effort_for_a_number_of_requests() -> None:
-    effort = Effort()
+    effort = BatchCost()
     assert effort.seconds(7) == 0
     for _ in range(50):
         effort.learn(4, 2.0)
@@ -691,7 +695,7 @@ def test_the_effort_for_a_number_of_requests() -> None:
 @pytest.mark.parametrize(("fixed", "each", "worthwhile"), [(0.1, 0.2, 4), (0, 1, 1), (8, 1, 64), (5, 0, 1 << 20)])
 def test_how_many_are_worth_to_be_taken_at_once(fixed: float, each: float, worthwhile: int) -> None:
     """So many that what a call takes besides is an eighth of what they take."""
-    effort = Effort()
+    effort = BatchCost()
     for number in (1, 8, 16) * 20:
         effort.learn(number, fixed + each * number)
     assert effort.worthwhile == pytest.approx(worthwhile, abs=1)
@@ -704,8 +708,8 @@ async def test_what_is_in_hand_is_waited_for(tmp_path: Path) -> None:
             together = [asyncio.create_task(it.ask(number)) for number in range(4)]
             await it.queued(4)
             for number in (1, 2) * 50:
-                it.jobs.effort.learn(number, number)
-            it.jobs.effort.learn = lambda requests, seconds: None
+                it.cost.learn(number, number)
+            it.cost.learn = lambda requests, seconds: None
             first, it.model.hold, it.model.entered = it.model.hold, threading.Event(), threading.Semaphore(0)
             first.set()
             await asyncio.to_thread(it.model.entered.acquire)
@@ -751,7 +755,7 @@ async def test_how_long_requests_take_is_learned(tmp_path: Path) -> None:
         it.model.sleep_s = 0.02
         for _ in range(3):
             await it.ask(1)
-        assert it.jobs.effort.seconds(1) >= 0.02
+        assert it.cost.seconds(1) >= 0.02
 
 
 async def test_a_higher_priority_is_served_first_and_takes_a_place_in_a_full_queue(tmp_path: Path) -> None:
@@ -1101,7 +1105,7 @@ def test_answers_equal_those_of_each_request_alone(shapes: list[tuple[int, int]]
     for batch in batching.batches(parts):
         assert len({part.key for part in batch}) == 1
         for part, outputs in zip(batch, batching.run(batch, model), strict=True):
-            answers[part.asked] = outputs
+            answers[part.queued] = outputs
     assert answers.keys() == set(range(len(given)))
     for index, x in enumerate(given):
         np.testing.assert_array_equal(answers[index]["sum"], x.sum(axis=1))

@@ -15,10 +15,10 @@ import pytest
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, HandlerFailed, InferenceError
-from dl_inference_core.node.answering import ServedModel
 from dl_inference_core.node.backend import Model, Signature, TensorSpec
 from dl_inference_core.node.handler_inputs import inputs_of
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.model import ServedModel
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor, as_tensors, mapped
 from dl_inference_core.testing import FakeBackend, FakeModel

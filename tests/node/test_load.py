@@ -17,8 +17,10 @@ from dl_inference_core.errors import (
     ModelNotReady,
 )
 from dl_inference_core.node import load
-from dl_inference_core.node.answering import Workers
+from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
+from dl_inference_core.node.model_threads import ModelThreads
+from dl_inference_core.node.queue import RequestQueue
 from dl_inference_core.wire import messages, orca
 from dl_inference_core.wire.orca import Load
 
@@ -172,24 +174,25 @@ def test_the_processor_is_told_of_beside_it(clock: Clock) -> None:
 
 
 async def test_threads_count_the_function_that_they_are_running() -> None:
-    workers = Workers("w")
-    workers.grow(2)
+    queue = RequestQueue("m/1", BatchCost(), lambda request, error: None)
+    threads = ModelThreads("m/1", queue, lambda request, thread: 0)
+    threads.grow(2)
     begun, go_on = threading.Barrier(3, timeout=10), threading.Event()
 
     def work() -> None:
         begun.wait()
         go_on.wait(10)
 
-    running = [asyncio.ensure_future(workers.run(work)) for _ in range(2)]
+    running = [asyncio.ensure_future(threads.run(work)) for _ in range(2)]
     await asyncio.to_thread(begun.wait)
-    before = workers.worked()
+    before = threads.worked()
     await asyncio.sleep(0.05)
-    spent = workers.worked() - before
+    spent = threads.worked() - before
     assert spent >= 0.1, "two threads, each for 0.05 s"
     go_on.set()
     await asyncio.gather(*running)
-    await workers.close(lambda: None)
-    after = workers.worked()
+    await threads.close(lambda: None)
+    after = threads.worked()
     assert after >= before + spent
     await asyncio.sleep(0.02)
-    assert workers.worked() == after
+    assert threads.worked() == after

@@ -20,10 +20,10 @@ import pytest
 
 from dl_inference_core.config import NamedModel, PluginOptions
 from dl_inference_core.errors import ConfigError, ModelNotFound, ModelNotReady
-from dl_inference_core.node.answering import ServedModel, State
 from dl_inference_core.node.backend import Backend, Model
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import ModelConfig
+from dl_inference_core.node.model import ServedModel, State
 from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Request
@@ -575,7 +575,7 @@ def test_any_digits_are_a_version_and_of_two_folders_of_a_number_one_is_taken(
             assert await ask(model, version=0) == (0, 1.0)
             assert await ask(model, version=7) == (7, 1.0)
             assert await ask(model, version=123) == (123, 8.0)
-            assert model._labelled("first") == 0
+            assert model.labels["first"] == 0
             await look_twice(repository)
             shutil.rmtree(tmp_path / "m" / "7")
             await look_twice(repository)
@@ -671,7 +671,7 @@ def test_defaults_hold_where_neither_settings_nor_a_toml_say_otherwise(tmp_path:
         try:
             await repository.start()
             models = repository.models
-            threads = {name: model._loaded[1].loaded.threads for name, model in models.items()}
+            threads = {name: model.loaded[1].loaded.threads for name, model in models.items()}
             assert threads == {"plain": 2, "told": 3, "set": 4}
             assert await ask(models["plain"]) == (1, 5.0)
         finally:

@@ -15,12 +15,13 @@ import pytest
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ModelNotReady
 from dl_inference_core.node import loading
-from dl_inference_core.node.answering import ServedModel, State
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.model import ServedModel, State
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.node.sources import load_module
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.testing.memory import answered
+from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import METADATA
 
 TIMEOUT_S = 2.0
@@ -112,7 +113,9 @@ async def test_loads_that_hang_fail_at_their_timeout_and_others_take_their_place
         for name in "abc":
             assert status(repository.models[name]) == (State.LOADING, "")
             with pytest.raises(ModelNotReady, match=f'^model "{name}" is still loading: version 1 is loading$'):
-                await answered(repository.models[name], METADATA, b"")
+                await answered(
+                    repository.models[name], METADATA, messages.ModelMetadataRequest(name=name).SerializeToString()
+                )
         await repository.loaded()
         assert repository.models["c"].ready
         for name in "ab":

@@ -225,12 +225,12 @@ async def test_a_client_replaces_the_models_and_those_that_stay_keep_what_they_h
     )
     async with serving(named) as repository:
         assert set(repository.models) == {"a", "b"}
-        kept = repository.models["b"]._loaded[1]
+        kept = repository.models["b"].loaded[1]
         body = await named.reload(request(("b", tmp_path / "b"), ("c", tmp_path / "c")))
         response = model_management_pb2.ReloadConfigResponse.FromString(body)
         assert (response.status.error_code, response.status.error_message) == (0, "")
         assert set(repository.models) == set(named.models) == {"b", "c"}
-        assert repository.models["b"]._loaded[1] is kept
+        assert repository.models["b"].loaded[1] is kept
         assert repository.models["c"].ready
         await named.reload(request())
         assert set(repository.models) == set()
@@ -291,7 +291,7 @@ async def test_versions_and_labels_that_are_named_have_to_be_there(tmp_path: Pat
         policy: dict[str, Any] = {"model_version_policy": {"specific": {"versions": [1, 2]}}}
         labels: dict[str, Any] = {"version_labels": {"stable": 1}}
         await named.reload(request(("m", tmp_path / "m"), **policy, **labels))
-        assert set(repository.models["m"]._loaded) == {1, 2}
+        assert set(repository.models["m"].loaded) == {1, 2}
         error = await refusal(named, request(("m", tmp_path / "m"), **policy, version_labels={"canary": 3}))
         assert error.code is Code.FAILED_PRECONDITION
         assert "Request to assign label to version 3 of model m, which is not currently available" in str(error)
@@ -299,7 +299,7 @@ async def test_versions_and_labels_that_are_named_have_to_be_there(tmp_path: Pat
         error = await refusal(named, request(("m", tmp_path / "m"), **policy))
         assert "broken on purpose" in str(error)
         assert f"{{name: m version: 4}} due to error: it is not in {tmp_path / 'm'}" in str(error)
-        assert set(repository.models["m"]._loaded) == {2}
+        assert set(repository.models["m"].loaded) == {2}
 
 
 async def test_a_model_elsewhere_is_another_even_if_its_files_look_the_same(tmp_path: Path) -> None:
@@ -308,9 +308,9 @@ async def test_a_model_elsewhere_is_another_even_if_its_files_look_the_same(tmp_
         os.utime(file, ns=(0, 0))
     named = NamedModels(ModelsConfig(named={"m": NamedModel(path=tmp_path / "x2")}, accept_config=True))
     async with serving(named) as repository:
-        assert repository.models["m"]._loaded[1].loaded.model.native.factor == 2
+        assert repository.models["m"].loaded[1].loaded.model.native.factor == 2
         await named.reload(request(("m", tmp_path / "x3")))
-        assert repository.models["m"]._loaded[1].loaded.model.native.factor == 3
+        assert repository.models["m"].loaded[1].loaded.model.native.factor == 3
 
 
 async def test_a_client_that_leaves_does_not_undo_it(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ async def test_what_older_files_answer_is_not_what_was_asked_for(tmp_path: Path)
     named = NamedModels(ModelsConfig(accept_config=True))
     async with serving(named) as repository:
         await named.reload(request(("m", good)))
-        kept = repository.models["m"]._loaded[1]
+        kept = repository.models["m"].loaded[1]
         specific: dict[str, Any] = {"model_version_policy": {"specific": {"versions": [1]}}}
         for call, said in (
             (request(("m", tmp_path / "none")), "name: m due to error: [Errno 2] No such file or directory: "),
@@ -342,7 +342,7 @@ async def test_what_older_files_answer_is_not_what_was_asked_for(tmp_path: Path)
             error = await refusal(named, call)
             assert isinstance(error, ReloadFailed)
             assert f"1 servable(s) did not become available: {{{{{said}" in str(error)
-            assert repository.models["m"]._loaded[1] is kept
+            assert repository.models["m"].loaded[1] is kept
         error = await refusal(named, request(("m", flat)))
         assert f"there is no version in {flat}" in str(error), "a folder of files is no version"
 
@@ -371,7 +371,7 @@ async def test_a_request_that_hangs_holds_up_no_reload(tmp_path: Path) -> None:
         assert go.wait(10)
 
     async with serving(named) as repository:
-        hanging = asyncio.create_task(repository.models["a"]._loaded[1]._workers.run(hang))
+        hanging = asyncio.create_task(repository.models["a"].loaded[1]._threads.run(hang))
         try:
             await until(running.is_set)
             async with asyncio.timeout(5):
@@ -435,7 +435,7 @@ async def test_the_old_version_answers_until_the_new_one_has_loaded(tmp_path: Pa
     backend.go.set()
     async with serving(named, backend) as repository:
         model = repository.models["m"]
-        assert model._labelled("stable") == 1
+        assert model.labels["stable"] == 1
         backend.go.clear()
         try:
             if by == "client":
@@ -443,14 +443,14 @@ async def test_the_old_version_answers_until_the_new_one_has_loaded(tmp_path: Pa
             else:
                 say(path, **then)
             await until(lambda: new in model.versions)
-            assert model._labelled("stable") == model._pick(None).number == 1
+            assert model.labels["stable"] == max(model.loaded) == 1
         finally:
             backend.go.set()
-        await until(lambda: new in model._loaded)
-        assert model._labelled("stable") == model._pick(None).number == new
+        await until(lambda: new in model.loaded)
+        assert model.labels["stable"] == max(model.loaded) == new
         if by == "client":
             await reloading
-        assert set(model._loaded) == set(versions)
+        assert set(model.loaded) == set(versions)
 
 
 async def test_no_source_is_run_from_a_folder_that_only_a_client_names(
@@ -471,8 +471,8 @@ async def test_no_source_is_run_from_a_folder_that_only_a_client_names(
         ran.unlink()
         await named.reload(request(("m", tmp_path / "ours"), ("n", tmp_path / "theirs")))
         assert not ran.exists()
-        assert type(repository.models["m"]._loaded[2].loaded.instances[0].handler).__name__ == "Mine"
-        assert type(repository.models["n"]._loaded[1].loaded.instances[0].handler) is Handler
+        assert type(repository.models["m"].loaded[2].loaded.instances[0].handler).__name__ == "Mine"
+        assert type(repository.models["n"].loaded[1].loaded.instances[0].handler) is Handler
     assert f"{tmp_path / 'theirs' / '1' / 'handler.py'} is not run" in caplog.text
 
 
@@ -498,7 +498,7 @@ async def test_the_file_is_followed_and_a_broken_one_changes_nothing(
     file.write_text(config(models["a"]))
     named = watched(file)
     async with serving(named) as repository:
-        kept = repository.models["a"]._loaded[1]
+        kept = repository.models["a"].loaded[1]
         whole = config(*models.values())
         file.write_text(whole[:-10])
         await until(lambda: caplog.records)
@@ -510,7 +510,7 @@ async def test_the_file_is_followed_and_a_broken_one_changes_nothing(
         await asyncio.sleep(0.05)
         file.write_text(whole)
         await until(lambda: "b" in repository.models and repository.models["b"].ready)
-        assert repository.models["a"]._loaded[1] is kept
+        assert repository.models["a"].loaded[1] is kept
         half, gone = (record.getMessage() for record in caplog.records)
         assert half.startswith(f"keeping the current models: {file}: Error parsing text-format ")
         assert gone.startswith("keeping the current models: ")

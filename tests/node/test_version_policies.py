@@ -18,8 +18,8 @@ import pytest
 
 from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest, ModelNotFound, ModelNotReady
-from dl_inference_core.node.answering import ServedModel, State
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.model import ServedModel, State
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import Form, Request
 from dl_inference_core.testing import FakeBackend, FakeModel
@@ -329,7 +329,7 @@ def test_of_a_version_whose_files_are_gone_nothing_stays_once_its_successor_has_
                 backend.go.set()
             await repository.settle()
             assert list(model.versions) == [1]
-            with pytest.raises(ModelNotReady, match="version 1 is failed"):
+            with pytest.raises(ModelNotReady, match='version 1 of model "m" is not ready: it is failed'):
                 await ask(model, label="stable")
             assert [loaded.closed for loaded in backend.models] == [True]
 
@@ -438,9 +438,9 @@ def test_sources_that_may_be_run_from_now_on_load_it_again(tmp_path: Path) -> No
     async def main() -> None:
         async with serving(None, m=NamedModel(path=folder, sources=False)) as repository:
             model = repository.models["m"]
-            assert type(model._loaded[1].loaded.instances[0].handler) is Handler
+            assert type(model.loaded[1].loaded.instances[0].handler) is Handler
             await replace(repository, {"m": NamedModel(path=folder)})
-            assert type(model._loaded[1].loaded.instances[0].handler).__name__ == "Mine"
+            assert type(model.loaded[1].loaded.instances[0].handler).__name__ == "Mine"
 
     asyncio.run(main())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -23,8 +24,6 @@ from dl_inference_core.wire.tfserving_examples import (
 )
 from dl_inference_core.wire.tfserving_models import (
     DescribedSignature,
-    decode_metadata_request,
-    decode_status_request,
     encode_metadata,
     encode_status,
 )
@@ -119,7 +118,7 @@ def test_decoders_answer_or_say_bad_request(name: str, body: Any) -> None:
         pass
     else:
         if request.model and name != "seldon":
-            assert PROTOCOLS[name].read_key(body) == request.model
+            assert PROTOCOLS[name].read_key(body).model == request.model
         again = codec.decode_request(codec.encode_request(request))
         assert (again.form, again.model, again.id) == (request.form, request.model, request.id)
     with suppress(BadRequest, NodeFailed):  # NodeFailed: Seldon's own status, FAILURE
@@ -148,7 +147,7 @@ def test_what_a_gateway_reads_of_20000_damaged_requests_is_a_key_or_the_clients_
     for number in range(20_000):
         body = damaged(random)
         with suppress(BadRequest):
-            key = protocol.read_key(body)
+            key = protocol.read_key(body).model
             assert isinstance(key, str | int) or (key is None and name == "seldon")
         well_formed(body)
         if number % 4 == 0:
@@ -160,8 +159,8 @@ def test_what_a_gateway_reads_of_20000_damaged_requests_is_a_key_or_the_clients_
     ("protocol", "decode"),
     [
         (MULTI_INFERENCE, decode_multi_inference),
-        (SIGNATURES, decode_metadata_request),
-        (VERSIONS, decode_status_request),
+        (SIGNATURES, partial(messages.parse, messages.GetModelMetadataRequest)),
+        (VERSIONS, partial(messages.parse, messages.GetModelStatusRequest)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -173,5 +172,9 @@ def test_other_questions_are_read_or_the_clients_fault(protocol: Any, decode: An
         asked = decode(body)
     with suppress(BadRequest, ModelNotFound):
         key = protocol.read_key(body)
-    if asked is not None and key is not None:
-        assert {request.model for request in (asked if isinstance(asked, list) else [asked])} == {key}
+    if isinstance(asked, list) and key is not None:
+        assert {request.model for request in asked} == {key.model}
+        assert (asked[0].version, asked[0].label) == key[1:]
+    elif asked is not None and key is not None:
+        spec = asked.model_spec
+        assert key == (spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label)

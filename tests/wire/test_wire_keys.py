@@ -23,6 +23,7 @@ from dl_inference_core.wire.protocol import (
     TRANSFORMS,
     VERSIONS,
     Queueing,
+    RoutingKey,
     well_formed,
 )
 
@@ -31,7 +32,7 @@ ENVELOPES = [
     (messages.PredictKey, 1),
     (messages.MultiInferenceKey, 1),
     (messages.SeldonKey, 2),
-    (messages.ModelInferKey, 1),
+    (messages.ModelInferKey, 1, 2),
 ]
 
 
@@ -101,7 +102,7 @@ def test_each_protocol_finds_its_codec() -> None:
 )
 def test_the_name_stands_in_the_model_spec(p: Any, message: Any, padding: Any) -> None:
     body = message(model_spec={"name": "textcnn-69", "version_label": "stable"}).SerializeToString()
-    assert p.read_key(padding + body + padding) == "textcnn-69"
+    assert p.read_key(padding + body + padding).model == "textcnn-69"
     with pytest.raises(BadRequest, match=r"^Missing ModelSpec"):
         p.read_key(padding)
     nameless = message(model_spec={"signature_name": "s"}).SerializeToString()
@@ -119,7 +120,7 @@ def test_all_tasks_of_a_multi_inference_name_one_model(padding: Any) -> None:
         tasks = [{"model_spec": {"name": name}, "method_name": "tensorflow/serving/regress"} for name in names]
         return messages.MultiInferenceRequest(tasks=tasks).SerializeToString() + padding
 
-    assert MULTI_INFERENCE.read_key(body("m")) == MULTI_INFERENCE.read_key(body("m", "m", "m")) == "m"
+    assert MULTI_INFERENCE.read_key(body("m")) == MULTI_INFERENCE.read_key(body("m", "m", "m")) == RoutingKey("m")
     with pytest.raises(BadRequest, match=r"^All ModelSpecs in a MultiInferenceRequest must access the same model"):
         MULTI_INFERENCE.read_key(body("m", "n"))
     for names in (("m", ""), ("", "m"), ("m", "", "n")):
@@ -135,9 +136,9 @@ def test_a_name_is_the_key(padding: Any) -> None:
     message = messages.PredictRequest()
     message.model_spec.name = "textcnn-69"
     message.inputs["x"].tensor_content = b"\x00" * 600
-    assert PROTOCOLS["tfserving"].read_key(padding + message.SerializeToString()) == "textcnn-69"
+    assert PROTOCOLS["tfserving"].read_key(padding + message.SerializeToString()).model == "textcnn-69"
     infer = messages.ModelInferRequest(model_name="textcnn-69", raw_input_contents=[b"\x00" * 600])
-    assert PROTOCOLS["openinference"].read_key(infer.SerializeToString() + padding) == "textcnn-69"
+    assert PROTOCOLS["openinference"].read_key(infer.SerializeToString() + padding).model == "textcnn-69"
 
 
 @pytest.mark.parametrize("padding", [b"", PADDING])
@@ -145,7 +146,7 @@ def test_a_name_is_the_key(padding: Any) -> None:
     ("tag", "key"), [(100.0, 100), (0.0, 0), (-7.0, -7), (2.0**53, 2**53), ("69", "69"), ("textcnn", "textcnn")]
 )
 def test_a_task_id_is_an_int_or_a_string(tag: Any, key: Any, padding: Any) -> None:
-    read = PROTOCOLS["seldon"].read_key(padding + seldon(other="x", taskId=tag))
+    read = PROTOCOLS["seldon"].read_key(padding + seldon(other="x", taskId=tag)).model
     assert read == key
     assert type(read) is type(key)
 
@@ -192,8 +193,8 @@ def test_a_missing_key_and_malformed_bytes_are_bad_requests(name: Any, missing: 
         with pytest.raises(BadRequest, match=missing):
             read_key(padding)
     else:
-        assert read_key(padding) is None
-        assert read_key(padding + seldon(other="x")) is None
+        assert read_key(padding).model is None
+        assert read_key(padding + seldon(other="x")).model is None
     # The first field of a Seldon message is not read on the way to its key.
     inside = b"\x12\x02\x12\x01" if name == "seldon" else b"\x0a\x01\xff"
     for broken in (b"\x0a\x05ab", b"\xff", b"\x00\x00", b"\x0c", b"\x0e\x00", inside):
@@ -258,8 +259,8 @@ def outcome(call: Any, body: Any) -> Any:
 def test_stepping_over_fields_changes_nothing(parts: Any, cut: Any) -> None:
     body = b"".join(parts)
     body = body[: len(body) - cut]
-    for envelope, number in ENVELOPES:
-        found = messages.fields(body, number)
+    for envelope, *numbers in ENVELOPES:
+        found = messages.fields(body, *numbers)
         if found is not None:
             direct = outcome(lambda b, e=envelope: messages.parse(e, b), body)
             walked = outcome(lambda b, e=envelope: messages.parse(e, b), found)
@@ -277,8 +278,8 @@ def test_repeated_keys_follow_protobuf() -> None:
     split = messages.PredictRequest()
     split.model_spec.signature_name = "no name in this part"
     body = first.SerializeToString() + PADDING + last.SerializeToString() + split.SerializeToString()
-    assert PROTOCOLS["tfserving"].read_key(body) == "last"
-    assert PROTOCOLS["seldon"].read_key(seldon(taskId=1) + PADDING + seldon(x=3) + seldon(taskId=2)) == 2
+    assert PROTOCOLS["tfserving"].read_key(body).model == "last"
+    assert PROTOCOLS["seldon"].read_key(seldon(taskId=1) + PADDING + seldon(x=3) + seldon(taskId=2)).model == 2
 
 
 def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch: Any) -> None:
@@ -286,7 +287,7 @@ def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch:
     assert messages.fields(b"\x38\x01" * 1_000_000, 1) is None
     assert messages.fields(b"\x0a" + b"\xff" * 1_000_000, 1) is None
     assert messages.fields(b"\x38" + b"\xff" * 1_000_000, 1) is None
-    assert PROTOCOLS["openinference"].read_key(b"\x38\x01" * 100_000 + b"\x0a\x01m") == "m"
+    assert PROTOCOLS["openinference"].read_key(b"\x38\x01" * 100_000 + b"\x0a\x01m").model == "m"
     assert not well_formed(b"\x38" + b"\xff" * 1_000_000)
 
 
@@ -366,5 +367,5 @@ def test_a_transformation_takes_a_payload() -> None:
         with pytest.raises(BadRequest, match="no payload"):
             transform.read_key(seldon(taskId=1))
         message = messages.SeldonMessage(strData="")
-        assert transform.read_key(message.SerializeToString()) is None
-        assert transform.read_key(message.SerializeToString() + seldon(taskId="m")) == "m"
+        assert transform.read_key(message.SerializeToString()).model is None
+        assert transform.read_key(message.SerializeToString() + seldon(taskId="m")).model == "m"

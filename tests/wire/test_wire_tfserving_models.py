@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from dl_inference_core.errors import BadRequest
+from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, RoutingKey
 from dl_inference_core.wire.tfserving_models import (
     DescribedSignature,
-    decode_metadata_request,
-    decode_status_request,
+    check_metadata_request,
     encode_metadata,
     encode_signatures,
     encode_status,
@@ -34,11 +34,10 @@ def test_a_question_about_signatures(apis: Any) -> None:
     message = apis.GetModelMetadataRequest(metadata_field=["signature_def", "signature_def"])
     message.model_spec.name = "m"
     message.model_spec.version.value = 3
-    request = decode_metadata_request(message.SerializeToString())
-    assert (request.model, request.version, request.label) == ("m", 3, "")
+    check_metadata_request(message.SerializeToString())
+    assert SIGNATURES.read_key(message.SerializeToString()) == RoutingKey("m", 3)
     message.model_spec.version_label = "stable"
-    request = decode_metadata_request(message.SerializeToString())
-    assert (request.version, request.label) == (None, "stable")
+    assert SIGNATURES.read_key(message.SerializeToString()) == RoutingKey("m", None, "stable")
 
 
 @pytest.mark.parametrize(
@@ -54,23 +53,23 @@ def test_a_question_about_anything_else_is_a_bad_request(apis: Any, fields: list
     message = apis.GetModelMetadataRequest(metadata_field=fields)
     message.model_spec.name = "m"
     with pytest.raises(BadRequest, match=said):
-        decode_metadata_request(message.SerializeToString())
+        check_metadata_request(message.SerializeToString())
 
 
 def test_a_question_about_versions(apis: Any) -> None:
     message = apis.GetModelStatusRequest()
     message.model_spec.name = "m"
-    assert decode_status_request(message.SerializeToString()).version is None
+    assert VERSIONS.read_key(message.SerializeToString()) == RoutingKey("m")
     message.model_spec.version.value = -1
-    assert decode_status_request(message.SerializeToString()).version == -1
+    assert VERSIONS.read_key(message.SerializeToString()) == RoutingKey("m", -1)
     message.model_spec.version_label = "stable"
-    assert decode_status_request(message.SerializeToString()).label == "stable"
+    assert VERSIONS.read_key(message.SerializeToString()) == RoutingKey("m", None, "stable")
 
 
-@pytest.mark.parametrize("decode", [decode_metadata_request, decode_status_request])
-def test_malformed_questions_are_bad_requests(decode: Any) -> None:
+@pytest.mark.parametrize("read", [check_metadata_request, VERSIONS.read_key])
+def test_malformed_questions_are_bad_requests(read: Any) -> None:
     with pytest.raises(BadRequest, match=r"malformed; expected a tensorflow\.serving\.GetModel"):
-        decode(b"\x0a\x05a")
+        read(b"\x0a\x05a")
 
 
 STRING, FLOAT = np.dtype(object), np.dtype(np.float32)
@@ -79,7 +78,7 @@ DEFAULTS = {
     "words": np.array([[b"a"], [b""]], object),
     "x": np.array([[0.5, 1, 2]], np.float32),
 }
-SIGNATURES = {
+DESCRIBED = {
     "serving_default": DescribedSignature(
         method="tensorflow/serving/predict",
         inputs=[("x", "serving_default_x:0", FLOAT, (None, 3)), ("flag", "", np.dtype(np.bool_), ())],
@@ -97,7 +96,7 @@ SIGNATURES = {
 
 
 def test_tensorflow_reads_the_signatures(apis: Any) -> None:
-    answer = apis.GetModelMetadataResponse.FromString(encode_metadata("m", 7, SIGNATURES))
+    answer = apis.GetModelMetadataResponse.FromString(encode_metadata("m", 7, DESCRIBED))
     assert (answer.model_spec.name, answer.model_spec.version.value, list(answer.metadata)) == (
         "m",
         7,
@@ -107,7 +106,7 @@ def test_tensorflow_reads_the_signatures(apis: Any) -> None:
     found = apis.SignatureDefMap()
     assert answer.metadata["signature_def"].Unpack(found)
     assert {name: signature.method_name for name, signature in found.signature_def.items()} == {
-        name: signature.method for name, signature in SIGNATURES.items()
+        name: signature.method for name, signature in DESCRIBED.items()
     }
     tf = apis.tf
     default = found.signature_def["serving_default"]
@@ -130,7 +129,7 @@ def test_tensorflow_reads_the_signatures(apis: Any) -> None:
     assert tf.as_dtype(classify.inputs["inputs"].dtype) == tf.string
     assert classify.outputs["scores"].dtype == 0
     assert not found.signature_def["nothing"].inputs
-    assert apis.SignatureDefMap.FromString(encode_signatures(SIGNATURES).SerializeToString()) == found
+    assert apis.SignatureDefMap.FromString(encode_signatures(DESCRIBED).SerializeToString()) == found
 
 
 def test_official_clients_read_the_state_of_versions(apis: Any) -> None:

@@ -16,11 +16,12 @@ from dl_inference_tf_backend.testing import SavedModelMaker, rewrite_signatures
 
 from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest, ModelError
-from dl_inference_core.node.answering import Loaded, State
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import Loader
+from dl_inference_core.node.model import State
 from dl_inference_core.node.repository import Repository
+from dl_inference_core.node.version import Loaded
 from dl_inference_core.tensors import Form, Request, Tensor
 from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS

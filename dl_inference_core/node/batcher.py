@@ -1,0 +1,109 @@
+"""Which requests one call of the model takes together, and how long a batch is held for more of them."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+from dl_inference_core.node.batching import Batching, Part
+
+if TYPE_CHECKING:
+    from dl_inference_core.node.model_threads import ModelThread
+    from dl_inference_core.node.queue import QueuedRequest
+
+_KEPT = 0.9
+"""The weight of the known sums with each new batch: about the last ten count."""
+_OVERHEAD = 0.125
+"""A batch is large enough when its fixed cost is an eighth of the cost of its requests: more requests save less."""
+_UNBOUNDED = 1 << 20
+"""The worthwhile number of requests where a request costs next to nothing beside the call."""
+_LEAST_VARIANCE = 1e-3
+"""Of the numbers of requests, over the mean of their squares: with less, a slope would be noise."""
+
+
+class BatchCost:
+    """What a batch of n requests costs in seconds: a + b·n, fitted by exponentially weighted least squares. While all
+    batches had the same size, any size is expected to cost the same: then larger batches are tried, which tell b.
+
+    Attributes:
+        worthwhile: the number of requests from which on a larger batch saves hardly any time per request.
+    """
+
+    def __init__(self) -> None:
+        self._sums = [0.0] * 5
+        self._line = (0.0, 0.0)
+        self.worthwhile = 1
+
+    def learn(self, requests: int, seconds: float) -> None:
+        """A batch of `requests` took `seconds`. One thread at a time."""
+        new = (1, requests, seconds, requests * requests, requests * seconds)
+        self._sums = [_KEPT * old + each for old, each in zip(self._sums, new, strict=True)]
+        weight, *sums = self._sums
+        mean, mean_s, square, product = (each / weight for each in sums)
+        variance = square - mean * mean
+        slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
+        slope = min(max(slope, 0.0), mean_s / mean)
+        fixed = mean_s - slope * mean
+        self._line = fixed, slope
+        many = slope <= _OVERHEAD * fixed / _UNBOUNDED
+        self.worthwhile = _UNBOUNDED if many else max(1, math.ceil(fixed / (_OVERHEAD * slope)))
+
+    def seconds(self, requests: float) -> float:
+        """The expected cost; 0 before anything is known. Any thread."""
+        fixed, each = self._line
+        return fixed + each * requests
+
+
+class Batcher:
+    """Gathers requests for one call of the model, on one model thread, from the first request on."""
+
+    def __init__(self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest) -> None:
+        self._batching = batching
+        self._cost = cost
+        self._thread = thread
+        self.parts: list[Part] = []
+        """What the requests bring that need the model."""
+        self._rows = 0
+        self._answered = 0
+        """Requests that were answered without the model."""
+        self._hold_until = first.queued_at + batching.delay_s
+        self._soonest = math.inf
+        """The first deadline that can be met."""
+
+    def take_next(self, request: QueuedRequest, part: Part | None) -> QueuedRequest | None:
+        """Add `request`, and take the next request for the same call; None where the batch is complete.
+
+        Args:
+            part: what `request` brings; None if it is answered already.
+        """
+        if part is None:
+            self._answered += 1
+        else:
+            self.parts.append(part)
+            self._rows += part.rows
+            if not part.rows or self._is_late_with(request):
+                return None
+        if self._rows + self._answered >= self._batching.max_rows:
+            return None
+        until = 0.0 if self._rows in self._batching.preferred else self._hold_until
+        return self._thread.take(until, self._wanted())
+
+    def _is_late_with(self, request: QueuedRequest) -> bool:
+        """Whether one more request would make the model answer after a deadline that can still be met."""
+        deadline = request.exchange.deadline
+        if deadline is None:
+            self._hold_until = min(self._hold_until, request.hold_until)
+        elif time.monotonic() + self._cost.seconds(1) <= deadline:
+            self._soonest = min(self._soonest, deadline)
+            self._hold_until = min(self._hold_until, request.hold_until)
+        if self._soonest == math.inf:
+            return False
+        return time.monotonic() + self._cost.seconds(len(self.parts) + 1) > self._soonest
+
+    def _wanted(self) -> int:
+        """How many more requests complete the batch, by the rows of those that came."""
+        if not self._batching.delay_s:
+            return 1
+        rows_each = max(self._rows / len(self.parts), 1.0) if self.parts else 1.0
+        return math.ceil((self._batching.next_size(self._rows) - self._rows) / rows_each)

@@ -1,0 +1,422 @@
+"""The way of a batch on a model thread: decode → preprocess → model → postprocess → encode.
+
+A model thread calls `Execution.run` with the first request. The batcher takes the others from that thread. Every
+request is answered or failed here, whatever handler and model do. The answers of a batch go back together.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dl_inference_core import children
+from dl_inference_core.errors import AttemptCancelled, BadRequest, DeadlineExceeded, HandlerFailed, InferenceError
+from dl_inference_core.failures import as_inference_error, fail
+from dl_inference_core.node.batcher import BatchCost, Batcher
+from dl_inference_core.node.batching import Batching, Key, NotRowwise, Part
+from dl_inference_core.node.handler_inputs import check_answer, inputs_of, kind_of, refused_by, unchanged
+from dl_inference_core.node.handling import narrow
+from dl_inference_core.node.suspects import Suspects, client_of
+from dl_inference_core.transport import Reply
+from dl_inference_core.wire import tfserving_examples
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
+from dl_inference_core.wire.templates import Template, Templates
+
+if TYPE_CHECKING:
+    from dl_inference_core.metrics import Metrics
+    from dl_inference_core.node.backend import Model
+    from dl_inference_core.node.load import LoadMeter
+    from dl_inference_core.node.model_threads import ModelThread
+    from dl_inference_core.node.queue import QueuedRequest
+    from dl_inference_core.node.version import Instance
+    from dl_inference_core.tensors import Request
+    from dl_inference_core.transport import Exchange
+
+_log = logging.getLogger(__name__)
+
+
+def fail_request(meter: LoadMeter, request: QueuedRequest, error: InferenceError) -> None:
+    """End `request` with `error`, unless it has ended. Any thread."""
+    if not request.ended:
+        request.end()
+        error.trailers = meter.answered(error)
+        fail(request.exchange, error)
+
+
+class Completions:
+    """The answers of one batch, until they go back together. One thread's."""
+
+    def __init__(self, meter: LoadMeter) -> None:
+        self._meter = meter
+        self._replies: dict[type[Exchange], list[Reply]] = {}
+
+    def reply(self, request: QueuedRequest, message: bytes) -> None:
+        """Answer `request` at the next `send`, unless it has ended."""
+        if not request.ended:
+            request.end()
+            reply = Reply(request.exchange, message, self._meter.answered())
+            self._replies.setdefault(type(request.exchange), []).append(reply)
+
+    def fail(self, request: QueuedRequest, error: InferenceError) -> None:
+        """As `fail_request`."""
+        fail_request(self._meter, request, error)
+
+    def send(self) -> None:
+        """Give the answers to the transport."""
+        replies, self._replies = self._replies, {}
+        for exchanges, together in replies.items():
+            exchanges.reply_all(together)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of all requests of one template.
+
+    Attributes:
+        inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not;
+            None as long as it is not known.
+        key, rows: as of their `Part`; `rows` is 0 as long as they are not known.
+    """
+
+    inputs: tuple[str, ...] | None = None
+    key: Key = ()
+    rows: int = 0
+
+
+@dataclass(slots=True)
+class _Decoded:
+    """A request, and the template that it matches, if it matches one."""
+
+    request: Request
+    template: Template | None
+
+    @property
+    def known(self) -> _Known | None:
+        template = self.template
+        if template is None:
+            return None
+        if template.notes is None:
+            template.notes = _Known()
+        known: _Known = template.notes
+        return known
+
+
+class Execution:
+    """Runs requests on the instances of one version. Model threads only."""
+
+    def __init__(
+        self,
+        model_name: str,
+        number: int,
+        instances: Sequence[Instance],
+        batching: Batching | None,
+        *,
+        cost: BatchCost,
+        meter: LoadMeter,
+        metrics: Metrics | None,
+    ) -> None:
+        self._model_name = model_name
+        self._number = number
+        self._where = f'model "{model_name}" version {number}'
+        self._instances = instances
+        self._batching = batching
+        self._cost = cost
+        self._meter = meter
+        self._metrics = metrics
+        self._suspects = Suspects()
+        self._codecs: dict[str, Templates] = {}
+        self._complained = False
+
+    def run(self, first: QueuedRequest, thread: ModelThread) -> int:
+        """Answer `first` and the requests that share its batch, which it takes from `thread`. Returns how many came to
+        the model. Does not raise."""
+        completions, came = Completions(self._meter), 0
+        instance = self._instances[thread.number % len(self._instances)]
+        try:
+            with instance.model.session():
+                if first.protocol is MULTI_INFERENCE:
+                    self._run_signatures(instance, first, completions)
+                elif self._batching is None:
+                    came = self._run_alone(instance, first, completions)
+                else:
+                    came = self._run_together(instance, self._batching, first, thread, completions)
+        except BaseException as error:  # a model's session, say: whatever it is, everybody is answered
+            for request in thread.requests:
+                completions.fail(request, as_inference_error(error))
+        completions.send()
+        return came
+
+    # Requests that share calls of the model
+
+    def _run_together(
+        self,
+        instance: Instance,
+        batching: Batching,
+        first: QueuedRequest,
+        thread: ModelThread,
+        completions: Completions,
+    ) -> int:
+        batcher = Batcher(batching, self._cost, thread, first)
+        request: QueuedRequest | None = first
+        while request is not None:
+            part = self._prepare(instance, batching, request, completions)
+            if part is None:
+                completions.send()
+            request = batcher.take_next(request, part)
+        thread.begin_model(len(batcher.parts), sum(part.rows for part in batcher.parts))
+        for batch in batching.batches(batcher.parts):
+            self._run_batch(instance, batching, batch, completions)
+        return len(batcher.parts)
+
+    def _prepare(
+        self, instance: Instance, batching: Batching, queued: QueuedRequest, completions: Completions
+    ) -> Part | None:
+        """What a request brings into a batch; None if it is answered already."""
+        if not self._is_wanted(queued, completions):
+            return None
+        try:
+            decoded = self._decode(queued)
+            inputs = self._inputs(instance, decoded)
+            part: Part = self._stage("batching", self._part, batching, queued, decoded, inputs)
+        except InferenceError as error:
+            completions.fail(queued, error)
+            return None
+        if part.rows and self._suspects.any and self._suspects.isolates(client := client_of(queued.metadata)):
+            part.key = (*part.key, client)
+        return part
+
+    def _part(self, batching: Batching, queued: QueuedRequest, decoded: _Decoded, inputs: Any) -> Part:
+        known = decoded.known
+        if known is None or not known.inputs or batching.pads_inputs:
+            return batching.part(queued, decoded.request, inputs, decoded.template)
+        if known.rows:
+            return Part(queued, decoded.request, decoded.template, inputs, known.key, known.rows, {})
+        part = batching.part(queued, decoded.request, inputs, decoded.template)
+        known.key, known.rows = part.key, part.rows
+        return part
+
+    def _run_batch(
+        self, instance: Instance, batching: Batching, parts: Sequence[Part], completions: Completions
+    ) -> None:
+        """Answer `parts` by one call of the model. A batch that fails is halved again and again: one request at fault
+        among N costs 2 log2 N more calls. Where the outputs cannot be taken apart, each request gets a call."""
+        parts = [part for part in parts if self._is_wanted(part.queued, completions)]
+        if not parts:
+            return
+        requests = [part.request for part in parts]
+
+        def call(inputs: Any) -> Any:
+            return instance.handler.run_batch(instance.model, inputs, requests)
+
+        try:
+            shares = self._run_model(
+                instance, parts[0].inputs, requests[0], batching.run, parts, call, self._check_wanted, self._count_rows
+            )
+        except InferenceError as error:
+            alone = isinstance(error.__cause__, NotRowwise)
+            if alone:
+                self._complain(error.__cause__)
+            if len(parts) == 1:
+                self._suspects.failed(client_of(parts[0].queued.metadata))
+                completions.fail(parts[0].queued, error)
+                return
+            half = len(parts) // 2
+            for fewer in ([part] for part in parts) if alone else (parts[:half], parts[half:]):
+                self._run_batch(instance, batching, fewer, completions)
+            return
+        for part, outputs in zip(parts, shares, strict=True):
+            if self._suspects.any:
+                self._suspects.succeeded(client_of(part.queued.metadata))
+            self._answer(instance, part.queued, part.request, part.template, outputs, completions)
+        completions.send()
+
+    def _check_wanted(self, parts: Sequence[Part]) -> None:
+        """Between the calls that one batch is split into.
+
+        Raises:
+            AttemptCancelled: nobody waits for any of its requests any more.
+        """
+        if all(part.queued.cancelled() for part in parts):
+            raise AttemptCancelled("nobody waits for the answer any more")
+
+    def _count_rows(self, rows: int) -> None:
+        """Count a call of the model with so many rows of requests; none are known where inputs have no rows."""
+        if self._metrics is not None and rows:
+            self._metrics.batch(self._model_name, rows)
+
+    def _complain(self, why: BaseException | None) -> None:
+        """Say, once, that batches are useless."""
+        if not self._complained:
+            self._complained = True
+            _log.error(
+                'model "%s" version %d is called again for each request of a batch, for %s: '
+                "say enabled = false under [batching] in model.toml",
+                self._model_name,
+                self._number,
+                why,
+            )
+
+    # Requests that have a call of the model, or several, of their own
+
+    def _run_alone(self, instance: Instance, queued: QueuedRequest, completions: Completions) -> int:
+        """Returns 1 if it came to the model, else 0."""
+        if not self._is_wanted(queued, completions):
+            return 0
+        try:
+            decoded = self._decode(queued)
+        except InferenceError as error:
+            completions.fail(queued, error)
+            return 0
+        try:
+            outputs = self._outputs(instance, decoded)
+        except InferenceError as error:
+            completions.fail(queued, error)
+        else:
+            self._answer(instance, queued, decoded.request, decoded.template, outputs, completions)
+        return 1
+
+    def _run_signatures(self, instance: Instance, queued: QueuedRequest, completions: Completions) -> None:
+        """Answer a MultiInference call; the first signature that fails ends it."""
+        if not self._is_wanted(queued, completions):
+            return
+        try:
+            requests = self._stage(
+                "decoding a request", tfserving_examples.decode_multi_inference, queued.exchange.message
+            )
+            answers: list[Any] = []
+            for request in requests:
+                request.call = queued
+                codec = self._codec(PROTOCOLS[f"tfserving_{request.method.name.lower()}"])
+                outputs = self._outputs(instance, _Decoded(request, None))
+                answers.append(self._finish(instance, codec, request, None, outputs))
+            encoded = self._stage("encoding the answer", tfserving_examples.encode_multi_inference, requests, answers)
+        except InferenceError as error:
+            completions.fail(queued, error)
+        else:
+            completions.reply(queued, encoded)
+
+    # The stages
+
+    def _is_wanted(self, queued: QueuedRequest, completions: Completions) -> bool:
+        """Whether a client waits for it and has time."""
+        deadline = queued.exchange.deadline
+        if deadline is not None and time.monotonic() >= deadline:
+            late = DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
+            completions.fail(queued, late)
+            return False
+        return not queued.ended
+
+    def _decode(self, queued: QueuedRequest) -> _Decoded:
+        codec = self._codec(queued.protocol)
+        request, template = self._stage("decoding a request", codec.decode_request, queued.exchange.message)
+        request.call = queued
+        return _Decoded(request, template)
+
+    def _codec(self, protocol: Protocol) -> Templates:
+        """What decodes requests for this version, and encodes its answers."""
+        codec = self._codecs.get(protocol.codec_at)
+        if codec is None:
+            codec = Templates(protocol.codec, self._model_name, self._number)
+            if type(protocol) is Protocol:  # REST makes a protocol of its own for each request
+                self._codecs[protocol.codec_at] = codec
+        return codec
+
+    def _inputs(self, instance: Instance, decoded: _Decoded) -> Any:
+        """What the model takes: what `preprocess` returns, which is not called where it is known to change nothing."""
+        known, handler, request = decoded.known, instance.handler, decoded.request
+        if known is not None and known.inputs:
+            payload: Any = request.payload
+            return {name: payload[name] for name in known.inputs}
+        inputs = self._stage("preprocess", inputs_of, handler, request)
+        children.end_child()  # a framework's threads are not there in a child, and its model may hang
+        if known is not None and known.inputs is None:
+            known.inputs = unchanged(inputs, request.payload) if handler.takes_what_fits else ()
+        return inputs
+
+    def _outputs(self, instance: Instance, decoded: _Decoded) -> Any:
+        inputs, request = self._inputs(instance, decoded), decoded.request
+        run_model = instance.handler.run_model
+        return self._run_model(instance, inputs, request, run_model, instance.model, inputs, request)
+
+    def _run_model(
+        self, instance: Instance, inputs: Any, request: Request, function: Callable[..., Any], *args: Any
+    ) -> Any:
+        """What `function`, which calls the model, returns.
+
+        Args:
+            inputs, request: what the model is called with, and for which request; of a batch the first.
+
+        Raises:
+            InferenceError: as `_stage`; HandlerFailed where the model refused what the handler's own `preprocess` had
+                made, rather than what the client had sent.
+        """
+        try:
+            return function(*args)
+        except InferenceError as error:
+            made = instance.handler.makes_inputs and not unchanged(inputs, request.payload)
+            if not (isinstance(error, BadRequest) and made and refused_by(instance.model, error)):
+                raise
+            raise HandlerFailed(f"{self._where}: it refuses what preprocess returned: {error}") from error
+        except BaseException as error:
+            explained = instance.model.explain(error)  # a handler may call the framework's own model
+            if isinstance(explained, BadRequest):
+                explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
+            raise as_inference_error(explained, f"{self._where}: run_model failed: ") from error
+
+    def _answer(
+        self,
+        instance: Instance,
+        queued: QueuedRequest,
+        request: Request,
+        template: Template | None,
+        outputs: Any,
+        completions: Completions,
+    ) -> None:
+        try:
+            answer = self._finish(instance, self._codec(queued.protocol), request, template, outputs)
+        except InferenceError as error:
+            completions.fail(queued, error)
+        else:
+            completions.reply(queued, answer)
+
+    def _finish(
+        self, instance: Instance, codec: Templates, request: Request, template: Template | None, outputs: Any
+    ) -> bytes:
+        payload = self._stage("postprocess", instance.handler.postprocess, outputs, request)
+        encoded: bytes = self._stage("encoding the answer", _encode, codec, instance.model, request, template, payload)
+        return encoded
+
+    def _stage(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function` returns.
+
+        Raises:
+            InferenceError: HandlerFailed that names the stage, for any other exception.
+        """
+        try:
+            return function(*args)
+        except InferenceError:
+            raise
+        except BaseException as error:
+            raise as_inference_error(error, f"{self._where}: {stage} failed: ") from error
+
+
+def _encode(codec: Templates, model: Model, request: Request, template: Template | None, payload: Any) -> bytes:
+    """Raises:
+    BadRequest: the request asks for an output that is not in `payload`.
+    TypeError: the protocol cannot hold `payload`.
+    """
+    check_answer(payload)
+    try:
+        return codec.encode_response(narrow(payload, request), request, template)
+    except TypeError as error:
+        failure = error
+    try:  # the framework's own tensors, perhaps
+        return codec.encode_response(narrow(model.to_numpy(payload), request), request, template)
+    except TypeError as error:
+        failure = error
+    except RecursionError:  # it is nested more deeply than Python recurses
+        pass
+    raise TypeError(f"{failure}; postprocess returned {kind_of(payload)}") from failure

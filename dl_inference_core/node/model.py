@@ -1,0 +1,305 @@
+"""One model and its versions, as requests meet it: which version answers, and what is asked about it."""
+
+from __future__ import annotations
+
+import enum
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotFound, ModelNotReady
+from dl_inference_core.node.queue import QueuedRequest
+from dl_inference_core.wire import messages, openinference, tfserving_models
+from dl_inference_core.wire.protocol import (
+    METADATA,
+    MULTI_INFERENCE,
+    READY,
+    SIGNATURES,
+    TRANSFORMS,
+    VERSIONS,
+    Protocol,
+    RoutingKey,
+)
+
+if TYPE_CHECKING:
+    from dl_inference_core.node.backend import Signature, TensorSpec
+    from dl_inference_core.node.load import LoadMeter
+    from dl_inference_core.node.version import LoadedVersion
+    from dl_inference_core.transport import Exchange
+
+
+class State(enum.Enum):
+    """Where a version is in its life."""
+
+    LOADING = "loading"
+    AVAILABLE = "available"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionStatus:
+    """Attributes:
+    state: AVAILABLE as long as requests are answered, whatever became of newer files.
+    error: why the files as they are now cannot be loaded, with every cause; "" if they can.
+    """
+
+    state: State
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What a repository says of a model, replaced as a whole: a request reads one of them.
+
+    Attributes:
+        loaded: the versions that answer requests, by number.
+        newest: of these; None if there are none.
+        versions: every version that is served, is to be, or was until a moment ago.
+        labels: the version that each label leads to.
+        unserved_labels: the labels of its config whose versions are not loaded. Each stays where it was, if it was
+            anywhere.
+        task_id: None if it has none.
+        refusal: why its folder, as it is now, cannot be taken; "" if it can. What was loaded before stays.
+    """
+
+    loaded: Mapping[int, LoadedVersion] = field(default_factory=dict)
+    newest: LoadedVersion | None = field(init=False)
+    versions: Mapping[int, VersionStatus] = field(default_factory=dict)
+    labels: Mapping[str, int] = field(default_factory=dict)
+    unserved_labels: Mapping[str, int] = field(default_factory=dict)
+    task_id: int | None = None
+    refusal: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "newest", self.loaded[max(self.loaded)] if self.loaded else None)
+
+
+class ServedModel:
+    """One model and its versions. Only the repository changes it, by `publish`; any thread may ask it."""
+
+    def __init__(self, name: str, meter: LoadMeter) -> None:
+        self.name = name
+        self._meter = meter
+        self._published = Published()
+
+    def publish(self, published: Published) -> None:
+        """Replace everything, in one step. A version that is not in `published.loaded` may be closed from then on."""
+        self._published = published
+
+    @property
+    def task_id(self) -> int | None:
+        return self._published.task_id
+
+    @property
+    def refusal(self) -> str:
+        return self._published.refusal
+
+    @property
+    def versions(self) -> Mapping[int, VersionStatus]:
+        return self._published.versions
+
+    @property
+    def labels(self) -> Mapping[str, int]:
+        return self._published.labels
+
+    @property
+    def unserved_labels(self) -> Mapping[str, int]:
+        return self._published.unserved_labels
+
+    @property
+    def loaded(self) -> Mapping[int, LoadedVersion]:
+        return self._published.loaded
+
+    def waiting(self) -> int:
+        """How many requests wait for a thread of any version."""
+        return sum(version.waiting() for version in self.loaded.values())
+
+    def describe_labels(self) -> str:
+        """What is wrong with `unserved_labels`; "" if there are none."""
+        if not self.unserved_labels:
+            return ""
+        said = ", ".join(f'"{label}" is version {number}' for label, number in sorted(self.unserved_labels.items()))
+        loaded = ", ".join(map(str, sorted(self.loaded))) or "none"
+        return f"version_labels: {said}; expected versions that are loaded, which are {loaded}"
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests that name no version are answered."""
+        newest = self._published.newest
+        return newest is not None and not newest.stuck
+
+    def begin(self, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
+        """Have the version that `key` names answer `exchange`, or the newest one. `protocol` may also be one of
+        `protocol.QUESTIONS` or `protocol.TRANSFORMS`.
+
+        The client's leaving takes the request out of the queue; a handler that runs may ask `Request.cancelled`. What
+        begins may still fail with:
+
+        - DeadlineExceeded: its deadline passed before the request's turn came.
+        - Overloaded: its time in the queue passed, or a request of a higher priority took its place.
+        - BadRequest: the request is malformed or does not fit the model.
+        - HandlerFailed: handler or model raised, or the protocol cannot hold the answer.
+
+        Raises:
+            ModelNotFound: there is no such version.
+            ModelNotReady: that version, or with none named every version, cannot answer now.
+            BadRequest: no version has that label, or the version is not a number; the question is malformed.
+            DeadlineExceeded, Overloaded: as `RequestQueue.put`.
+        """
+        if not protocol.codec_at and protocol is not MULTI_INFERENCE:
+            exchange.reply(_QUESTIONS[protocol.name](self, exchange, key))
+            return
+        try:
+            request = _queued(exchange, protocol)
+            exchange.on_cancel(request.end)
+            while not self._pick(key).submit(request):
+                pass  # the version was closed since it was picked, and is no longer published
+        except InferenceError as error:
+            error.trailers = self._meter.answered(error)
+            raise
+
+    def _same_message(self, exchange: Exchange, key: RoutingKey) -> bytes:
+        self._pick(key)
+        return bytes(exchange.message)
+
+    def _metadata(self, exchange: Exchange, key: RoutingKey) -> bytes:
+        loaded = self._pick(key).loaded
+        signature = loaded.model.signature
+        return openinference.encode_metadata(
+            self.name,
+            sorted(self.loaded),
+            loaded.model.platform or loaded.platform,
+            inputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.inputs],
+            outputs=[(spec.name, spec.dtype, spec.shape) for spec in signature.outputs],
+        )
+
+    def _ready(self, exchange: Exchange, key: RoutingKey) -> bytes:
+        try:
+            ready = not self._pick(key).stuck
+        except ModelNotReady:
+            ready = False
+        body: bytes = messages.ModelReadyResponse(ready=ready).SerializeToString()
+        return body
+
+    def _signatures(self, exchange: Exchange, key: RoutingKey) -> bytes:
+        tfserving_models.check_metadata_request(exchange.message)
+        version = self._pick(key)
+        signatures = version.loaded.model.signatures
+        return tfserving_models.encode_metadata(
+            self.name,
+            version.number,
+            {
+                name: tfserving_models.DescribedSignature(
+                    method=signature.method,
+                    inputs=_described(signature.inputs),
+                    outputs=_described(signature.outputs),
+                    defaults={spec.name: spec.default for spec in signature.inputs if spec.default is not None},
+                )
+                for name, signature in signatures.items()
+            },
+        )
+
+    def _status(self, exchange: Exchange, key: RoutingKey) -> bytes:
+        # TensorFlow Serving passes over a label here, and tells the states of all versions.
+        number = key.version
+        statuses = {n: status for n, status in sorted(self.versions.items(), reverse=True) if number in (None, n)}
+        if not statuses:
+            which = "any versions" if number is None else f"version {number}"
+            raise ModelNotFound(f"Could not find {which} of model {self.name}")
+        return tfserving_models.encode_status(
+            (
+                n,
+                _TENSORFLOWS_STATES[status.state],
+                (Code.UNKNOWN if status.state is State.FAILED else Code.OK).value,
+                status.error,
+            )
+            for n, status in statuses.items()
+        )
+
+    def signature(self, version: int | None = None) -> Signature:
+        """What that version, or the newest, takes and gives.
+
+        Raises:
+            ModelNotFound, ModelNotReady: as `begin`.
+        """
+        return self._pick(RoutingKey(self.name, version)).loaded.model.signature
+
+    def platform(self, version: int | None = None) -> str:
+        """The name of the backend that runs that version, or the newest.
+
+        Raises:
+            ModelNotFound, ModelNotReady: as `begin`.
+        """
+        return self._pick(RoutingKey(self.name, version)).loaded.platform
+
+    def _pick(self, key: RoutingKey) -> LoadedVersion:
+        """The version that `key` names, or the newest.
+
+        Raises:
+            ModelNotFound, ModelNotReady, BadRequest: as `begin`.
+        """
+        published = self._published
+        version = key.version
+        if key.label:
+            version = self._labelled(published, key.label)
+        elif isinstance(version, str):
+            version = openinference.decode_version(version)
+        picked = published.newest if version is None else published.loaded.get(version)
+        if picked is None:
+            raise self._no_version(published, version)
+        return picked
+
+    def _labelled(self, published: Published, label: str) -> int:
+        if label not in published.labels:
+            have = ", ".join(f'"{known}"' for known in sorted(published.labels)) or "none"
+            raise BadRequest(
+                f'Unrecognized servable version label: {label[:100]}; model "{self.name}" has the labels {have}'
+            )
+        return published.labels[label]
+
+    def _no_version(self, published: Published, version: int | None) -> InferenceError:
+        states = {number: status.state.value for number, status in sorted(published.versions.items())}
+        if version is None:
+            what = "still loading" if State.LOADING.value in states.values() else "not ready"
+            why = ", ".join(f"version {number} is {state}" for number, state in states.items())
+            return ModelNotReady(f'model "{self.name}" is {what}: {why or "it has no versions"}')
+        if version in states:
+            return ModelNotReady(f'version {version} of model "{self.name}" is not ready: it is {states[version]}')
+        have = ", ".join(map(str, sorted(published.loaded))) or "none"
+        return ModelNotFound(
+            f"Servable not found for request: Specific({self.name}, {version}); "
+            f'model "{self.name}" has no version {version}; it has {have}'
+        )
+
+
+def _queued(exchange: Exchange, protocol: Protocol) -> QueuedRequest:
+    """Raises:
+    BadRequest: the message says nonsense of its place in the queue.
+    """
+    if protocol.read_queueing is None:
+        return QueuedRequest(exchange, protocol)
+    asked = protocol.read_queueing(exchange.message)
+    expires_at = time.monotonic() + asked.timeout_s if asked.timeout_s else math.inf
+    return QueuedRequest(exchange, protocol, asked_priority=asked.priority, expires_at=expires_at)
+
+
+_QUESTIONS: Mapping[str, Callable[[ServedModel, Exchange, RoutingKey], bytes]] = {
+    METADATA.name: ServedModel._metadata,
+    READY.name: ServedModel._ready,
+    SIGNATURES.name: ServedModel._signatures,
+    VERSIONS.name: ServedModel._status,
+    **{transform.name: ServedModel._same_message for transform in TRANSFORMS},
+}
+_TENSORFLOWS_STATES = {
+    State.LOADING: "LOADING",
+    State.AVAILABLE: "AVAILABLE",
+    State.UNLOADING: "UNLOADING",
+    State.FAILED: "END",
+}
+
+
+def _described(specs: Iterable[TensorSpec]) -> list[tfserving_models.Described]:
+    return [(spec.name, spec.native_name, spec.dtype, spec.shape) for spec in specs]

@@ -1,0 +1,310 @@
+"""The model threads of one version: each takes what waits, and has it run, one batch or task after another.
+
+Threads: a `ModelThread` belongs to its own thread. The watchdog, on the event loop, reads `spent` and `requests`, and
+gives a thread up under that thread's lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+from dl_inference_core import children
+from dl_inference_core.failures import as_inference_error
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+RunBatch: TypeAlias = "Callable[[QueuedRequest, ModelThread], int]"
+"""Answers a request, and others that it takes from the thread; returns how many of them came to the model: to refuse a
+request takes no time that tells of the next."""
+
+_log = logging.getLogger(__name__)
+
+_LONGEST_SLEEP_S = 0.005
+"""After which a thread that waits for more requests looks at those that have come: some may need no model."""
+
+
+class ModelThread:
+    """One thread that runs the model.
+
+    Attributes:
+        number: from 0.
+        spent: the seconds on batches and tasks that have ended, and since when it works on the current one (infinity
+            where it waits). Only the thread writes, both at once.
+        requests: that it has taken for the current batch.
+        reported: `spent[1]` of the batch that the watchdog has reported as stuck; the watchdog writes it.
+    """
+
+    def __init__(
+        self, number: int, queue: RequestQueue, run: RunBatch, following: QueuedRequest | Task | None = None
+    ) -> None:
+        """Args:
+        run: must not raise.
+        following: what it does first.
+        """
+        self.number = number
+        self.spent = (0.0, math.inf)
+        self.requests: list[QueuedRequest] = []
+        self.reported = math.nan
+        self._queue = queue
+        self._run = run
+        self._next = following
+        self._ends = False
+        self._gathers = False
+        self._given_up = False
+        self._lock = threading.Lock()
+        """Of `_gathers` and `_given_up`."""
+        self._thread: threading.Thread | None = None
+
+    def start(self, name: str, ended: Callable[[], None]) -> None:
+        """Take items until the queue ends.
+
+        Args:
+            ended: called at the end on this thread, unless the thread was given up.
+        """
+
+        def work() -> None:
+            if self._work():
+                ended()
+
+        # A daemon: a stuck model cannot keep the process.
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
+        self._thread.start()
+
+    def take(self, until: float, enough: int) -> QueuedRequest | None:
+        """Another request for the current batch. Where none waits, waits until `until`, by `time.monotonic`, or for
+        `enough` requests. A task, or a request that shares no batch, is next after this batch, and completes it."""
+        if self._ends or self._next is not None:
+            return None
+        try:
+            item = self._queue.take(wait=False)
+            while item is None and until > (since := time.monotonic()):
+                if not self._queue.wait_for_more(min(until, since + _LONGEST_SLEEP_S), enough):
+                    break
+                seconds, began = self.spent
+                self.spent = seconds, began + time.monotonic() - since  # waiting is not work
+                item = self._queue.take(wait=False)
+        except StopIteration:
+            self._ends = True
+            return None
+        if isinstance(item, QueuedRequest):
+            self.requests.append(item)
+            if item.protocol.codec_at:
+                return item
+            self.requests.pop()
+        self._next = item
+        return None
+
+    def begin_model(self, requests: int, rows: int) -> None:
+        """The batch is complete: so many requests with so many rows come to the model. Another thread may gather."""
+        self._queue.begin_batch(self.number, requests, rows)
+        self._stop_gathering()
+
+    def _work(self) -> bool:
+        """Returns whether it came to the end of the queue; False where it was given up."""
+        seconds = 0.0
+        while (item := self._following()) is not None:
+            self._queue.begin_batch(self.number, 1)
+            self.spent = seconds, time.monotonic()
+            if isinstance(item, Task):
+                item.run()
+                requests = 0
+            else:
+                self.requests = [item]
+                requests = self._run(item, self)
+            children.end_child()
+            del item  # or its request would live until the next one
+            took_s = time.monotonic() - self.spent[1]
+            seconds += took_s
+            with self._lock:
+                if self._given_up:
+                    return False
+                self.spent = seconds, math.inf
+            taken, self.requests = len(self.requests), []
+            self._stop_gathering()
+            self._queue.end_batch(self.number, taken, requests, took_s)
+        return True
+
+    def _following(self) -> QueuedRequest | Task | None:
+        item, self._next = self._next, None
+        if item is not None:
+            return item
+        if self._ends:
+            return None
+        if self._queue.holds:
+            self._queue.gathering.acquire()
+            self._gathers = True
+        try:
+            return self._queue.take(wait=True)
+        except StopIteration:
+            self._stop_gathering()
+            return None
+
+    def _stop_gathering(self) -> None:
+        with self._lock:
+            if self._gathers and not self._given_up:
+                self._gathers = False
+                self._queue.gathering.release()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the thread has not ended. Any thread."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the watchdog has reported the batch that it works on. Any thread."""
+        return self.reported == self.spent[1]
+
+    def stack(self) -> str:
+        """Where the thread is, as Python prints a traceback; "" if it has ended. Any thread."""
+        frame = None if self._thread is None else sys._current_frames().get(self._thread.ident or 0)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
+
+    def give_up(self) -> ModelThread | None:
+        """Leave the thread to end with what it runs. Any other thread.
+
+        Returns:
+            the one that takes over, to be started; None if the batch has ended in the meantime.
+        """
+        with self._lock:
+            if not self.stuck:
+                return None
+            self._given_up = True
+            if self._gathers:
+                self._queue.gathering.release()
+        self._queue.end_batch(self.number, len(self.requests))
+        if self._ends:  # it has taken a token that ends one thread
+            self._queue.close(1)
+        return ModelThread(self.number, self._queue, self._run, self._next)
+
+
+class ModelThreads:
+    """The model threads of one version; one at first."""
+
+    def __init__(
+        self,
+        name: str,
+        queue: RequestQueue,
+        run: RunBatch,
+    ) -> None:
+        """Args:
+        name: "model/version", for the threads' names.
+        run: as of `ModelThread`.
+        """
+        self._name = name
+        self._queue = queue
+        self._run_batch = run
+        self._lock = threading.Lock()
+        """Of `_left`."""
+        self._threads: list[ModelThread] = []
+        self._left = 0
+        self._worked_given_up_s = 0.0
+        self._at_end: Callable[[], None]
+        self.given_up: list[ModelThread] = []
+        """Threads that were replaced while they ran the model; they may still run it."""
+        self.grow(1)
+
+    def grow(self, threads: int) -> None:
+        """Have that many threads; fewer than there are changes nothing."""
+        for number in range(len(self._threads), threads):
+            with self._lock:
+                self._left += 1
+            self._threads.append(ModelThread(number, self._queue, self._run_batch))
+            self._start(self._threads[number])
+            self._queue.threads = len(self._threads)
+
+    def _start(self, thread: ModelThread) -> None:
+        thread.start(f"{self._name}#{thread.number}", self._ended)
+
+    def __iter__(self) -> Iterator[ModelThread]:
+        return iter(tuple(self._threads))
+
+    def replace(self, thread: ModelThread) -> bool:
+        """Have another thread take the place of `thread`, which the watchdog has reported. Event loop only.
+
+        Returns whether it did: False if the batch has ended in the meantime.
+        """
+        fresh = thread.give_up()
+        if fresh is None:
+            return False
+        seconds, since = thread.spent
+        self._worked_given_up_s += seconds + time.monotonic() - since
+        self.given_up.append(thread)
+        self._threads[thread.number] = fresh
+        self._start(fresh)
+        return True
+
+    async def run(self, function: Callable[[], T]) -> T:
+        """The result of `function` on one of the threads. If the caller is cancelled before its turn, it never runs.
+
+        Raises:
+            InferenceError: what `function` raised; HandlerFailed for other exceptions.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def run() -> None:
+            if future.cancelled():
+                return
+            try:
+                settle(partial(future.set_result, function()))
+            except BaseException as error:
+                settle(partial(future.set_exception, as_inference_error(error)))
+
+        def settle(how: Callable[[], None]) -> None:
+            call_soon(loop, lambda: None if future.done() else how())
+
+        self._queue.put_task(Task(run))
+        return await future
+
+    async def close(self, at_end: Callable[[], None]) -> None:
+        """Wait until everything that waits is done; the last thread calls `at_end`. Call it once, and `run` no more."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def end() -> None:
+            try:
+                at_end()
+            except BaseException:  # a model may raise anything when it is closed, and `close` must return
+                _log.exception("closing %s failed", self._name)
+            call_soon(loop, lambda: None if ended.done() else ended.set_result(None))
+
+        self._at_end = end
+        self._queue.close(len(self._threads))
+        # Cancelling the caller must not cancel what the last thread does.
+        await asyncio.shield(ended)
+
+    def worked(self) -> float:
+        """The seconds that all threads together have spent on batches and tasks, the current ones included. Any
+        thread."""
+        now = time.monotonic()
+        spent = [thread.spent for thread in self._threads]
+        return self._worked_given_up_s + sum(seconds + max(now - since, 0.0) for seconds, since in spent)
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._at_end()
+            del self._at_end  # it leads to the version, and the version leads here
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+    """Have `function` called on `loop`, unless that is closed: then nobody waits. Any thread."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
