@@ -52,7 +52,7 @@ def core(rounds: int, quick: bool, as_json: bool) -> None:
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:
                 samples, batch_rows = runner.run(measure(rounds, _QUICK if quick else 1.0, advance))
-        except InferenceError as error:
+        except (InferenceError, RuntimeError) as error:
             raise click.ClickException(str(error)) from None
     report = Report(machine=_machine(rounds), samples=samples, batch_rows=batch_rows)
     if as_json:

@@ -13,6 +13,7 @@ from bench.rounds import turns
 from dl_inference_core.app import App
 from dl_inference_core.cli import _settle
 from dl_inference_core.gateway.balancing import Outcome
+from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.tensors import Response
@@ -52,6 +53,7 @@ async def measure(rounds: int, share: float, measured: Callable[[], None]) -> tu
 
     Raises:
         InferenceError: a request failed; PluginError: the strategy is not installed.
+        RuntimeError: the machine was so busy that round robin took over from the strategy.
     """
     async with AsyncExitStack() as stack:
         gateway = await stack.enter_async_context(setup.serving(**setup.gateway()))
@@ -74,12 +76,23 @@ async def measure(rounds: int, share: float, measured: Callable[[], None]) -> tu
                 batches_after, rows_after = _batches(node.metrics)
                 batches, rows = batches + batches_after - batches_before, rows + rows_after - rows_before
             measured()
+        for app in (gateway, hedging):
+            if _route(app).balancer.name != setup.BALANCER:
+                raise RuntimeError(
+                    f"{setup.BALANCER} was interrupted for 50 ms too often, and round robin took over from it: measure "
+                    "again on a machine with less to do"
+                )
         return samples, rows / batches
 
 
 def _transport(app: App) -> MemoryTransport:
     assert isinstance(app.transport, MemoryTransport)
     return app.transport
+
+
+def _route(app: App) -> Forwarder:
+    assert app.gateway is not None
+    return app.gateway.models[loads.MODEL]
 
 
 def _count(full: int, share: float) -> int:
@@ -90,8 +103,7 @@ def _calls(app: App, share: float) -> Parts:
     """What can be called alone: the unit, and parts of what a gateway or a node does for each request."""
     balancer = Plugins().make(Kind.BALANCERS, setup.BALANCER, {}, "bench core")
     fakes = tuple(FakeNode(f"10.0.0.{number}:8500") for number in range(1, setup.NODES + 1))
-    assert app.gateway is not None
-    route = app.gateway.models[loads.MODEL]
+    route = _route(app)
     nodes = route.pool.usable()
     messages = loads.make_requests(_count(_ALONE, share))
     following = cycle(messages)
