@@ -108,16 +108,17 @@ def _calls(app: App, share: float) -> Parts:
     messages = loads.make_requests(_count(_ALONE, share))
     following = cycle(messages)
     codec, read_key = loads.PROTOCOL.codec, loads.PROTOCOL.read_key
+    success, value = Outcome.SUCCESS, Outcome.SUCCESS.value  # a look-up of it takes a sixth of the unit
 
     def choose() -> None:
-        balancer.record(balancer.choose(fakes, EXCHANGE), Outcome.SUCCESS, _SECONDS)
+        balancer.record(balancer.choose(fakes, EXCHANGE), success, _SECONDS)
 
     def choose_on_route() -> None:
-        route.picker.record(route.picker.choose(nodes, EXCHANGE), Outcome.SUCCESS, _SECONDS)
+        route.picker.record(route.picker.choose(nodes, EXCHANGE), success, _SECONDS)
 
     def count() -> None:
         app.metrics.request(loads.PROTOCOL.name, loads.MODEL, "OK", _SECONDS)
-        app.metrics.attempt(loads.MODEL, nodes[0].address, Outcome.SUCCESS.value)
+        app.metrics.attempt(loads.MODEL, nodes[0].address, value)
 
     def transcode() -> None:
         request = codec.decode_request(next(following))
