@@ -11,11 +11,13 @@ from importlib import metadata
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from bench import choices, goals, machine, outputs, rounds, systems
 from bench.choices import Choices
+from bench.core.command import core
 from bench.load import LoadError, require_h2load
 from bench.report import CHART, Report
 from bench.systems import Table
@@ -30,7 +32,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
     return names
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--rounds", "turns", default=5, show_default=True, type=click.IntRange(1), help="Turns of each system.")
 @click.option(
     "--quick", is_flag=True, help="One short round, to see that it works; it means little, and bench.json stays."
@@ -44,7 +46,8 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 )
 @click.option("--docs", is_flag=True, help=f"Write docs/performance.md and docs/{CHART} too.")
 @click.option("--json", "as_json", is_flag=True, help="Print what goes into bench/out/bench.json, not the tables.")
-def main(turns: int, quick: bool, names: tuple[str, ...], docs: bool, as_json: bool) -> None:
+@click.pass_context
+def main(context: click.Context, turns: int, quick: bool, names: tuple[str, ...], docs: bool, as_json: bool) -> None:
     """Measure what a request costs gateways and nodes, ours and plain peers.
 
     All run on this machine, in turns, under h2load on the same machine. Only ratios within one run mean anything.
@@ -53,7 +56,11 @@ def main(turns: int, quick: bool, names: tuple[str, ...], docs: bool, as_json: b
     \b
     python -m bench --quick
     python -m bench --systems ours-grpcio,proxy-grpcio --rounds 3
+    python -m bench core
     """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
     console = Console(stderr=True)
     tables = systems.installed(names)
@@ -86,6 +93,15 @@ def main(turns: int, quick: bool, names: tuple[str, ...], docs: bool, as_json: b
         click.echo(values)
     else:
         report.show(Console())
+
+
+def _refuse_options(context: click.Context) -> None:
+    """Raises:
+    UsageError: there are options before the command, where they would have no effect.
+    """
+    for name in context.params:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"options of {context.invoked_subcommand} stand after it")
 
 
 def _measured(
@@ -128,6 +144,8 @@ def _machine(tables: Sequence[Table], turns: int) -> dict[str, Any]:
         ),
     }
 
+
+main.add_command(core)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from typing import Literal
 
 from bench import choices
 from bench.choices import Choice, Choices
-from bench.rounds import Figures, Row
+from bench.rounds import Row
 
 CHOICES = "choice"
 """What stands in place of a table where a goal is about choices."""
@@ -53,7 +53,7 @@ class Goal:
         bounds = {"at most": self.most, "at least": self.least}
         return " and ".join(f"{bound} {value:.2f}" for bound, value in bounds.items() if value is not None)
 
-    def outcome(self, measured: Mapping[str, Figures | Choice]) -> Outcome | None:
+    def outcome(self, measured: Mapping[str, object]) -> Outcome | None:
         """By what was measured at its load, by system; None if one of its systems was not, or took no time that the
         clock of processes counts, as in a run that is very short."""
         if not {self.system, self.than, self.less or self.than} <= measured.keys():

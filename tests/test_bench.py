@@ -17,6 +17,11 @@ from click.testing import CliRunner
 from bench import chart, choices, goals, load, peers, processes, systems
 from bench.__main__ import main
 from bench.choices import Choice
+from bench.core import loads
+from bench.core.measuring import PARTS
+from bench.core.report import ROWS as CORE_ROWS
+from bench.core.report import TABLE, UNIT
+from bench.core.report import Report as CoreReport
 from bench.load import LoadError
 from bench.report import Report
 from bench.rounds import MODEL_SIZES, SIZES, Row
@@ -94,6 +99,67 @@ def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> 
     assert {"date", "cpu", "cores", "python", "versions", "command"} <= set(result["machine"])
     assert {"dl-inference-core", "grpcio", "h2load"} <= set(result["machine"]["versions"])
     assert {goal["system"] for goal in result["goals"]} >= {"ours-grpcio"}
+
+
+def test_a_quick_run_of_the_core_measures_every_part() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", "core", "--quick", "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    result = json.loads(run.stdout)
+    assert set(result) == {"machine", TABLE, "batch_rows", "goals"}
+    figures = result[TABLE]
+    assert set(figures) == {row.name for row in CORE_ROWS}
+    # What others are taken off from may be anything in so short a run.
+    measured = {row.name for row in CORE_ROWS if not row.less} | {"gateway_1", "gateway_32"}
+    assert [name for name in measured if min(figures[name].values()) <= 0] == []
+    assert figures[UNIT]["units"] == 1
+    for in_flight in (1, 128):
+        assert figures[f"node_{in_flight}"]["cpu_us_most"] < figures[f"node_{in_flight}_in_all"]["cpu_us_least"]
+    assert 1 <= result["batch_rows"] <= 64
+    assert {goal["system"]: goal["most"] for goal in result["goals"]} == {
+        "gateway_1": 5.0,
+        "gateway_32": 5.0,
+        "node_1": 8.0,
+        "node_128": 8.0,
+    }
+    assert {"date", "cpu", "cores", "python", "versions", "command", "rounds"} <= set(result["machine"])
+
+
+def test_what_the_core_takes_is_less_what_others_took_in_the_same_round() -> None:
+    samples: dict[str, list[float]] = {part: [1.0, 1.0, 1.0] for part in PARTS}
+    samples |= {"gateway_1": [7.0, 30.0, 5.0], "passing_1": [2.0, 20.0, 1.0], "gateway_32": [6.5] * 3}
+    samples |= {"node_1": [11.0] * 3, "node_128": [10.0, 9.0, 12.0], "codec": [2.0, 1.0, 3.0]}
+    report = CoreReport(machine={}, samples=samples, batch_rows=2.0)
+    assert asdict(report.costs()["gateway_1"]) == {
+        "cpu_us_per_request": 5.0,
+        "cpu_us_least": 4.0,
+        "cpu_us_most": 10.0,
+    }
+    assert {outcome.goal.system: (outcome.ratio, outcome.met) for outcome in report.outcomes()} == {
+        "gateway_1": (5.0, True),
+        "gateway_32": (5.5, False),
+        "node_1": (8.0, True),
+        "node_128": (7.0, True),
+    }
+
+
+def test_requests_to_the_core_are_of_one_size_and_never_the_same() -> None:
+    messages = loads.make_requests(200)
+    assert {len(message) for message in messages} == {loads.MESSAGE_BYTES}
+    requests = [loads.PROTOCOL.codec.decode_request(message) for message in messages]
+    assert {request.model for request in requests} == {loads.MODEL}
+    assert len({request.id for request in requests}) == 200
+
+
+def test_options_before_the_command_core_are_refused() -> None:
+    result = CliRunner().invoke(main, ["--quick", "core"])
+    assert result.exit_code == 2
+    assert "options of core stand after it" in result.output
 
 
 def test_what_is_not_installed_is_left_out_with_a_word_on_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

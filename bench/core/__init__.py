@@ -1,0 +1,1 @@
+"""What Python costs per request: the core behind a transport in memory, without sockets."""
