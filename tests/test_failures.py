@@ -10,7 +10,7 @@ import pytest
 
 from dl_inference_core.coroutines import Coroutines
 from dl_inference_core.errors import AttemptCancelled, BadRequest, Code, HandlerFailed
-from dl_inference_core.failures import fail
+from dl_inference_core.failures import FailureLog, fail, request_id_of
 from dl_inference_core.local_exchange import LocalExchange
 
 
@@ -42,6 +42,52 @@ def test_others_are_logged_under_the_request_id_that_the_client_gets(
     assert request_id == given or (not given and len(request_id) == 32)
     (record,) = caplog.records
     assert (record.levelno, record.getMessage()) == (logging.ERROR, f"request {request_id} failed")
+
+
+def test_a_request_has_one_id() -> None:
+    given = LocalExchange("/m", metadata=(("x-request-id", "r-1"),))
+    assert request_id_of(given) == "r-1"
+    exchange = LocalExchange("/m", metadata=(("x-request-id", ""),))
+    request_id = request_id_of(exchange)
+    assert len(request_id) == 32
+    fail(exchange, HandlerFailed("as told"))
+    assert request_id in str(exchange.error)
+
+
+def raised(kind: type[Exception], number: int) -> Exception:
+    try:
+        if number:
+            raise kind("one")
+        raise kind("other")
+    except Exception as error:
+        return error
+
+
+def test_what_a_client_can_trigger_is_written_within_limits(caplog: pytest.LogCaptureFixture) -> None:
+    now = 100.0
+    log = FailureLog(lambda: now)
+    for number in range(1000):
+        log.write(f"request {number} failed", "it divides by zero", raised(ZeroDivisionError, 1))
+    records = caplog.records
+    assert [record.exc_info is not None for record in records] == [True] * 10 + [False] * 190
+    assert records[10].getMessage() == "request 10 failed: it divides by zero"
+    caplog.clear()
+    now += 11
+    log.write("request a failed", "it divides by zero", raised(ZeroDivisionError, 1))
+    assert [record.getMessage() for record in caplog.records] == [
+        "800 requests more failed, and were not written to the log",
+        "request a failed",
+    ]
+    assert caplog.records[1].exc_info is not None
+
+
+def test_a_flood_of_one_failure_hides_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    log = FailureLog(lambda: 100.0)
+    for _ in range(50):
+        log.write("request a failed", "", raised(ZeroDivisionError, 1))
+    for error in (raised(ZeroDivisionError, 0), raised(ValueError, 1)):
+        log.write("request b failed", "", error)
+        assert caplog.records[-1].exc_info is not None
 
 
 @pytest.mark.parametrize("kind", [BadRequest, HandlerFailed, ZeroDivisionError])

@@ -136,7 +136,7 @@ class Echoing(_Service):
     """Answers every request with its own bytes, at once."""
 
     def begin_all(self, exchanges: Sequence[Exchange]) -> None:
-        self._transport.reply_all([Reply(exchange, exchange.message) for exchange in exchanges])
+        _echo(exchanges)
 
 
 class Hopping(_Service):
@@ -152,4 +152,8 @@ class Hopping(_Service):
 
     def _answer(self) -> None:
         while True:
-            self._transport.reply_all([Reply(exchange, exchange.message) for exchange in self._given.get()])
+            _echo(self._given.get())
+
+
+def _echo(exchanges: Sequence[Exchange]) -> None:
+    type(exchanges[0]).reply_all([Reply(exchange, exchange.message) for exchange in exchanges])

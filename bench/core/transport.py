@@ -27,6 +27,7 @@ from dl_inference_core.transport import (
     Limits,
     Message,
     Metadata,
+    Reply,
     Server,
     Service,
     Timer,
@@ -51,10 +52,16 @@ class CoreExchange(UnaryExchange):
         self._transport = transport
 
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
-        self._transport.end(self, message, None)
+        self._transport.end([(self, message, None)])
+
+    @classmethod
+    def reply_all(cls, replies: Sequence[Reply]) -> None:
+        first = replies[0].exchange
+        assert isinstance(first, CoreExchange)
+        first._transport.end([(exchange, message, None) for exchange, message, _ in replies])
 
     def fail(self, error: InferenceError) -> None:
-        self._transport.end(self, b"", error)
+        self._transport.end([(self, b"", error)])
 
     def on_cancel(self, callback: Callable[[], object]) -> None:
         """Nobody leaves."""
@@ -169,9 +176,9 @@ class MemoryTransport(Transport):
             attempt.done(None, (), _ATTEMPT_S[number % 3])
         return len(attempts)
 
-    def end(self, exchange: Exchange, message: Message, error: InferenceError | None) -> None:
-        """An exchange was answered or has failed. Any thread."""
-        self._ended.append((exchange, message, error))
+    def end(self, outcomes: Sequence[tuple[Exchange, Message, InferenceError | None]]) -> None:
+        """Exchanges were answered or have failed. Any thread."""
+        self._ended.extend(outcomes)
         if not self._woken:
             self._woken = True
             if threading.get_ident() == self._thread:

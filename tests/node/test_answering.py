@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -201,6 +203,55 @@ def test_request_cancelled_in_the_queue_never_runs(tmp_path: Path, gate: type[Ga
             await behind
             assert gate.seen == [1.0, 3.0]
             assert gone.cancelled()
+
+    asyncio.run(main())
+
+
+def test_a_handler_knows_the_call_of_its_request(tmp_path: Path) -> None:
+    seen: list[Request] = []
+
+    class Curious(Handler):
+        def preprocess(self, request: Request) -> Any:
+            assert not request.cancelled()
+            seen.extend((request, pickle.loads(pickle.dumps(request)), copy.deepcopy(request)))
+            return super().preprocess(request)
+
+    async def main() -> None:
+        deadline = time.monotonic() + 60
+        metadata = (("x-request-id", "r-1"), ("user", "u"))
+        body = OIP.codec.encode_request(Request(payload=x(1), form=Form.TENSORS, model="m"))
+        async with served(tmp_path, Curious) as model:
+            await answered(model, OIP, body, metadata=metadata, deadline=deadline)
+        assert len(seen) == 3
+        for request in seen:
+            assert (request.deadline, request.metadata, request.request_id) == (deadline, metadata, "r-1")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["client", "deadline"])
+def test_a_handler_can_stop_when_nobody_waits_any_more(tmp_path: Path, how: str) -> None:
+    began, stopped = threading.Event(), threading.Event()
+
+    class Long(Handler):
+        def run_model(self, model: Model, inputs: Any, request: Request) -> Any:
+            began.set()
+            end = time.monotonic() + 10
+            while not request.cancelled():
+                assert time.monotonic() < end
+                time.sleep(0.001)
+            stopped.set()
+            raise BadRequest("nobody waits")
+
+    async def main() -> None:
+        async with served(tmp_path, Long) as model:
+            deadline = time.monotonic() + 0.3 if how == "deadline" else None
+            task = asyncio.create_task(ask(model, x(1), deadline=deadline))
+            await asyncio.to_thread(began.wait)
+            if how == "client":
+                task.cancel()
+            await asyncio.wait((task,))
+            assert await asyncio.to_thread(stopped.wait, 10)
 
     asyncio.run(main())
 

@@ -173,6 +173,30 @@ async def test_a_request_larger_than_a_batch_is_answered_in_pieces(tmp_path: Pat
         assert it.model.sizes == [4, 4, 2]
 
 
+async def test_a_request_in_pieces_ends_with_its_client(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        it.model.hold.clear()
+        leaving = asyncio.create_task(it.ask(*range(100)))
+        await asyncio.to_thread(it.model.entered.acquire)
+        leaving.cancel()
+        await asyncio.wait((leaving,))
+        it.model.hold.set()
+        assert await it.ask(1) == [2]
+        assert it.model.sizes == [4, 1]
+
+
+async def test_a_client_that_keeps_failing_gets_batches_of_its_own(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        bad = (("x-client-id", "bad"),)
+        for _ in range(3):
+            with pytest.raises(HandlerFailed, match="poisoned"):
+                await it.ask(POISON, metadata=bad)
+        it.model.calls.clear()
+        answers = await it.together(it.ask(1), it.ask(POISON, metadata=bad), it.ask(3), it.ask(4, metadata=bad))
+        assert [answers[0], *answers[2:]] == [[2], [6], [8]]
+        assert it.model.sizes == [1, 2, 2, 1, 1], "the two of the bad client are tried together, then each alone"
+
+
 @pytest.mark.parametrize(
     ("toml", "rows", "calls", "counted"),
     [
