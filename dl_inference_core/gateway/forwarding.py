@@ -3,7 +3,8 @@
 Read `Forwarder.begin`, then `_Forwarding` from top to bottom. The transport calls `begin` and tells of the end of
 attempts on its threads; health and reload call from the event loop. Each route has one lock, and everything that
 belongs to the route happens under it: admission, choice, counts, budgets, and all methods of the strategy. Exchanges
-are called, and the health of nodes is told, after the lock was released.
+are called, and the health of nodes is told, after the lock was released. The lock order is: the lock of a route, then
+that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse, and never the locks of two routes.
 """
 
 from __future__ import annotations
@@ -184,8 +185,15 @@ class Forwarder:
         do(actions)
 
     def _returned(self, node: Node) -> None:
-        with self.lock:
+        """Tell the strategy: now, or a moment later where another thread holds the lock. This thread may hold the lock
+        of another route, so it must not wait for this one's."""
+        if not self.lock.acquire(blocking=False):
+            self.clock.call_later(0, lambda: self._returned(node))
+            return
+        try:
             self.picker.returned(node)
+        finally:
+            self.lock.release()
 
     def _changed(self) -> None:
         """Requests that wait are admitted a moment later, when everybody knows of the change."""
@@ -357,7 +365,7 @@ class _Forwarding:
             route.admission.ended(node)
         if node.removed:
             if not node.in_flight:
-                node.idle.set()
+                node.end_last_attempt()
             return
         if trailers and route.picker.takes_reports and (load := orca.read(trailers)) is not None:
             route.picker.report(node, load)
