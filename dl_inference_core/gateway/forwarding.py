@@ -87,6 +87,7 @@ class Forwarder:
     def configure(self, config: RouteConfig, balancer: Balancer) -> list[Node]:
         """Take on a new config; returns the nodes that left, for `Pool.retire`. Requests in flight keep theirs."""
         gone: list[Node] = []
+        nodes = self.pool.connect(config.nodes)  # before the lock, for which requests wait
 
         def take_on() -> None:
             before, self.config = self.config, config
@@ -96,7 +97,7 @@ class Forwarder:
             self._second_chance = config.attempts > 1 and config.retry_failed
             if _budgets(before) != _budgets(config):
                 self._set_budgets()
-            gone.extend(self.pool.update(config.nodes))
+            gone.extend(self.pool.update(config.nodes, nodes))
             self.picker.use(self.name, balancer)
             self.picker.forget(gone)
             self.admission.configure(self.name, config.node_in_flight, config.queue)

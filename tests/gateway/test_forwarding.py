@@ -9,16 +9,21 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from dl_inference_core.config import HealthConfig, NodeConfig, RouteConfig
 from dl_inference_core.errors import Code, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
-from dl_inference_core.gateway.forwarding import HOPS
-from dl_inference_core.gateway.pool import Snapshot
+from dl_inference_core.gateway.forwarding import HOPS, Forwarder
+from dl_inference_core.gateway.pool import Endpoints, Pool, Snapshot
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.testing.memory import LoopClock
+from dl_inference_core.transport import Answer, Connection, Message
 from dl_inference_core.wire import messages, orca
 from dl_inference_core.wire.protocol import METHODS, MULTI_INFERENCE, PROTOCOLS
 
@@ -822,6 +827,41 @@ async def test_metrics_count_each_attempt_by_its_outcome(lab: Lab) -> None:
 
 
 # Threads
+
+
+async def test_connections_are_made_before_the_lock_is_taken() -> None:
+    """Requests wait for the lock."""
+    forwarders: list[Forwarder] = []
+    free: list[bool] = []
+
+    def acquire() -> bool:
+        lock = forwarders[0].lock
+        return lock.acquire(timeout=5) and (lock.release() or True)
+
+    class Connected(Connection):
+        def __init__(self) -> None:
+            if forwarders:
+                with ThreadPoolExecutor(1) as other:
+                    free.append(other.submit(acquire).result())
+
+        async def call(self, method: str, message: Message, **_: Any) -> Answer:
+            return Answer(b"\x08\x01", ())
+
+        async def close(self) -> None: ...
+
+    clock, metrics = LoopClock(asyncio.get_running_loop()), Metrics()
+    endpoints = Endpoints(lambda _: Connected(), HealthConfig(interval_ms=0), metrics, clock)
+    nodes = tuple(NodeConfig(address=f"10.0.0.{number}:8500") for number in range(3))
+    balancer = RoundRobin(RoundRobin.Options())
+    route = RouteConfig(name="m", nodes=nodes[:1])
+    forwarders.append(Forwarder(route, Pool(endpoints), balancer, metrics, clock, "gateway"))
+    kept = forwarders[0].pool.nodes[0]
+    assert forwarders[0].configure(route.model_copy(update={"nodes": nodes}), balancer) == []
+    assert free == [True, True]
+    assert forwarders[0].pool.nodes[0] is kept
+    assert [node.address for node in forwarders[0].pool.usable()] == [node.address for node in nodes]
+    await endpoints.probed()
+    await forwarders[0].close()
 
 
 async def test_health_may_change_on_any_thread_even_under_the_lock_of_a_route(lab: Lab) -> None:
