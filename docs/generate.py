@@ -26,6 +26,7 @@ from dl_inference_core.config import (
 from dl_inference_core.node.batching import BatchingConfig, Bucket
 from dl_inference_core.node.loading import ModelConfig
 from dl_inference_core.node.queue import QueueLimits
+from dl_inference_core.node.watchdog import WatchdogConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 
@@ -329,6 +330,7 @@ def reference() -> str:
         f"{BATCHING}\n{_rows(BatchingConfig)}",
         _table("### `[batching.buckets.INPUT]`", Bucket),
         _table("### `[queue]`", QueueLimits),
+        _table("### `[watchdog]`", WatchdogConfig),
     ]
     return "\n".join(parts)
 

@@ -104,13 +104,14 @@ class _Run:
         options = OPTIONS.get(strategy, {})
         self._balancer = Plugins().make(Kind.BALANCERS, strategy, options, scenario.name)
         self._balancer.random = random.Random(seed + 1)  # noqa: S311
-        self._endpoints = Endpoints(lambda node: self._nodes[node.address], HealthConfig(), self._metrics)
+        loop_clock = LoopClock(self._loop)
+        self._endpoints = Endpoints(lambda node: self._nodes[node.address], HealthConfig(), self._metrics, loop_clock)
         self._forwarder = Forwarder(
             self._route(joined=not scenario.joins),
             Pool(self._endpoints),
             self._balancer,
             self._metrics,
-            LoopClock(self._loop),
+            loop_clock,
             "simulation",
         )
         self._requests: list[_Request] = []

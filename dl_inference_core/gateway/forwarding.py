@@ -3,7 +3,8 @@
 Read `Forwarder.begin`, then `_Forwarding` from top to bottom. The transport calls `begin` and tells of the end of
 attempts on its threads; health and reload call from the event loop. Each route has one lock, and everything that
 belongs to the route happens under it: admission, choice, counts, budgets, and all methods of the strategy. Exchanges
-are called, and the health of nodes is told, after the lock was released.
+are called, and the health of nodes is told, after the lock was released. The lock order is: the lock of a route, then
+that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse, and never the locks of two routes.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class Forwarder:
     def configure(self, config: RouteConfig, balancer: Balancer) -> list[Node]:
         """Take on a new config; returns the nodes that left, for `Pool.retire`. Requests in flight keep theirs."""
         gone: list[Node] = []
+        nodes = self.pool.connect(config.nodes)  # before the lock, for which requests wait
 
         def take_on() -> None:
             before, self.config = self.config, config
@@ -95,7 +97,7 @@ class Forwarder:
             self._second_chance = config.attempts > 1 and config.retry_failed
             if _budgets(before) != _budgets(config):
                 self._set_budgets()
-            gone.extend(self.pool.update(config.nodes))
+            gone.extend(self.pool.update(config.nodes, nodes))
             self.picker.use(self.name, balancer)
             self.picker.forget(gone)
             self.admission.configure(self.name, config.node_in_flight, config.queue)
@@ -184,8 +186,15 @@ class Forwarder:
         do(actions)
 
     def _returned(self, node: Node) -> None:
-        with self.lock:
+        """Tell the strategy: now, or a moment later where another thread holds the lock. This thread may hold the lock
+        of another route, so it must not wait for this one's."""
+        if not self.lock.acquire(blocking=False):
+            self.clock.call_later(0, lambda: self._returned(node))
+            return
+        try:
             self.picker.returned(node)
+        finally:
+            self.lock.release()
 
     def _changed(self) -> None:
         """Requests that wait are admitted a moment later, when everybody knows of the change."""
@@ -357,7 +366,7 @@ class _Forwarding:
             route.admission.ended(node)
         if node.removed:
             if not node.in_flight:
-                node.idle.set()
+                node.end_last_attempt()
             return
         if trailers and route.picker.takes_reports and (load := orca.read(trailers)) is not None:
             route.picker.report(node, load)

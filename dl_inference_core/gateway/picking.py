@@ -21,7 +21,7 @@ _SLOW_WITHIN_S = 60.0
 
 
 class Picker:
-    """Asks the strategy and tells it, and lets nothing that it raises through. Event loop only.
+    """Asks the strategy and tells it, and lets nothing that it raises through. For use under the route's lock.
 
     Attributes:
         balancer: the strategy; round robin, once the one that the config names has kept everybody waiting too often.

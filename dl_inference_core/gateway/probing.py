@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import errno
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from dl_inference_core import sockets
@@ -55,7 +57,7 @@ _OUR_OWN_WANT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Prober:
-    """Asks one node. Event loop only.
+    """Asks one node. Event loop only, but for `forget`: any thread.
 
     Of several questions the one that the node knows is remembered. A node that knows none, as Seldon's, is well: it
     answers gRPC.
@@ -127,3 +129,69 @@ class Prober:
             return Verdict.UNREACHABLE
         writer.close()
         return Verdict.WELL
+
+
+class BackgroundProbes:
+    """Runs the probes of one node on the event loop on which it was made. `settled` and `close`: event loop only."""
+
+    __slots__ = ("_closed", "_loop", "_now", "_prober", "_task")
+
+    def __init__(self, prober: Prober, now: Callable[[], float]) -> None:
+        """Args:
+        now: the clock of when a probe began.
+        """
+        self._prober = prober
+        self._now = now
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def begin(self, ended: Callable[[Verdict, float], None]) -> None:
+        """As `health.Probes.begin`. Any thread; not while a probe is under way."""
+        call_on_loop(self._loop, lambda: self._begin(ended))
+
+    def forget(self) -> None:
+        """As `health.Probes.forget`. Any thread."""
+        self._prober.forget()
+
+    async def settled(self) -> None:
+        """Wait for the probe that is under way, if one is."""
+        if self._task is not None:
+            await asyncio.wait((self._task,))
+
+    async def close(self) -> None:
+        """End the probe that is under way, of which nobody is told, and begin none any more."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _begin(self, ended: Callable[[Verdict, float], None]) -> None:
+        if not self._closed:
+            self._task = self._loop.create_task(self._run(ended))
+
+    async def _run(self, ended: Callable[[Verdict, float], None]) -> None:
+        began = self._now()
+        try:
+            verdict = await self._prober.ask()
+        except asyncio.CancelledError:
+            if self._task is None or self._task.cancelling():  # by `close`, or the event loop ends
+                raise
+            verdict = Verdict.FAILED  # the connection was closed
+        finally:
+            self._task = None
+        ended(verdict, began)
+
+
+def call_on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """Call `function` on the thread of `loop`: at once if that is this one, else soon; not if `loop` is closed. Any
+    thread."""
+    try:
+        here = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        here = False
+    if here:
+        function()
+    else:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(function)

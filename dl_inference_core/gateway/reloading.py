@@ -81,7 +81,7 @@ class Gateway:
         self._clock = clock
         self._id = uuid.uuid4().hex[:16] if share is None else share.gateway_id
         self._metrics = metrics
-        self._endpoints = Endpoints(connect, config.gateway.health, metrics)
+        self._endpoints = Endpoints(connect, config.gateway.health, metrics, clock)
         self.forwarders: Collection[Forwarder] = ()
         """Every route's, once."""
         metrics.sample(

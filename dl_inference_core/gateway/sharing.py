@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from dl_inference_core.gateway.balancing import Balancer
-from dl_inference_core.gateway.health import Reason
+from dl_inference_core.gateway.health_states import Reason
 
 if TYPE_CHECKING:
     from dl_inference_core.gateway.forwarding import Forwarder

@@ -6,17 +6,24 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
-from dl_inference_core.errors import Code, NodeFailed
+from dl_inference_core.config import HealthConfig, NodeConfig, RouteConfig
+from dl_inference_core.errors import Code, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
-from dl_inference_core.gateway.forwarding import HOPS
+from dl_inference_core.gateway.forwarding import HOPS, Forwarder
+from dl_inference_core.gateway.pool import Endpoints, Pool, Snapshot
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.testing.memory import LoopClock
+from dl_inference_core.transport import Answer, Connection, Message
 from dl_inference_core.wire import messages, orca
 from dl_inference_core.wire.protocol import METHODS, MULTI_INFERENCE, PROTOCOLS
 
@@ -341,7 +348,7 @@ async def test_without_a_retry_to_spend_no_request_is_sent_to_a_node_on_trial(la
     gateway = await lab.front(bad, good, more=f"retry_budget = 0\nretry_reserve = 0\n{ROUND_ROBIN}", top=top)
     forwarder, node = gateway.forwarder(), gateway.node(bad)
     node.endpoint.health.failed(NodeFailed("bad"))
-    await node.endpoint.health.settled()
+    await node.endpoint.probes.settled()
     assert node.endpoint.health.on_trial
     node.endpoint.health.trial_at = 0
     forwarder.pool.usable()
@@ -817,3 +824,103 @@ async def test_metrics_count_each_attempt_by_its_outcome(lab: Lab) -> None:
         for outcome in ("success", "failure", "neutral")
     }
     assert counted == {"success": 4, "failure": bad.count + good.count - 5, "neutral": 1}
+
+
+# Threads
+
+
+async def test_connections_are_made_before_the_lock_is_taken() -> None:
+    """Requests wait for the lock."""
+    forwarders: list[Forwarder] = []
+    free: list[bool] = []
+
+    def acquire() -> bool:
+        lock = forwarders[0].lock
+        return lock.acquire(timeout=5) and (lock.release() or True)
+
+    class Connected(Connection):
+        def __init__(self) -> None:
+            if forwarders:
+                with ThreadPoolExecutor(1) as other:
+                    free.append(other.submit(acquire).result())
+
+        async def call(self, method: str, message: Message, **_: Any) -> Answer:
+            return Answer(b"\x08\x01", ())
+
+        async def close(self) -> None: ...
+
+    clock, metrics = LoopClock(asyncio.get_running_loop()), Metrics()
+    endpoints = Endpoints(lambda _: Connected(), HealthConfig(interval_ms=0), metrics, clock)
+    nodes = tuple(NodeConfig(address=f"10.0.0.{number}:8500") for number in range(3))
+    balancer = RoundRobin(RoundRobin.Options())
+    route = RouteConfig(name="m", nodes=nodes[:1])
+    forwarders.append(Forwarder(route, Pool(endpoints), balancer, metrics, clock, "gateway"))
+    kept = forwarders[0].pool.nodes[0]
+    assert forwarders[0].configure(route.model_copy(update={"nodes": nodes}), balancer) == []
+    assert free == [True, True]
+    assert forwarders[0].pool.nodes[0] is kept
+    assert [node.address for node in forwarders[0].pool.usable()] == [node.address for node in nodes]
+    await endpoints.probed()
+    await forwarders[0].close()
+
+
+async def test_health_may_change_on_any_thread_even_under_the_lock_of_a_route(lab: Lab) -> None:
+    nodes = await lab.nodes("ab")
+    top = "[gateway.health]\nfailures = 1\ninterval_ms = 20\n"
+    gateway = await lab.gateway(top + lab.route(*nodes) + lab.route(*nodes, name="n", task=70))
+    forwarders = [gateway.forwarder(name) for name in "mn"]
+
+    def change(number: int) -> None:
+        own = forwarders[number % 2]
+        for _ in range(200):
+            health = gateway.node(nodes[number // 2]).endpoint.health
+            health.failed(NodeUnreachable("as another thread found"))
+            health.succeeded()
+            with own.lock:
+                assert set(own.pool.usable()) <= set(own.pool.nodes)
+                own.pool.due()
+                health.failed(NodeFailed("bad"))
+                health.succeeded()  # which tells the strategies of both routes, where the node was half-open
+
+    async with asyncio.timeout(120):
+        calls = [gateway.call(name) for name in "mn" * 50]
+        threads = [asyncio.to_thread(change, number) for number in range(4)]
+        answers = await asyncio.gather(*threads, *calls)
+    assert set(answers[4:]) <= {"a", "b"}
+
+    def well() -> bool:
+        for node in forwarders[0].pool.nodes:
+            node.endpoint.health.succeeded()
+        return all(forwarder.pool.snapshot() == Snapshot(forwarder.pool.nodes) for forwarder in forwarders)
+
+    await lab.until(well)
+    assert {await gateway.call(name) for name in "mn" * 10} == {"a", "b"}
+
+
+async def test_threads_that_hold_the_locks_of_two_routes_do_not_wait_for_each_other(lab: Lab) -> None:
+    """Each tells of a half-open node that is well, which the strategies of both routes must hear."""
+    nodes = await lab.nodes("ab")
+    top = "[gateway.health]\nfailures = 1\ninterval_ms = 0\n"
+    gateway = await lab.gateway(top + lab.route(*nodes) + lab.route(*nodes, name="n", task=70))
+    forwarders = [gateway.forwarder(name) for name in "mn"]
+    told: list[tuple[str, Any]] = []
+    for forwarder in forwarders:
+        forwarder.balancer.returned = lambda node, name=forwarder.name: told.append((name, node))
+    endpoints = [gateway.node(node).endpoint for node in nodes]
+    for endpoint in endpoints:
+        endpoint.health.failed(NodeFailed("bad"))
+        await endpoint.probes.settled()
+        assert endpoint.health.on_trial
+    barrier = threading.Barrier(2)
+
+    def answered(number: int) -> None:
+        with forwarders[number].lock:
+            barrier.wait(60)
+            endpoints[number].health.succeeded()
+
+    threads = [threading.Thread(target=answered, args=(number,), daemon=True) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    await lab.until(lambda: not any(thread.is_alive() for thread in threads), 20)
+    await lab.until(lambda: len(told) == 4, 20)
+    assert set(told) == {(forwarder.name, node) for forwarder in forwarders for node in forwarder.pool.nodes}

@@ -24,8 +24,10 @@ from dl_inference_core.errors import (
     Unimplemented,
 )
 from dl_inference_core.gateway import health as module
+from dl_inference_core.gateway.clock import SystemClock
 from dl_inference_core.gateway.health import Health, Reason
-from dl_inference_core.gateway.probing import Prober
+from dl_inference_core.gateway.probing import BackgroundProbes, Prober
+from dl_inference_core.testing.memory import LoopClock
 from dl_inference_core.transport import Answer, Connection, Message, Metadata
 
 Lab = Any  # tests/conftest.py
@@ -84,7 +86,11 @@ class Watched:
         self.changes = self.returns = 0
         settings = HealthConfig(**{"interval_ms": 0, **config})
         prober = Prober("10.0.0.1:8500", self.connection, settings.probe, settings.timeout_ms / 1000)
-        self.health = Health(prober, settings, changed=self._changed, returned=self._returned, moved=self._moved)
+        clock = SystemClock(LoopClock(asyncio.get_running_loop()))
+        self.probing = BackgroundProbes(prober, clock.now)
+        self.health = Health(
+            self.probing, settings, clock, changed=self._changed, returned=self._returned, moved=self._moved
+        )
 
     def _changed(self) -> None:
         self.changes += 1
@@ -102,9 +108,17 @@ class Watched:
     async def start(self) -> Watched:
         """Let the first probe pass."""
         self.health.start()
-        await self.health.settled()
+        await self.settled()
         assert self.health.usable
         return self
+
+    async def settled(self) -> None:
+        """Wait for the probe that is under way."""
+        await self.probing.settled()
+
+    async def close(self) -> None:
+        self.health.close()
+        await self.probing.close()
 
     async def lose(self) -> None:
         """It can be reached no longer, as an attempt and a probe find out; the next probe will pass."""
@@ -125,8 +139,8 @@ async def test_who_cannot_be_reached_is_left_out_at_once_and_back_after_a_probe(
     assert not health.usable
     assert (health.reason, health.detail) == (Reason.UNAVAILABLE, "refused")
     assert health._timer is None
-    assert health._probing is not None
-    await health.settled()
+    assert health._probing
+    await node.settled()
     assert (health.reason, health.detail) == (Reason.UNREACHABLE, "refused")
     assert node.moves == [OUT]
     await until(lambda: node.probes == 4)
@@ -138,7 +152,7 @@ async def test_who_cannot_be_reached_is_left_out_at_once_and_back_after_a_probe(
     count = node.probes
     await asyncio.sleep(0.1)
     assert node.probes == count
-    await health.close()
+    await node.close()
 
 
 async def test_who_says_unavailable_but_answers_probes_is_back_at_once_and_nobody_told() -> None:
@@ -148,12 +162,12 @@ async def test_who_says_unavailable_but_answers_probes_is_back_at_once_and_nobod
     assert (health.usable, node.changes) == (False, 1)
     for _ in range(50):
         health.failed(NodeUnreachable("the same"))  # were under way, and count as one
-    await health.settled()
+    await node.settled()
     assert (health.usable, health.reason, health.detail) == (True, None, "")
     assert not health.on_trial
     assert (node.probes, node.changes, node.moves, node.returns) == (2, 2, [], 0)
     assert health.share(time.monotonic()) == 1
-    await health.close()
+    await node.close()
 
 
 async def test_who_says_unavailable_five_times_running_but_answers_probes_is_put_on_trial() -> None:
@@ -161,19 +175,19 @@ async def test_who_says_unavailable_five_times_running_but_answers_probes_is_put
     health = node.health
     for _ in range(4):
         health.failed(NodeUnreachable("not loaded"))
-        await health.settled()
+        await node.settled()
     health.succeeded()
     for _ in range(5):
         assert not health.on_trial
         health.failed(NodeUnreachable("not loaded"))
-        await health.settled()
+        await node.settled()
     assert health.usable
     assert health.on_trial
     changes = node.changes
     for _ in range(5):
         health.failed(NodeUnreachable("not loaded"))
         assert health.usable
-        await health.settled()
+        await node.settled()
         assert health.on_trial
         assert health.trial_at > time.monotonic()
     assert health.share(time.monotonic()) == 1
@@ -182,21 +196,21 @@ async def test_who_says_unavailable_five_times_running_but_answers_probes_is_put
     health.succeeded()
     assert not health.on_trial
     assert node.returns == 1
-    await health.close()
+    await node.close()
 
 
 async def test_who_is_gone_while_it_is_on_trial_is_left_out_with_the_next_attempt() -> None:
     node = await Watched().start()
     for _ in range(5):
         node.health.failed(NodeFailed("bad"))
-    await node.health.settled()
+    await node.settled()
     assert node.health.on_trial
     node.health.failed(NodeUnreachable("not its turn"))
-    assert node.health._probing is None
+    assert not node.health._probing
     node.health.trial_at = 0
     await node.lose()
     assert (node.health.usable, node.health.on_trial, node.moves) == (False, False, [OUT])
-    await node.health.close()
+    await node.close()
 
 
 @pytest.mark.parametrize(
@@ -212,12 +226,12 @@ async def test_who_says_unavailable_and_passes_no_probe_is_left_out(
     node = await Watched().start()
     node.connection.answer = answer
     node.health.failed(NodeUnreachable("overloaded"))
-    await node.health.settled()
+    await node.settled()
     assert (node.health.reason, node.health.detail, node.moves) == (reason, detail, [OUT])
     node.connection.answer = SERVING
     await until(lambda: node.health.usable)
     assert (node.moves, node.returns) == ([OUT, BACK], 1)
-    await node.health.close()
+    await node.close()
 
 
 async def test_who_says_unavailable_and_answers_other_requests_needs_no_probe_to_pass() -> None:
@@ -228,10 +242,10 @@ async def test_who_says_unavailable_and_answers_other_requests_needs_no_probe_to
     await until(lambda: node.probes == 2)
     node.health.succeeded()
     node.connection.hold.set()
-    await node.health.settled()
+    await node.settled()
     assert node.health.usable
     assert node.moves == []
-    await node.health.close()
+    await node.close()
 
 
 async def test_five_failures_running_and_a_probe_that_fails_eject(quick: None) -> None:
@@ -249,17 +263,17 @@ async def test_five_failures_running_and_a_probe_that_fails_eject(quick: None) -
     await until(lambda: not health.usable)
     assert health.reason is Reason.OUTLIER
     assert node.moves == [OUT]
-    await health.close()
+    await node.close()
 
 
 async def test_how_many_failures_make_a_suspect_is_configured(quick: None) -> None:
     node = await Watched(failures=2).start()
     node.connection.answer = NodeFailed("no")
     node.health.failed(AttemptTimedOut("slow"))
-    assert node.health._probing is None
+    assert not node.health._probing
     node.health.failed(AttemptTimedOut("slow"))
     await until(lambda: not node.health.usable)
-    await node.health.close()
+    await node.close()
 
 
 async def test_timeouts_and_a_probe_that_passes_change_nothing(quick: None) -> None:
@@ -270,7 +284,7 @@ async def test_timeouts_and_a_probe_that_passes_change_nothing(quick: None) -> N
         for _ in range(4):
             health.failed(NodeFailed("bad"))
         health.failed(AttemptTimedOut("slow"))
-        await until(lambda round_=round_: node.probes == round_ + 1 and health._probing is None)
+        await until(lambda round_=round_: node.probes == round_ + 1 and not health._probing)
     assert node.changes == 0
     assert health.usable
     assert not health.on_trial
@@ -295,7 +309,7 @@ async def test_errors_and_a_probe_that_passes_put_on_trial_until_a_request_succe
     for _ in range(4):
         health.failed(NodeFailed("bad"))
     assert not health.on_trial
-    await health.close()
+    await node.close()
 
 
 async def test_who_is_unreachable_while_a_suspicion_is_checked_comes_back(quick: None) -> None:
@@ -332,14 +346,14 @@ async def test_a_new_node_is_well_if_its_first_probe_says_so(answer: Any, reason
     node = Watched()
     node.connection.answer = answer
     node.health.start()
-    await node.health.settled()
+    await node.settled()
     assert node.health.reason is reason
     assert node.health.usable is (reason is None)
     method, message, timeout_s = node.connection.probes[0]
     assert (method, message) == ("/grpc.health.v1.Health/Check", b"")
     assert timeout_s is not None
     assert 0 < timeout_s <= 0.5
-    await node.health.close()
+    await node.close()
 
 
 async def test_who_is_lost_again_and_again_is_left_out_longer_each_time_until_it_answers(quick: None) -> None:
@@ -353,7 +367,7 @@ async def test_who_is_lost_again_and_again_is_left_out_longer_each_time_until_it
     await node.lose()
     assert health._pause_s == 0.01
     assert node.moves == [*[OUT, BACK] * 4, OUT]
-    await health.close()
+    await node.close()
 
 
 async def test_closing_ends_a_probe_under_way(quick: None) -> None:
@@ -361,9 +375,9 @@ async def test_closing_ends_a_probe_under_way(quick: None) -> None:
     node.connection.hold.clear()
     node.health.failed(NodeUnreachable("no"))
     await until(lambda: node.probes == 2)
-    probing = node.health._probing
+    probing = node.probing._task
     assert probing is not None
-    await node.health.close()
+    await node.close()
     assert probing.done()
 
 
@@ -384,7 +398,7 @@ async def test_who_answers_requests_is_probed_in_every_fifth_interval_only(quick
     assert took < 2 * 5 * 0.04 or late > 0.02
     await until(lambda: node.probes == 6)
     assert node.changes == 0
-    await node.health.close()
+    await node.close()
 
 
 async def test_probes_that_fail_running_eject(quick: None) -> None:
@@ -394,13 +408,13 @@ async def test_probes_that_fail_running_eject(quick: None) -> None:
     await until(lambda: node.probes == 3)
     connection.answer = SERVING
     await until(lambda: node.probes == 5)
-    assert health._misses == 0
+    assert health._failed_probes == 0
     count = node.probes
     connection.answer = DeadlineExceeded("late")
     await until(lambda: not health.usable)
     assert node.probes == count + 3
     assert health.reason is Reason.PROBE
-    await health.close()
+    await node.close()
 
 
 async def test_the_next_probe_follows_at_once_on_one_that_timed_out() -> None:
@@ -410,10 +424,10 @@ async def test_the_next_probe_follows_at_once_on_one_that_timed_out() -> None:
     await until(lambda: node.probes == 2)
     await asyncio.sleep(0.1)  # as long as the first pause
     node.connection.hold.set()
-    await node.health.settled()
+    await node.settled()
     timer = node.health._timer
     assert node.probes > 2 or (timer is not None and timer.when() <= asyncio.get_running_loop().time() + 0.01)
-    await node.health.close()
+    await node.close()
 
 
 async def test_a_request_that_is_answered_says_more_than_a_probe_that_is_not(quick: None) -> None:
@@ -424,9 +438,9 @@ async def test_a_request_that_is_answered_says_more_than_a_probe_that_is_not(qui
         await until(lambda count=count: node.probes == count)
         node.health.succeeded()
         node.connection.hold.set()
-        await until(lambda: node.health._probing is None)
+        await until(lambda: not node.health._probing)
     assert node.changes == 0
-    await node.health.close()
+    await node.close()
 
 
 async def test_one_probe_is_enough_to_hear_that_a_node_does_not_serve(quick: None) -> None:
@@ -435,22 +449,22 @@ async def test_one_probe_is_enough_to_hear_that_a_node_does_not_serve(quick: Non
     await until(lambda: not node.health.usable)
     assert node.health.reason is Reason.NOT_SERVING
     assert node.probes == 2
-    await node.health.close()
+    await node.close()
 
 
 async def test_as_many_probes_running_as_configured_bring_back(quick: None) -> None:
     node = await Watched(rise=3).start()
     health, connection = node.health, node.connection
     await node.lose()
-    await until(lambda: health._passes == 2)
+    await until(lambda: health._passed_probes == 2)
     connection.answer = NodeFailed("not yet")
-    await until(lambda: health._passes == 0)
+    await until(lambda: health._passed_probes == 0)
     assert not health.usable
     count = node.probes
     connection.answer = SERVING
     await until(lambda: health.usable)
     assert node.probes >= count + 3
-    await health.close()
+    await node.close()
 
 
 async def test_an_ejected_node_that_refuses_connections_is_no_longer_but_ejected(quick: None) -> None:
@@ -468,7 +482,7 @@ async def test_an_ejected_node_that_refuses_connections_is_no_longer_but_ejected
     node.connection.answer = NOT_SERVING
     await until(lambda: node.health.reason is Reason.NOT_SERVING)
     assert node.health.detail == "it says that it takes no requests"
-    await node.health.close()
+    await node.close()
 
 
 # What other processes say
@@ -491,15 +505,15 @@ async def test_what_others_have_back_is_asked_at_once() -> None:
     assert node.probes == 1
     node.health._hold_s = 1000.0
     node.health.failed(NodeUnreachable("no"))
-    await node.health.settled()
+    await node.settled()
     assert (node.probes, node.health._pause_s) == (2, 1000)
     node.health.learn_returned()
-    await node.health.settled()
+    await node.settled()
     assert node.probes == 3
     assert not node.health.usable
     node.connection.answer = SERVING
     node.health.learn_returned()
-    await node.health.settled()
+    await node.settled()
     assert node.health.usable
     assert node.moves == [OUT, BACK]
 
@@ -525,13 +539,14 @@ async def test_a_connection_closed_during_a_probe_leaves_no_task(lab: Lab) -> No
     health = gateway.node(node).endpoint.health
     checks = node.checks
     await lab.until(lambda: node.checks > checks)
-    probing = health._probing
+    probing = gateway.node(node).endpoint.probes._task
     assert probing is not None
     others = asyncio.all_tasks() - {probing}
     await gateway.node(node).endpoint.connection.close()
     await lab.until(lambda: probing.done())
     assert not health.usable
-    await health.close()
+    health.close()
+    await gateway.node(node).endpoint.probes.close()
     await lab.until(lambda: asyncio.all_tasks() <= others)
 
 

@@ -13,9 +13,11 @@ import pytest
 from dl_inference_core.config import HealthConfig, NodeConfig
 from dl_inference_core.errors import InferenceError, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway import pool as module
+from dl_inference_core.gateway.clock import SystemClock
 from dl_inference_core.gateway.health import Reason
 from dl_inference_core.gateway.pool import Endpoints, Node, Pool
 from dl_inference_core.metrics import Metrics
+from dl_inference_core.testing.memory import LoopClock
 from dl_inference_core.transport import Answer, Connection, Message
 
 SERVING = b"\x08\x01"
@@ -49,7 +51,8 @@ class Lane:
         self.results: dict[str, bytes | InferenceError] = {f"{number}:1": SERVING for number in range(count)}
         if endpoints is None:
             config = HealthConfig(**{"interval_ms": 0, **health})
-            endpoints = Endpoints(lambda node: Silent(self.results, node.address), config, self.metrics)
+            clock = SystemClock(LoopClock(asyncio.get_running_loop()))
+            endpoints = Endpoints(lambda node: Silent(self.results, node.address), config, self.metrics, clock)
         self.endpoints = endpoints
         self.pool = Pool(endpoints)
         self.pool.update([NodeConfig(address=address) for address in self.results])
@@ -60,12 +63,12 @@ class Lane:
         self.pool.nodes[number].endpoint.health.learn_left_out(reason, "as told")
 
     async def back(self, number: int) -> None:
-        health = self.pool.nodes[number].endpoint.health
+        endpoint = self.pool.nodes[number].endpoint
         self.results[f"{number}:1"] = SERVING
         async with asyncio.timeout(5):
-            while not health.usable:
-                health.learn_returned()
-                await health.settled()
+            while not endpoint.health.usable:
+                endpoint.health.learn_returned()
+                await endpoint.probes.settled()
 
     def usable(self) -> str:
         return "".join(node.address[0] for node in self.pool.usable())
@@ -139,7 +142,7 @@ async def test_an_ejection_that_turns_out_a_refusal_makes_room_for_another() -> 
     lane.results["0:1"] = NodeUnreachable("gone")
     health = lane.pool.nodes[0].endpoint.health
     health.learn_returned()  # which has it asked at once
-    await health.settled()
+    await lane.endpoints.probed()
     assert lane.usable() == "3"
     await lane.close()
 
@@ -184,7 +187,7 @@ async def to_trial(lane: Lane, number: int) -> None:
     health = lane.pool.nodes[number].endpoint.health
     for _ in range(5):
         health.failed(NodeFailed("bad"))
-    await health.settled()
+    await lane.endpoints.probed()
     assert health.on_trial
 
 
@@ -266,7 +269,8 @@ async def test_who_is_on_trial_when_it_has_just_come_back_is_spared_for_that_alo
     await lane.back(1)
     await to_trial(lane, 1)
     lane.usable()
-    assert lane.pool._limited == (lane.pool.nodes[1],)
+    assert lane.pool.snapshot().half_open == (lane.pool.nodes[1],)
+    assert lane.pool.snapshot().starting == ()
     await lane.close()
 
 
@@ -294,7 +298,7 @@ async def test_a_node_that_is_back_starts_slowly_and_then_has_all() -> None:
     assert lane.drawn()["1"] == 2000
     health._back_at -= 500
     assert lane.drawn()["0"] == 2000
-    assert lane.pool._limited == ()
+    assert lane.pool.snapshot().starting == ()
     await lane.close()
 
 
@@ -378,7 +382,7 @@ async def test_one_line_says_who_is_left_out_however_often_it_comes_and_goes(
     async def lose() -> None:
         lane.results["0:1"] = NodeUnreachable("no")
         health.failed(NodeUnreachable("connection refused"))
-        await health.settled()
+        await lane.endpoints.probed()
 
     await lane.endpoints.probed()
     for _ in range(3):
@@ -386,12 +390,12 @@ async def test_one_line_says_who_is_left_out_however_often_it_comes_and_goes(
         await lane.back(0)
         for _ in range(3):
             health.failed(NodeUnreachable("it only says so"))
-            await health.settled()
+            await lane.endpoints.probed()
         health.succeeded()
     lines = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert lines == [
-        ("WARNING", "node 0:1 is left out: unreachable: connection refused"),
-        ("INFO", "node 0:1 is back"),
+        ("WARNING", "node 0:1 ejected: unreachable: connection refused"),
+        ("INFO", "node 0:1 healthy again"),
     ]
     monkeypatch.setattr(module, "_QUIET_S", 0.0)
     await lose()

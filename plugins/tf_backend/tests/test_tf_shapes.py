@@ -140,7 +140,7 @@ def test_they_are_run_alone_and_neither_padded_nor_split(saved: Callable[[str], 
     answers: dict[int, Tensor] = {}
     for batch in batching.batches(parts):
         for part, outputs in zip(batch, batching.run(batch, model), strict=True):
-            answers[part.asked] = outputs["y"]
+            answers[part.queued] = outputs["y"]
     assert calls == [(2, 1), (4, 1), (2, 1), (6,), (6,), (1, 2)]  # that of 5 rows is split and padded, as ever
     for number, x in enumerate(xs):
         np.testing.assert_array_equal(answers[number], x / 2 + 2)

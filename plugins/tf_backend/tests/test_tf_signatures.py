@@ -281,7 +281,7 @@ def test_requests_with_and_without_a_default_share_batches_by_rows(
     ]
     parts = [batching.part(n, each, instance.handler.preprocess(each)) for n, each in enumerate(asked)]
     batches = list(batching.batches(parts))
-    assert [[part.asked for part in batch] for batch in batches] == [[0, 1, 3], [2], [4], [5]]
+    assert [[part.queued for part in batch] for batch in batches] == [[0, 1, 3], [2], [4], [5]]
     outputs: dict[int, Mapping[str, Tensor]] = {}
     for batch in batches:
         requests = [part.request for part in batch]
@@ -290,7 +290,7 @@ def test_requests_with_and_without_a_default_share_batches_by_rows(
             return instance.handler.run_batch(instance.model, inputs, requests)
 
         for part, output in zip(batch, batching.run(batch, run), strict=True):
-            outputs[part.asked] = output
+            outputs[part.queued] = output
     expected = [X[:1] + 10, X[1:] + 1, X + 10, X + np.float32([[1], [2]]), 2 * X, 5 * X]
     for number, value in enumerate(expected):
         np.testing.assert_array_equal(outputs[number]["y"], value)
