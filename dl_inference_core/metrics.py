@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -34,24 +38,105 @@ class _Sampled(Collector):
         return GaugeMetricFamily(name, meaning, labels=(label,))
 
 
+class _Requests(Collector):
+    """Counts and latencies of requests. Counting one takes 0.5 µs; prometheus_client's own Counter and Histogram take
+    1.8 µs, a sixth of what Python costs for a forwarded request."""
+
+    _COUNTER = (
+        "dl_inference_requests",
+        "Requests answered, by protocol, upstream (the model's or route's name) and gRPC status.",
+    )
+    _HISTOGRAM = "dl_inference_request_seconds", "Seconds from a request's arrival to its answer."
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, str], int] = {}
+        self._seconds: dict[tuple[str, str], list[float]] = {}
+        """By protocol and upstream: the sum, then how many fell into each bucket, the unbounded one last."""
+
+    def count(self, protocol: str, upstream: str, code: str, seconds: float) -> None:
+        with self._lock:
+            key, which = (protocol, upstream, code), (protocol, upstream)
+            self._counts[key] = self._counts.get(key, 0) + 1
+            cells = self._seconds.get(which)
+            if cells is None:
+                cells = self._seconds[which] = [0.0] * (len(_SECONDS) + 2)
+            cells[0] += seconds
+            cells[1 + bisect_left(_SECONDS, seconds)] += 1
+
+    def remove(self, upstream: str) -> None:
+        with self._lock:
+            for key in [key for key in self._counts if key[1] == upstream]:
+                del self._counts[key]
+            for which in [which for which in self._seconds if which[1] == upstream]:
+                del self._seconds[which]
+
+    def describe(self) -> list[Metric]:
+        return list(self._families())
+
+    def _families(self) -> tuple[CounterMetricFamily, HistogramMetricFamily]:
+        return (
+            CounterMetricFamily(*self._COUNTER, labels=("protocol", "upstream", "code")),
+            HistogramMetricFamily(*self._HISTOGRAM, labels=("protocol", "upstream")),
+        )
+
+    def collect(self) -> list[Metric]:
+        with self._lock:
+            counts, seconds = dict(self._counts), {which: list(cells) for which, cells in self._seconds.items()}
+        counter, histogram = self._families()
+        for key, count in counts.items():
+            counter.add_metric(key, count)
+        bounds = (*map(floatToGoString, _SECONDS), "+Inf")
+        for which, (total, *cells) in seconds.items():
+            histogram.add_metric(which, list(zip(bounds, accumulate(cells), strict=True)), total)
+        return [counter, histogram]
+
+
+class _Attempts(Collector):
+    """Counts of attempts, for the same reason."""
+
+    _ABOUT = (
+        "dl_inference_attempts",
+        "Attempts at nodes, by route, node and outcome (success, failure, overload, neutral).",
+    )
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, str], int] = {}
+
+    def count(self, route: str, node: str, outcome: str) -> None:
+        key = (route, node, outcome)
+        with self._lock:
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def remove(self, *, route: str | None = None, node: str | None = None) -> None:
+        with self._lock:
+            for key in [key for key in self._counts if key[0] == route or key[1] == node]:
+                del self._counts[key]
+
+    def describe(self) -> list[Metric]:
+        return [self._family()]
+
+    def _family(self) -> CounterMetricFamily:
+        return CounterMetricFamily(*self._ABOUT, labels=("route", "node", "outcome"))
+
+    def collect(self) -> list[Metric]:
+        counter = self._family()
+        with self._lock:
+            for key, count in self._counts.items():
+                counter.add_metric(key, count)
+        return [counter]
+
+
 class Metrics:
     """The metrics of one process. Safe from any thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._requests = Counter(
-            "dl_inference_requests",
-            "Requests answered, by protocol, upstream (the model's or route's name) and gRPC status.",
-            ("protocol", "upstream", "code"),
-            registry=self._registry,
-        )
-        self._seconds = Histogram(
-            "dl_inference_request_seconds",
-            "Seconds from a request's arrival to its answer.",
-            ("protocol", "upstream"),
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
+        self._requests = _Requests()
+        self._registry.register(self._requests)
+        self._attempts = _Attempts()
+        self._registry.register(self._attempts)
         self._batch_rows = Histogram(
             "dl_inference_batch_rows",
             "Rows of each call of a model whose requests may share calls.",
@@ -63,12 +148,6 @@ class Metrics:
             "dl_inference_stuck_batches",
             "Batches that ran for longer than the watchdog's limit.",
             ("model",),
-            registry=self._registry,
-        )
-        self._attempts = Counter(
-            "dl_inference_attempts",
-            "Attempts at nodes, by route, node and outcome (success, failure, overload, neutral).",
-            ("route", "node", "outcome"),
             registry=self._registry,
         )
         self._usable = Gauge(
@@ -113,27 +192,15 @@ class Metrics:
             "Tasks of the event loop, as they were when the metrics were asked for.",
             registry=self._registry,
         )
-        # labels() costs more than all the rest of a request's accounting.
-        self._of_requests: dict[tuple[str, str, str], tuple[Counter, Histogram]] = {}
         self._of_batches: dict[str, Histogram] = {}
         self._stuck_models: set[str] = set()
-        self._of_attempts: dict[tuple[str, str, str], Counter] = {}
         self._of_ejections: dict[tuple[str, str], Counter] = {}
         self._of_routes: dict[str, set[tuple[Counter, tuple[str, ...]]]] = {}
         """By route what has been counted of it that is rare, each with its labels."""
 
     def request(self, protocol: str, upstream: str, code: str, seconds: float) -> None:
         """A request was answered; `upstream` is "" where the routing key named none."""
-        key = (protocol, upstream, code)
-        children = self._of_requests.get(key)
-        if children is None:
-            children = self._of_requests[key] = (
-                self._requests.labels(*key),
-                self._seconds.labels(protocol, upstream),
-            )
-        counter, histogram = children
-        counter.inc()
-        histogram.observe(seconds)
+        self._requests.count(protocol, upstream, code, seconds)
 
     def batch(self, model: str, rows: int) -> None:
         """A model was called with so many rows of requests."""
@@ -157,11 +224,7 @@ class Metrics:
 
     def attempt(self, route: str, node: str, outcome: str) -> None:
         """An attempt at a node ended."""
-        key = (route, node, outcome)
-        counter = self._of_attempts.get(key)
-        if counter is None:
-            counter = self._of_attempts[key] = self._attempts.labels(*key)
-        counter.inc()
+        self._attempts.count(route, node, outcome)
 
     def node_usable(self, node: str, usable: bool) -> None:
         """A node may be chosen, or no longer."""
@@ -177,20 +240,13 @@ class Metrics:
         for ejected in [key for key in self._of_ejections if key[0] == node]:
             del self._of_ejections[ejected]
             self._ejections.remove(*ejected)
-        for attempted in [key for key in self._of_attempts if key[1] == address]:
-            del self._of_attempts[attempted]
-            self._attempts.remove(*attempted)
+        self._attempts.remove(node=address)
 
     def route_gone(self, route: str) -> None:
         """There is no route of that name any more. What was counted of it goes with it: models may come and go for
         ever."""
-        for answered in [key for key in self._of_requests if key[1] == route]:
-            del self._of_requests[answered]
-            self._requests.remove(*answered)
-            self._seconds.remove(*answered[:2])
-        for attempted in [key for key in self._of_attempts if key[0] == route]:
-            del self._of_attempts[attempted]
-            self._attempts.remove(*attempted)
+        self._requests.remove(route)
+        self._attempts.remove(route=route)
         for counter, labels in self._of_routes.pop(route, ()):
             counter.remove(*labels)
 

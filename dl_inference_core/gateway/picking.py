@@ -18,6 +18,9 @@ _log = logging.getLogger(__name__)
 _SLOW_S = 0.05
 _SLOW_TIMES = 5
 _SLOW_WITHIN_S = 60.0
+_SLOW_SHARE = 0.05
+"""Of the time since the first of the slow choices. A thread that loses its core for a moment makes a choice look slow,
+but not so often."""
 
 
 class Picker:
@@ -41,7 +44,8 @@ class Picker:
         self.takes_reports = type(balancer).report is not Balancer.report
         self._given: Sequence[Node] = ()
         self._members: frozenset[Node] = frozenset()
-        self._slow: deque[float] = deque(maxlen=_SLOW_TIMES)
+        self._slow: deque[tuple[float, float]] = deque(maxlen=_SLOW_TIMES)
+        """When slow choices began, and what they took."""
 
     def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         """One of `nodes`, of which there is at least one."""
@@ -56,7 +60,7 @@ class Picker:
             self._failed()
             node = self._fallback.choose(nodes, exchange)
         if (now := time.monotonic()) - begun > _SLOW_S:
-            self._kept_waiting(now)
+            self._kept_waiting(begun, now)
         return node  # type: ignore[return-value] # one of `nodes`
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
@@ -97,11 +101,13 @@ class Picker:
                 'balancer "%s" failed on route %s; round robin chooses when it does', self.balancer.name, self._route
             )
 
-    def _kept_waiting(self, now: float) -> None:
-        """While a strategy chooses nothing else runs: one that takes long again and again is not asked any more."""
+    def _kept_waiting(self, begun: float, now: float) -> None:
+        """A choice holds the route's lock: a strategy that takes long again and again is not asked any more."""
         self._metrics.balancer_failure(self.balancer.name, self._route)
-        self._slow.append(now)
-        if len(self._slow) == _SLOW_TIMES and now - self._slow[0] < _SLOW_WITHIN_S:
+        self._slow.append((begun, now - begun))
+        since_s = now - self._slow[0][0]
+        share = sum(took_s for _, took_s in self._slow) / since_s
+        if len(self._slow) == _SLOW_TIMES and since_s < _SLOW_WITHIN_S and share > _SLOW_SHARE:
             _log.error(
                 'balancer "%s" took over %g s to choose, %d times within a minute, on route %s; round robin chooses '
                 "from now on, until the config names another",
