@@ -100,7 +100,7 @@ class TfServing:
 
     async def _status(self, addressed: Addressed) -> bytes:
         asked = messages.GetModelStatusRequest(model_spec=_spec(addressed))
-        answer = messages.parse(
+        answer = messages.parse_answer(
             messages.GetModelStatusResponse, await self._rest.ask(VERSIONS, asked.SerializeToString())
         )
         state = messages.GetModelStatusResponse.DESCRIPTOR.fields_by_name["model_version_status"].message_type
@@ -123,7 +123,7 @@ class TfServing:
 
     async def _metadata(self, addressed: Addressed) -> bytes:
         asked = messages.GetModelMetadataRequest(model_spec=_spec(addressed), metadata_field=["signature_def"])
-        answer = messages.parse(
+        answer = messages.parse_answer(
             messages.GetModelMetadataResponse, await self._rest.ask(SIGNATURES, asked.SerializeToString())
         )
         signatures = messages.SignatureDefMap()
