@@ -30,7 +30,7 @@ _TREES = frozenset({"google.protobuf.Value", "tensorflow.Example"})
 _FIELD = 16
 _MESSAGE = 8
 _ARRAY, _SLOTS = 24, 4
-_POINTER, _STRING = 16, 32
+_POINTER, _STRING = 24, 32
 _MAP, _ENTRY = 160, 112
 _VARINT = 8
 
@@ -70,8 +70,14 @@ def check(descriptor: Any, body: bytes) -> None:
         BadRequest: it costs too much.
         Malformed: protobuf would not take it, either.
     """
-    message, factor = _described(descriptor)
-    _count(message, body, min(factor * len(body) + FREE, MOST))
+    message, _ = _described(descriptor)
+    _count(message, body, most_for(descriptor, len(body)))
+
+
+def most_for(descriptor: Any, size: int) -> int:
+    """Bytes that a message of `size` bytes of that type may cost."""
+    _, factor = _described(descriptor)
+    return min(factor * size + FREE, MOST)
 
 
 def _count(message: _Message, body: bytes, most: int) -> None:
@@ -215,7 +221,8 @@ def _size(descriptor: Any) -> int:
     """Bytes of an empty message."""
     in_a_oneof = {field.name for oneof in descriptor.oneofs for field in oneof.fields}
     alone = [16 if _is_string(field) else 8 for field in descriptor.fields if field.name not in in_a_oneof]
-    return _MESSAGE + sum(alone) + 24 * len(descriptor.oneofs)
+    has_bits = any(field.message_type and not field.is_repeated for field in descriptor.fields)
+    return _MESSAGE + 8 * has_bits + sum(alone) + 24 * len(descriptor.oneofs)
 
 
 def _is_string(field: Any) -> bool:

@@ -115,7 +115,7 @@ def test_an_honest_ndarray_of_numbers_has_any_size(shape: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize(
     "rows",
-    [[["a", "b c"]] * 15_000, [[True, False]] * 15_000, [[1.0, 2.0], ["a", "b"]] * 8_000, [[1.0] * 4] * 15_000],
+    [[["a", "b c"]] * 15_000, [[True, False]] * 12_000, [[1.0, 2.0], ["a", "b"]] * 8_000, [[1.0] * 4] * 15_000],
     ids=["strings", "bools", "mixed", "numbers"],
 )
 def test_honest_ndarrays_and_json_pass(rows: Any) -> None:
@@ -200,7 +200,7 @@ for root in ROOTS:
         for size in (20_000, 120_000, 600_000):
             body = case.body(size)
             if not case.fixed and passes(case, body):
-                print(json.dumps([f"{root.DESCRIPTOR.name}.{case.name}", len(body), decoded_bytes(case, body)]))
+                print(json.dumps([root.DESCRIPTOR.full_name, case.field, len(body), decoded_bytes(case, body)]))
 """
 
 
@@ -208,15 +208,17 @@ def test_decoded_messages_stay_within_their_factor() -> None:
     told = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
     found = [json.loads(line) for line in told.splitlines()]
     assert len(found) > 100
-    trees = ("SeldonMessage", "Classification", "Regression", "MultiInference")
-    for name, size, decoded in found:
+    roots = {root.DESCRIPTOR.full_name: root.DESCRIPTOR for root in ROOTS}
+    beyond = []
+    for root, name, size, decoded in found:
+        most = limits.most_for(roots[root], size)
         if name.endswith("(packed)"):
-            factor = 24  # of one byte each, and an array that has just doubled
-        elif name.startswith(trees):
-            factor = limits.FACTOR_OF_TREES
-        else:
-            factor = 12 if name.endswith(("_val", "_contents", "_filter")) else limits.FACTOR
-        assert decoded <= factor * size + 1.5 * MB, name
+            most = 24 * size + MB
+        elif not name.endswith("?") and messages.pool.FindFieldByName(name.split(" ")[0]).message_type is None:
+            most *= 1.5  # an array of numbers or strings that has just doubled
+        if decoded > most + 0.3 * MB:  # which the kernel counts in pages
+            beyond.append((name, size, decoded, most))
+    assert beyond == []
 
 
 def test_every_method_has_its_request_among_the_roots() -> None:
