@@ -224,7 +224,7 @@ class Seldon:
             key_metadata=PROTOCOLS["seldon"].key_metadata,
             key_expected="the name of a model in the URL, /seldon/NAME/metadata",
         )
-        answer = messages.parse(messages.ModelMetadataResponse, await self._rest.ask(question, b"", metadata))
+        answer = messages.parse_answer(messages.ModelMetadataResponse, await self._rest.ask(question, b"", metadata))
         return json.dumps(
             {
                 "name": answer.name,

@@ -91,7 +91,7 @@ class TfServing:
 
     async def _status(self, key: RoutingKey) -> bytes:
         asked = messages.GetModelStatusRequest(model_spec=_spec(key))
-        answer = messages.parse(
+        answer = messages.parse_answer(
             messages.GetModelStatusResponse, await self._rest.ask(VERSIONS, asked.SerializeToString())
         )
         state = messages.GetModelStatusResponse.DESCRIPTOR.fields_by_name["model_version_status"].message_type
@@ -114,7 +114,7 @@ class TfServing:
 
     async def _metadata(self, key: RoutingKey) -> bytes:
         asked = messages.GetModelMetadataRequest(model_spec=_spec(key), metadata_field=["signature_def"])
-        answer = messages.parse(
+        answer = messages.parse_answer(
             messages.GetModelMetadataResponse, await self._rest.ask(SIGNATURES, asked.SerializeToString())
         )
         signatures = messages.SignatureDefMap()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -23,6 +24,11 @@ _MOST_ROWS, _WIDEST = 1024, 65_536
 """The first size of a tensor that holds no values, and its other sizes, at most. A row that costs no bytes to send
 still costs work: 60 bytes with the shape [10000000, 0] would be ten million rows. Real requests without values, such as
 empty texts or no rows at all of a wide model, stay below."""
+MOST_DIMENSIONS = 32
+"""Where numpy's iterators end."""
+
+_PIECE = 65_536
+"""Values that become Python objects in one call, which no other thread can interrupt: 5 ms."""
 
 
 def varint(number: int) -> bytes:
@@ -54,7 +60,12 @@ def take(message: Any, name: str, dtype: np.dtype[Any]) -> Tensor:
         packed = messages.fields(message.SerializeToString(), number)
         if packed is not None and len(packed) == header + size:  # else another field has that number too
             return np.frombuffer(packed, dtype, count, header)
-    return np.fromiter(values, dtype, count)
+    array = np.empty(count, dtype)
+    unpacked = iter(values)
+    for start in range(0, count, _PIECE):
+        stop = min(start + _PIECE, count)
+        array[start:stop] = np.fromiter(unpacked, dtype, stop - start)
+    return array
 
 
 def put(message: Any, name: str, array: Tensor) -> None:
@@ -90,8 +101,20 @@ def from_bytes(content: bytes, dtype: np.dtype[Any]) -> Tensor:
 def from_strings(strings: Iterable[bytes], count: int) -> Tensor:
     """`count` strings as an array of one dimension."""
     array = np.empty(count, dtype=object)
-    array[:] = list(strings)
+    iterator = iter(strings)
+    for start in range(0, count, _PIECE):
+        array[start : start + _PIECE] = list(islice(iterator, _PIECE))
     return array
+
+
+def check_dimensions(count: int, what: str) -> None:
+    """To be called before sizes are read: a message can have a million of them.
+
+    Raises:
+        BadRequest: above 32 dimensions.
+    """
+    if count > MOST_DIMENSIONS:
+        raise BadRequest(f"{what}: its shape is not possible: it has {count} dimensions; expected {MOST_DIMENSIONS}")
 
 
 def count_of(shape: Sequence[int], what: str) -> int:
@@ -109,15 +132,14 @@ def reshape(values: Tensor, shape: Sequence[int], what: str) -> Tensor:
     """`values`, as many as `shape` holds, in that shape.
 
     Raises:
-        BadRequest: above 32 dimensions, where numpy's iterators end; or no values and more than 1,024 rows.
+        BadRequest: above 32 dimensions; or no values and more than 1,024 rows.
     """
     if not values.size and (shape[0] > _MOST_ROWS or max(shape) > _WIDEST):
         raise BadRequest(
             f"{what}: shape {_shown(shape)} holds no values; expected at most {_MOST_ROWS} rows, and other sizes of at "
             f"most {_WIDEST}"
         )
-    if len(shape) > 32:
-        raise BadRequest(f"{what}: shape {_shown(shape)} is not possible: it has {len(shape)} dimensions; expected 32")
+    check_dimensions(len(shape), what)
     try:
         return values.reshape(tuple(shape))
     except (ValueError, OverflowError) as error:

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 from dl_inference_core.errors import BadRequest
+from dl_inference_core.wire import limits
 
 _MOST_FIELDS = 32
 
@@ -110,17 +111,38 @@ Nothing = _message("inference.ServerLiveRequest")
 
 
 def parse(message: Any, body: bytes | memoryview, whole: Any = None) -> Any:
-    """`body` as a message of the class `message`; where that declares but a part, `whole` is what errors name.
+    """`body`, which a client sent, as a message of the class `message`.
+
+    Args:
+        whole: the class that the client means, where `message` declares only a part of it.
 
     Raises:
-        BadRequest: it is none.
+        BadRequest: the bytes are malformed, or cost too much to decode (`limits.check`).
+    """
+    whole = whole or message
+    body = bytes(body)  # protobuf takes four times as long for a view as for a copy
+    try:
+        if len(body) > limits.SMALL:
+            limits.check(whole.DESCRIPTOR, body)
+        return message.FromString(body)
+    except (DecodeError, limits.Malformed) as error:
+        raise _malformed(whole) from error
+
+
+def parse_answer(message: Any, body: bytes | memoryview) -> Any:
+    """`body`, which a node or this process wrote, as a message of the class `message`, whatever it costs to decode.
+
+    Raises:
+        BadRequest: the bytes are malformed.
     """
     try:
-        # protobuf takes four times as long for a view as for a copy.
         return message.FromString(bytes(body))
     except DecodeError as error:
-        name = (whole or message).DESCRIPTOR.full_name
-        raise BadRequest(f"the bytes are malformed; expected a {name}") from error
+        raise _malformed(message) from error
+
+
+def _malformed(message: Any) -> BadRequest:
+    return BadRequest(f"the bytes are malformed; expected a {message.DESCRIPTOR.full_name}")
 
 
 def fields(body: bytes | memoryview, *numbers: int) -> bytes | None:
@@ -131,16 +153,19 @@ def fields(body: bytes | memoryview, *numbers: int) -> bytes | None:
     return b"".join([body[first:end] for each, first, _, end in found if each in numbers])
 
 
-def spans(body: bytes | memoryview, start: int, end: int) -> list[tuple[int, int, int, int]] | None:
+def spans(
+    body: bytes | memoryview, start: int, end: int, most: int = _MOST_FIELDS
+) -> list[tuple[int, int, int, int]] | None:
     """Of each field of the message in `body[start:end]`: its number, where it begins, where its payload begins if that
     has a length, and where it ends.
 
-    None where there are many fields, or anything that protobuf libraries rarely write: protobuf is to judge that.
+    None where there are more than `most` fields, or anything that protobuf libraries rarely write: protobuf is to judge
+    that.
     """
     position = start
     found: list[tuple[int, int, int, int]] = []
     try:
-        for _ in range(_MOST_FIELDS):
+        for _ in range(most):
             if position >= end:
                 return found if position == end else None
             first = position

@@ -20,6 +20,7 @@ from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import (
     BFLOAT16,
     STRING,
+    check_dimensions,
     count_of,
     from_bytes,
     from_strings,
@@ -151,7 +152,7 @@ def decode_metadata(body: bytes) -> list[Described]:
     Raises:
         BadRequest: the answer is malformed.
     """
-    message = messages.parse(messages.ModelMetadataResponse, body)
+    message = messages.parse_answer(messages.ModelMetadataResponse, body)
     return [
         (
             tensor.name,
@@ -163,7 +164,7 @@ def decode_metadata(body: bytes) -> list[Described]:
 
 
 def decode_response(body: bytes) -> Response:
-    message = messages.parse(messages.ModelInferResponse, body)
+    message = messages.parse_answer(messages.ModelInferResponse, body)
     return Response(
         payload=_decode_tensors(message.outputs, message.raw_output_contents, "output"),
         model=message.model_name,
@@ -221,6 +222,7 @@ def _decode_tensors(tensors: Sequence[Any], raws: Sequence[bytes], noun: str) ->
             raise BadRequest(
                 f'{what}: unknown datatype "{tensor.datatype[:64]}"; expected one of {", ".join(_DATATYPES)}'
             )
+        check_dimensions(len(tensor.shape), what)
         shape = tuple(tensor.shape)
         count = count_of(shape, what)
         if raws:

@@ -20,6 +20,7 @@ from dl_inference_core.tensors import Form, Json, Payload, Request, Response, Te
 from dl_inference_core.wire import messages, tfserving
 from dl_inference_core.wire.arrays import (
     BFLOAT16,
+    check_dimensions,
     count_of,
     field,
     from_strings,
@@ -29,6 +30,7 @@ from dl_inference_core.wire.arrays import (
     take,
     varint,
 )
+from dl_inference_core.wire.ndarrays import read_numbers, take_numbers, write_numbers
 from dl_inference_core.wire.protocol import read_task
 
 # Field numbers of what is written straight to bytes: SeldonMessage, DefaultData, Tensor.
@@ -38,6 +40,9 @@ _SHAPE, _VALUES = 1, 2
 
 MOST_DEPTH = 30
 """Of JSON values in each other: protobuf reads messages up to 100 deep, and an object in an object takes three."""
+
+LARGE = 4096
+"""Bytes of a message from which on it pays to read the numbers of an ndarray where they stand in it."""
 
 _EXACT = 2**53
 """A double holds every integer up to this magnitude; beyond it, it skips some."""
@@ -50,8 +55,9 @@ class Changed(TypeError):
 
 
 def decode_request(body: bytes) -> Request:
-    message = messages.parse(messages.SeldonMessage, body)
-    payload, form = _decode_payload(message)
+    rest, numbers = take_numbers(body) if len(body) >= LARGE else (body, None)
+    message = messages.parse(messages.SeldonMessage, rest)
+    payload, form = _decode_payload(message) if numbers is None else (numbers, Form.NDARRAY)
     tags = message.meta.tags
     return Request(
         payload=payload,
@@ -87,7 +93,7 @@ def decode_response(body: bytes) -> Response:
     """Raises:
     NodeFailed: an answer whose status says FAILURE.
     """
-    message = messages.parse(messages.SeldonMessage, body)
+    message = messages.parse_answer(messages.SeldonMessage, body)
     if message.status.status == messages.Status.FAILURE:
         raise NodeFailed(f"status FAILURE {message.status.code}: {message.status.reason} {message.status.info}")
     try:
@@ -122,6 +128,7 @@ def _decode_data(data: Any) -> tuple[Tensor, Form]:
     match data.WhichOneof("data_oneof"):
         case "tensor":
             what = "data.tensor"
+            check_dimensions(len(data.tensor.shape), what)
             shape = tuple(data.tensor.shape)
             count = count_of(shape, what)
             if len(data.tensor.values) != count:
@@ -137,9 +144,9 @@ def _decode_data(data: Any) -> tuple[Tensor, Form]:
 
 def _decode_ndarray(values: Any) -> Tensor:
     """A google.protobuf.ListValue of numbers, bools or strings, nested evenly."""
-    numbers = _numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if len(values.values) else None
+    numbers = read_numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if len(values.values) else None
     if numbers is not None:
-        return reshape(numbers, numbers.shape, "data.ndarray")
+        return numbers
     return nested_as_tensor([_to_json(value) for value in values.values])
 
 
@@ -192,64 +199,6 @@ def _is_double(number: int) -> bool:
         return int(float(number)) == number
     except OverflowError:
         return False
-
-
-def _numbers(encoded: Tensor) -> Tensor | None:
-    """The canonical bytes of a ListValue as float64, if it holds nothing but numbers, nested evenly.
-
-    Then all elements of one level are of one size and begin with the same bytes, so that a level is peeled off all rows
-    at once: 2 ms for 75,000 numbers, where an object for each takes 40 ms.
-    """
-    rows = encoded.reshape(1, -1)
-    shape: list[int] = []
-    while True:
-        body = _element(rows[0], 0x0A)
-        if body is None or rows.shape[1] % (size := body[0] + body[1]):
-            return None
-        shape.append(rows.shape[1] // size)
-        header, rows = body[0], rows.reshape(-1, size)
-        if (rows[:, :header] != rows[0, :header]).any():
-            return None
-        rows = rows[:, header:]
-        if rows.shape[1] == 9 and (rows[:, 0] == 0x11).all():
-            return np.ascontiguousarray(rows[:, 1:]).view(np.float64).reshape(shape)
-        body = _element(rows[0], 0x32) if rows.shape[1] else None
-        if body is None or sum(body) != rows.shape[1] or not body[1]:
-            return None
-        header = body[0]
-        if (rows[:, :header] != rows[0, :header]).any():
-            return None
-        rows = rows[:, header:]
-
-
-def _element(row: Tensor, tag: int) -> tuple[int, int] | None:
-    """The sizes of the header and the body of the length-delimited field with which `row` begins."""
-    if row[0] != tag:
-        return None
-    length = shift = 0
-    for position, byte in enumerate(row[1:6].tolist(), 2):
-        length |= (byte & 127) << shift
-        shift += 7
-        if byte < 128:
-            return position, length
-    return None
-
-
-def _encode_numbers(array: Tensor) -> bytes:
-    """The bytes of a ListValue of `array` (float64, of one dimension or more): the reverse of `_numbers`."""
-    encoded = np.empty((array.size, 11), np.uint8)
-    encoded[:, :3] = (0x0A, 9, 0x11)
-    encoded[:, 3:] = np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
-    for axis in range(array.ndim - 1, 0, -1):
-        count = int(np.prod(array.shape[:axis]))
-        width = encoded.size // count if count else 0
-        inner = b"\x32" + varint(width)
-        header = b"\x0a" + varint(len(inner) + width) + inner
-        wrapped = np.empty((count, len(header) + width), np.uint8)
-        wrapped[:, : len(header)] = np.frombuffer(header, np.uint8)
-        wrapped[:, len(header) :] = encoded.reshape(count, width)
-        encoded = wrapped
-    return encoded.tobytes()
 
 
 def answer_form(payload: Payload, asked: Form) -> tuple[Payload, Form]:
@@ -361,7 +310,7 @@ def _encode_data(payload: Payload, form: Form) -> bytes:
         return field(_NDARRAY, message.list_value.SerializeToString())
     array = values.astype(np.float64, copy=False)
     if form is Form.NDARRAY:
-        return field(_NDARRAY, _encode_numbers(array))
+        return field(_NDARRAY, write_numbers(array))
     shape = b"".join(varint(size) for size in array.shape)
     return field(_TENSOR, field(_SHAPE, shape) + field(_VALUES, array.tobytes()))
 

@@ -19,6 +19,7 @@ from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import (
     BFLOAT16,
     STRING,
+    check_dimensions,
     count_of,
     field,
     from_bytes,
@@ -106,7 +107,8 @@ def decode_request(body: bytes | memoryview) -> Request:
     message = messages.parse(messages.PredictRequest, rest)
     outputs = tuple(message.output_filter)
     if len(set(outputs)) < len(outputs):
-        twice = next(name for index, name in enumerate(outputs) if name in outputs[:index])
+        seen: set[str] = set()
+        twice = next(name for name in outputs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise BadRequest(f"duplicate output tensor alias: {twice[:100]}")
     return Request(
         payload=_decode_tensors(message.inputs, "input", contents),
@@ -164,7 +166,7 @@ def encode_request(request: Request) -> bytes:
 
 
 def decode_response(body: bytes) -> Response:
-    message = messages.parse(messages.PredictResponse, body)
+    message = messages.parse_answer(messages.PredictResponse, body)
     spec = message.model_spec
     return Response(
         payload=_decode_tensors(message.outputs, "output"),
@@ -223,6 +225,7 @@ def decode_tensor(tensor: Any, what: str, room: Room, content: memoryview | None
         raise BadRequest(f"{what}: dtype {_dtype_name(tensor.dtype)} is not served")
     if tensor.tensor_shape.unknown_rank:
         raise BadRequest(f"{what}: its rank is unknown; expected a known shape")
+    check_dimensions(len(tensor.tensor_shape.dim), what)
     shape = tuple(dim.size for dim in tensor.tensor_shape.dim)
     count = count_of(shape, what)
     if content is None:

@@ -24,7 +24,7 @@ from dl_inference_core.tensors import (
 )
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import from_strings
-from dl_inference_core.wire.tfserving import decode_spec, encode_asked, encode_spec
+from dl_inference_core.wire.tfserving import MOST_REPEATED_BYTES, decode_spec, encode_asked, encode_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +80,11 @@ class ExamplesCodec:
             if not isinstance(example, Mapping | bytes):
                 raise TypeError(f"an example is a mapping or serialized, no {type(example).__name__}")
             serialized = example if isinstance(example, bytes) else encode_example(example).SerializeToString()
-            message.input.example_list.examples.append(messages.parse(messages.Example, serialized))
+            message.input.example_list.examples.append(messages.parse_answer(messages.Example, serialized))
         return message.SerializeToString()  # type: ignore[no-any-return]
 
     def decode_response(self, body: bytes) -> Response:
-        message = messages.parse(self.response, body)
+        message = messages.parse_answer(self.response, body)
         spec = message.model_spec
         return Response(
             payload=self.take(message.result),
@@ -97,7 +97,7 @@ def _decode_input(given: Any) -> Tensor:
     """The examples of an `Input`, serialized; features of a context belong to each of them.
 
     Raises:
-        BadRequest: there are none.
+        BadRequest: there are none; the context, which becomes a part of each, would take too much memory.
     """
     kind = given.WhichOneof("kind")
     examples = () if kind is None else getattr(given, kind).examples
@@ -105,6 +105,11 @@ def _decode_input(given: Any) -> Tensor:
         raise BadRequest("Input is empty.")
     # Messages that stand behind one another are one message, merged.
     context = given.example_list_with_context.context.SerializeToString() if kind != "example_list" else b""
+    if len(context) * len(examples) > MOST_REPEATED_BYTES:
+        raise BadRequest(
+            f"a context of {len(context)} bytes for {len(examples)} examples would take "
+            f"{len(context) * len(examples)} bytes; expected at most {MOST_REPEATED_BYTES}"
+        )
     return from_strings([context + example.SerializeToString() for example in examples], len(examples))
 
 
@@ -238,6 +243,7 @@ def decode_multi_inference(body: bytes) -> list[Request]:
     message = messages.parse(messages.MultiInferenceRequest, body)
     whole = Request(payload=_decode_input(message.input), form=Form.EXAMPLES)
     requests: list[Request] = []
+    signatures: set[str] = set()
     for task in message.tasks:
         try:
             method = Method(task.method_name)
@@ -247,8 +253,9 @@ def decode_multi_inference(body: bytes) -> list[Request]:
             raise Unimplemented(f"Unsupported signature method_name: {task.method_name[:100]}")
         request = replace(whole, method=method, **decode_spec(task.model_spec))
         signature = request.signature or DEFAULT_SIGNATURE
-        if any(signature == (other.signature or DEFAULT_SIGNATURE) for other in requests):
+        if signature in signatures:
             raise BadRequest(f"Duplicate evaluation of signature: {signature[:100]}")
+        signatures.add(signature)
         requests.append(request)
     if not requests:
         raise BadRequest("there are no tasks; expected one for each signature to be evaluated")
@@ -260,7 +267,7 @@ def encode_multi_inference(requests: Sequence[Request], answers: Iterable[bytes]
     message = messages.MultiInferenceResponse()
     for request, answer in zip(requests, answers, strict=True):
         codec = CLASSIFY if request.method is Method.CLASSIFY else REGRESS
-        part = messages.parse(codec.response, answer)
+        part = messages.parse_answer(codec.response, answer)
         result = message.results.add()
         result.model_spec.CopyFrom(part.model_spec)
         getattr(result, _RESULTS[request.method]).CopyFrom(part.result)

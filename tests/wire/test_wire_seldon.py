@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from dl_inference_core.errors import BadRequest, NodeFailed
 from dl_inference_core.tensors import Form, Request, Response
-from dl_inference_core.wire import messages, seldon
+from dl_inference_core.wire import messages, ndarrays, seldon
 from dl_inference_core.wire.arrays import field
 
 MATRIX = np.arange(6.0).reshape(2, 3) / 7
@@ -365,7 +365,7 @@ NESTED = st.recursive(
 @given(st.lists(NESTED, max_size=4))
 def test_the_short_way_for_numbers_only_takes_what_is_one(nested: Any) -> None:
     values = json_format.ParseDict(nested, messages.Value()).list_value
-    numbers = seldon._numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if nested else None
+    numbers = ndarrays.read_numbers(np.frombuffer(values.SerializeToString(), np.uint8)) if nested else None
     if numbers is not None:
         assert numbers.tolist() == nested
         leaves = nested
@@ -377,12 +377,12 @@ def test_the_short_way_for_numbers_only_takes_what_is_one(nested: Any) -> None:
 @settings(max_examples=200, deadline=None)
 @given(hnp.arrays(np.float64, hnp.array_shapes(max_dims=4, min_side=0, max_side=20)))
 def test_the_short_way_for_numbers_is_the_way_of_protobuf(array: Any) -> None:
-    body = seldon._encode_numbers(array)
+    body = ndarrays.write_numbers(array)
     expected = messages.Value()
     seldon._from_json(array.tolist(), expected)
     assert body == expected.list_value.SerializeToString()
     if array.size:
-        numbers = seldon._numbers(np.frombuffer(body, np.uint8))
+        numbers = ndarrays.read_numbers(np.frombuffer(body, np.uint8))
         assert numbers is not None
         assert numbers.tobytes() == array.tobytes()
 
