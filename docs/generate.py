@@ -293,7 +293,9 @@ never share a call.
 
 - A request that is malformed, or for which the handler fails, fails before the others are put together; one that is
   cancelled or too late by then is left out. If the call fails, it is repeated for each half of the requests, and for
-  halves of these, so that only those fail whose own rows are at fault.
+  halves of these, so that only those fail whose own rows are at fault. A client whose requests keep failing in the
+  model (three failures more than successes) gets batches of its own until as many of its requests have succeeded. The
+  metadata `authorization`, `x-api-key` or `x-client-id` names the client; a gateway passes it on.
 - A handler that has a `run_model` of its own gets one request at a time, unless it has a `run_batch`, too. One that has
   a `preprocess` or `postprocess` of its own shares calls if it says `shares_calls = True`, or `[batching]` is there:
   `preprocess` is called for several requests before the model, so it may keep nothing of one on `self`, nor give away

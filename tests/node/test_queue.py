@@ -1,0 +1,127 @@
+"""The queue of one version, without a model: what comes out, and what is refused at the door."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+import weakref
+from typing import Any
+
+import pytest
+
+from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
+from dl_inference_core.local_exchange import LocalExchange
+from dl_inference_core.node import load
+from dl_inference_core.node.batcher import BatchCost
+from dl_inference_core.node.load import LoadMeter
+from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue, Task
+from dl_inference_core.wire.protocol import PROTOCOLS
+
+OIP = PROTOCOLS["openinference"]
+
+
+def queued(message: bytes = b"", deadline_s: float | None = None, **more: Any) -> QueuedRequest:
+    deadline = None if deadline_s is None else time.monotonic() + deadline_s
+    return QueuedRequest(LocalExchange("/m", message, deadline=deadline), OIP, **more)
+
+
+class Rig:
+    """A queue, and what it has refused."""
+
+    def __init__(self, delay_s: float = 0.0, **limits: Any) -> None:
+        self.refused: list[tuple[QueuedRequest, InferenceError]] = []
+        self.cost = BatchCost()
+        self.queue = RequestQueue("m/1", self.cost, lambda *refused: self.refused.append(refused), lambda: delay_s)
+        self.queue.configure(QueueLimits(**limits))
+
+    def take(self) -> Any:
+        return self.queue.take(wait=False)
+
+
+async def test_tasks_come_first_and_requests_in_order() -> None:
+    rig = Rig()
+    requests = [queued() for _ in range(3)]
+    task = Task(lambda: None)
+    for request in requests[:2]:
+        assert rig.queue.put(request)
+    rig.queue.put_task(task)
+    assert rig.queue.put(requests[2])
+    assert rig.queue.waiting() == 3
+    assert [rig.take() for _ in range(5)] == [task, *requests, None]
+    assert all(request.taken for request in requests)
+
+
+async def test_a_closed_queue_takes_no_request_and_ends_its_threads_after_what_waits() -> None:
+    rig = Rig()
+    request = queued()
+    rig.queue.put(request)
+    rig.queue.close(1)
+    assert not rig.queue.put(queued())
+    assert rig.take() is request
+    with pytest.raises(StopIteration):
+        rig.take()
+
+
+@pytest.mark.parametrize(("deadline_s", "refused"), [(None, False), (0.3, True), (30.0, False)])
+async def test_the_delay_of_the_interpreter_counts(deadline_s: float | None, refused: bool) -> None:
+    """Where a handler holds the GIL for half a second at a time."""
+    rig = Rig(delay_s=0.5)
+    if refused:
+        with pytest.raises(Overloaded, match="would take 500 ms, beyond its deadline"):
+            rig.queue.put(queued(deadline_s=deadline_s))
+    else:
+        assert rig.queue.put(queued(deadline_s=deadline_s))
+
+
+async def test_a_deadline_that_has_passed_is_that_and_no_want_of_room() -> None:
+    rig = Rig(max_requests=1)
+    rig.queue.put(queued())
+    with pytest.raises(DeadlineExceeded):
+        rig.queue.put(queued(deadline_s=-1.0))
+
+
+async def test_requests_whose_clients_have_left_make_room() -> None:
+    rig = Rig(max_requests=2)
+    first, second, third = queued(), queued(), queued()
+    rig.queue.put(first)
+    rig.queue.put(second)
+    with pytest.raises(Overloaded, match="2 requests wait"):
+        rig.queue.put(third)
+    first.end()
+    assert rig.queue.put(third)
+    assert [rig.take(), rig.take()] == [second, third]
+
+
+async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
+    rig = Rig()
+    late = queued(expires_at=time.monotonic() + 0.02)
+    rig.queue.put(late)
+    async with asyncio.timeout(10):
+        while not rig.refused:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(0.005)
+    ((request, error),) = rig.refused
+    assert request is late
+    assert str(error).startswith("Request timeout expired: ")
+    taken = queued(b"message", expires_at=time.monotonic() + 1000)
+    rig.queue.put(taken)
+    await asyncio.sleep(0)
+    while rig.take() is not None:
+        pass
+    gone = weakref.ref(taken)
+    del taken, request, late, rig
+    gc.collect()
+    assert gone() is None
+
+
+async def test_a_node_measures_how_late_its_event_loop_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "_DELAY_PERIOD_S", 0.01)
+    meter = LoadMeter()
+    meter.start()
+    try:
+        for _ in range(20):
+            await asyncio.sleep(0.011)
+            time.sleep(0.2)  # noqa: ASYNC251 - as a handler does that holds the GIL
+        assert 0.03 < meter.delay_s() < 2
+    finally:
+        meter.stop()
