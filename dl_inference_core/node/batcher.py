@@ -20,6 +20,8 @@ _UNBOUNDED = 1 << 20
 """The worthwhile number of requests where a request costs next to nothing beside the call."""
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares: with less, a slope would be noise."""
+_WINDOW_S = 1.0
+"""Concurrency is remembered for one to two windows: longer than the pauses of a steady client, shorter than a lull."""
 
 
 class BatchCost:
@@ -53,6 +55,28 @@ class BatchCost:
         """The expected cost; 0 before anything is known. Any thread."""
         fixed, each = self._line
         return fixed + each * requests
+
+
+class RecentConcurrency:
+    """The largest number of requests that were here at one time during the last one to two seconds in which any came.
+    Infinity before anything is known."""
+
+    def __init__(self) -> None:
+        self._before = math.inf
+        self._now = 0.0
+        self._window_ends = 0.0
+
+    def observe(self, count: int, now: float) -> None:
+        """`count` requests are here at `now`, by `time.monotonic`."""
+        if now >= self._window_ends:
+            if self._window_ends:
+                self._before, self._now = self._now, 0.0
+            self._window_ends = now + _WINDOW_S
+        self._now = max(self._now, count)
+
+    @property
+    def most(self) -> float:
+        return max(self._before, self._now)
 
 
 class Batcher:

@@ -21,10 +21,10 @@ from pydantic import ConfigDict, Field, model_validator
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, Overloaded
 from dl_inference_core.failures import request_id_of
+from dl_inference_core.node.batcher import BatchCost, RecentConcurrency
 from dl_inference_core.tensors import CallSnapshot
 
 if TYPE_CHECKING:
-    from dl_inference_core.node.batcher import BatchCost
     from dl_inference_core.transport import Exchange, Metadata
     from dl_inference_core.wire.protocol import Protocol
 
@@ -32,8 +32,6 @@ _KEPT = 0.9
 """The weight of the known mean with each new measurement: about the last ten count."""
 _MARGIN = 1.1
 """Factor on the expected time of a request: an answer that comes a little late is worth nothing."""
-_WINDOW_S = 1.0
-"""Concurrency is remembered for one to two windows: longer than the pauses of a steady client, shorter than a lull."""
 
 
 class QueueLimits(PluginOptions):
@@ -158,28 +156,6 @@ class Task:
         run: must not raise.
         """
         self.run = run
-
-
-class RecentConcurrency:
-    """The largest number of requests that were here at one time during the last one to two seconds in which any came.
-    Infinity before anything is known."""
-
-    def __init__(self) -> None:
-        self._before = math.inf
-        self._now = 0.0
-        self._window_ends = 0.0
-
-    def observe(self, count: int, now: float) -> None:
-        """`count` requests are here at `now`, by `time.monotonic`."""
-        if now >= self._window_ends:
-            if self._window_ends:
-                self._before, self._now = self._now, 0.0
-            self._window_ends = now + _WINDOW_S
-        self._now = max(self._now, count)
-
-    @property
-    def most(self) -> float:
-        return max(self._before, self._now)
 
 
 class RequestQueue:

@@ -22,12 +22,11 @@ from dl_inference_core.config import NamedModel, PluginOptions
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, Overloaded
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.backend import Signature, TensorSpec
-from dl_inference_core.node.batcher import BatchCost
+from dl_inference_core.node.batcher import BatchCost, RecentConcurrency
 from dl_inference_core.node.batching import Batching, BatchingConfig, Bucket, NotRowwise
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.loading import Loader
 from dl_inference_core.node.model import ServedModel
-from dl_inference_core.node.queue import RecentConcurrency
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
