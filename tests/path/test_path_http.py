@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import re
 import shutil
+import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -86,6 +88,26 @@ def test_many_requests_on_one_connection(base: str) -> None:
         assert answer.status == status
         answer.read()
     connection.close()
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        b"GET /healthz HTTP/1.0\r\n\r\n",  # HAProxy's default check, with another path
+        b"GET /healthz HTTP/1.0\r\nHost: nodes\r\nConnection: close\r\n\r\n",  # nginx's default proxy_pass
+        b"GET /healthz HTTP/1.0\r\nHost: h\r\nUser-Agent: ApacheBench/2.3\r\nAccept: */*\r\n\r\n",
+    ],
+    ids=["haproxy", "nginx", "ab"],
+)
+def test_http_1_0(base: str, request_head: bytes) -> None:
+    """The answer ends with the connection, as clients of HTTP/1.0 expect."""
+    host, _, port = base.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(request_head)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert re.match(rb"HTTP/1\.[01] 200 ", head)
+    assert body == b"ok\n"
 
 
 @pytest.mark.parametrize("path", [INFER, WATCH])
