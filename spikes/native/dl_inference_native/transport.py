@@ -7,7 +7,7 @@ import atexit
 import socket
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +25,7 @@ from dl_inference_core.errors import (
     NodeUnreachable,
     from_status,
 )
-from dl_inference_core.transport import Answer, HttpApp, Limits, Message, Metadata, Reply, Service, Timer, Trailers
+from dl_inference_core.transport import Answer, HttpApp, Limits, Message, Metadata, Service, Timer, Trailers
 from dl_inference_native import _native
 
 # A class of Rust cannot derive from one of Python, and one of Python that derives from both costs more to make.
@@ -115,9 +115,6 @@ class NativeTransport(seam.Transport):
         if tls is not None or address.startswith("unix:"):
             raise NotImplementedError("this spike has no TLS and no Unix-domain sockets")
         return NativeConnection(self._threads, address, limits.message_bytes)
-
-    def reply_all(self, replies: Sequence[Reply]) -> None:
-        self._threads.reply_all(replies)
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         return self._threads.call_later(seconds, function)

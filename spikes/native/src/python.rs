@@ -185,6 +185,29 @@ fn replaced(place: &Mutex<Option<Py<PyAny>>>, value: Option<Py<PyAny>>) {
 
 #[pymethods]
 impl Exchange {
+    /// Answers `(exchange, message, trailers)`s: one command for each I/O thread.
+    #[staticmethod]
+    fn reply_all(replies: &Bound<'_, PyAny>) -> PyResult<()> {
+        let mut by_thread: Vec<(Outbox, Vec<(u64, Answer)>)> = vec![];
+        for reply in replies.try_iter()? {
+            let reply = reply?;
+            let reply = reply.cast::<PyTuple>()?;
+            let exchange = reply.get_borrowed_item(0)?;
+            let exchange = exchange.cast::<Exchange>()?.get();
+            let trailers = reply.get_borrowed_item(2)?;
+            let answer = Answer::Ok { frame: frame_of(&reply.get_item(1)?)?, trailers: headers_of(Some(&*trailers))? };
+            let answer = (exchange.shared.id, answer);
+            match by_thread.iter_mut().find(|(outbox, _)| outbox.same_channel(&exchange.outbox)) {
+                Some((_, answers)) => answers.push(answer),
+                None => by_thread.push((exchange.outbox.clone(), vec![answer])),
+            }
+        }
+        for (outbox, answers) in by_thread {
+            send(&outbox, Command::Answers(answers));
+        }
+        Ok(())
+    }
+
     #[getter]
     fn method(&self) -> &Py<PyString> {
         &self.method
@@ -419,28 +442,6 @@ impl Threads {
         let after = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(Duration::from_secs(86_400));
         send(&here_or_first(&self.outboxes), Command::Timer(Instant::now() + after, timed.clone()));
         Timer(timed)
-    }
-
-    /// Answers `(exchange, message, trailers)`s: one command for each I/O thread.
-    fn reply_all(&self, replies: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut by_thread: Vec<Vec<(u64, Answer)>> = self.outboxes.iter().map(|_| vec![]).collect();
-        for reply in replies.try_iter()? {
-            let reply = reply?;
-            let reply = reply.cast::<PyTuple>()?;
-            let exchange = reply.get_borrowed_item(0)?;
-            let exchange = exchange.cast::<Exchange>()?.get();
-            let trailers = reply.get_borrowed_item(2)?;
-            let answer = Answer::Ok { frame: frame_of(&reply.get_item(1)?)?, trailers: headers_of(Some(&*trailers))? };
-            let thread = self.outboxes.iter().position(|each| each.same_channel(&exchange.outbox));
-            let thread = thread.ok_or_else(|| PyValueError::new_err("an exchange of another transport"))?;
-            by_thread[thread].push((exchange.shared.id, answer));
-        }
-        for (outbox, answers) in self.outboxes.iter().zip(by_thread) {
-            if !answers.is_empty() {
-                send(outbox, Command::Answers(answers));
-            }
-        }
-        Ok(())
     }
 
     /// Ends the threads; with `wait`, once this returns they have ended. The interpreter is free meanwhile.
