@@ -20,6 +20,7 @@ from dl_inference_core.transport import (
     Attempt,
     Connection,
     Done,
+    Exchange,
     Extras,
     Message,
     Metadata,
@@ -261,6 +262,8 @@ class GrpcioStream(GrpcioExchange):
 
     __slots__ = ("_lock", "_on_message", "_on_writable", "_outgoing", "_reading", "_unsent")
 
+    forward = Exchange.forward
+
     def __init__(self, handlers: Handlers, context: Any, method: str, message: bytes, metadata: Metadata) -> None:
         super().__init__(handlers, context, method, message, metadata)
         self._outgoing: deque[Message] = deque()
@@ -295,19 +298,6 @@ class GrpcioStream(GrpcioExchange):
         if self._code is None:
             self.send(message)
             self._end(Code.OK, b"", trailers)
-
-    def forward(
-        self,
-        connection: Connection,
-        method: str,
-        done: Done,
-        *,
-        timeout_s: float | None = None,
-        metadata: Metadata = (),
-        allow_empty: bool = False,
-        extras: Extras | None = None,
-    ) -> Attempt:
-        raise TypeError(f"{self.method} streams: only unary methods are forwarded")
 
     def on_message(self, callback: Callable[[Message | None], object]) -> None:
         self.on_loop(self._read, callback)

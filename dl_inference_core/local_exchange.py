@@ -7,18 +7,7 @@ import threading
 from collections.abc import Callable
 
 from dl_inference_core.errors import Code, InferenceError
-from dl_inference_core.transport import (
-    Answer,
-    Attempt,
-    Connection,
-    Done,
-    Extras,
-    Message,
-    Metadata,
-    Service,
-    Trailers,
-    UnaryExchange,
-)
+from dl_inference_core.transport import Answer, Message, Metadata, Service, Trailers, UnaryExchange
 
 
 class LocalExchange(UnaryExchange):
@@ -128,16 +117,3 @@ class LocalExchange(UnaryExchange):
                 return
         assert self._loop is not None, "only `outcome` has it left"
         self._loop.call_soon_threadsafe(callback)
-
-    def forward(
-        self,
-        connection: Connection,
-        method: str,
-        done: Done,
-        *,
-        timeout_s: float | None = None,
-        metadata: Metadata = (),
-        allow_empty: bool = False,
-        extras: Extras | None = None,
-    ) -> Attempt:
-        raise TypeError("a local exchange is answered in this process")

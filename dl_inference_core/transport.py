@@ -152,7 +152,6 @@ class Exchange(ABC):
     def on_cancel(self, callback: Callable[[], object]) -> None:
         """Have `callback` called if the client leaves, or the deadline passes, before the exchange has ended."""
 
-    @abstractmethod
     def forward(
         self,
         connection: Connection,
@@ -179,7 +178,11 @@ class Exchange(ABC):
             metadata: all of the metadata that the node gets.
             allow_empty: whether an empty message is a good answer: one whose fields all have their default values.
             extras: what happens to the messages on their way; None is nothing, and costs nothing.
+
+        Raises:
+            TypeError: the exchange streams, or came by no transport.
         """
+        raise TypeError(f"{self.method}: only unary exchanges of a transport's server are forwarded")
 
     # Streams
 
