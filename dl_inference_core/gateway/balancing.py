@@ -44,8 +44,9 @@ class Balancer(ABC):
     """A balancing strategy; one object per route, which lives as long as the route names the same strategy and options.
 
     A strategy only chooses. Health is judged elsewhere: `choose` is given usable nodes alone, and at least one.
-    All methods run on the event loop, on the request path: they must neither block nor await, and should take about
-    a microsecond for a handful of nodes. If one raises, round robin takes over for that request.
+    All methods run on the request path under the lock of the route, one at a time, on any thread: they must neither
+    block nor await, and should take about a microsecond for a handful of nodes. If one raises, round robin takes over
+    for that request.
 
     Attributes:
         clock: seconds that only grow; all that a strategy knows of time. A simulation sets its own.
