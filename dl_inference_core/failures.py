@@ -69,7 +69,7 @@ def _in_short(error: BaseException) -> str:
 
 def _identified(exchange: Exchange, error: BaseException) -> HandlerFailed:
     request_id = request_id_of(exchange)
-    what = str(error) if isinstance(error, InferenceError) else f"unexpected {type(error).__name__}"
+    what = text_of(error) if isinstance(error, InferenceError) else f"unexpected {type(error).__name__}"
     _failure_log.write(f"request {request_id} failed", what, error)
     failed = HandlerFailed(f"{what} (request id {request_id})")
     failed.trailers = error.trailers if isinstance(error, InferenceError) else ()
@@ -114,7 +114,9 @@ class FailureLog:
 
 
 def _raised_at(error: BaseException) -> tuple[str, str, int]:
-    while error.__cause__ is not None:
+    seen: set[int] = set()
+    while error.__cause__ is not None and id(error) not in seen:  # `raise error from error` makes a circle
+        seen.add(id(error))
         error = error.__cause__
     name, traceback = type(error).__qualname__, error.__traceback__
     if traceback is None:
