@@ -361,10 +361,15 @@ class Execution:
                 raise
             raise HandlerFailed(f"{self._where}: it refuses what preprocess returned: {error}") from error
         except BaseException as error:
-            explained = instance.model.explain(error)  # a handler may call the framework's own model
-            if isinstance(explained, BadRequest):
-                explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
-            raise as_inference_error(explained, f"{self._where}: run_model failed: ") from error
+            raise self._failure_of(instance.model, error) from error
+
+    def _failure_of(self, model: Model, error: BaseException) -> InferenceError:
+        # Not where `error` is caught: it leads to the variables there, and one that led back to it would keep the
+        # messages of the batch until the garbage collector ran.
+        explained = model.explain(error)  # a handler may call the framework's own model
+        if isinstance(explained, BadRequest):
+            explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
+        return as_inference_error(explained, f"{self._where}: run_model failed: ")
 
     def _answer(
         self,
@@ -412,11 +417,10 @@ def _encode(codec: Templates, model: Model, request: Request, template: Template
     try:
         return codec.encode_response(narrow(payload, request), request, template)
     except TypeError as error:
-        failure = error
+        said = str(error)  # not the error: it leads to this frame, and the request would be garbage
     try:  # the framework's own tensors, perhaps
         return codec.encode_response(narrow(model.to_numpy(payload), request), request, template)
     except TypeError as error:
-        failure = error
+        raise TypeError(f"{error}; postprocess returned {kind_of(payload)}") from error
     except RecursionError:  # it is nested more deeply than Python recurses
-        pass
-    raise TypeError(f"{failure}; postprocess returned {kind_of(payload)}") from failure
+        raise TypeError(f"{said}; postprocess returned {kind_of(payload)}") from None
