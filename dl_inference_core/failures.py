@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 
 from dl_inference_core import children
-from dl_inference_core.errors import HandlerFailed, InferenceError, text_of
+from dl_inference_core.errors import HandlerFailed, InferenceError, causes, text_of
 from dl_inference_core.transport import Exchange
 
 _log = logging.getLogger(__name__)
@@ -114,10 +114,7 @@ class FailureLog:
 
 
 def _raised_at(error: BaseException) -> tuple[str, str, int]:
-    seen: set[int] = set()
-    while error.__cause__ is not None and id(error) not in seen:  # `raise error from error` makes a circle
-        seen.add(id(error))
-        error = error.__cause__
+    *_, error = causes(error)
     name, traceback = type(error).__qualname__, error.__traceback__
     if traceback is None:
         return name, "", 0
