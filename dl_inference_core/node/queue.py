@@ -354,18 +354,26 @@ class RequestQueue:
                 goes_on = self._tokens.get(wait)
             except queue.Empty:
                 return None
+            item = self._pop()
+            if item is not None:
+                if not goes_on:  # who has put the item has not put its token yet
+                    self._tokens.put(False)
+                return item
             if not goes_on:
                 raise StopIteration
-            with self._lock:
-                if self._tasks:
-                    return self._tasks.popleft()
-                for requests in self._requests:
-                    if requests:
-                        request = requests.popleft()
-                        request.taken = True
-                        self._bytes -= request.size
-                        self._in_hand += 1
-                        return request
+
+    def _pop(self) -> QueuedRequest | Task | None:
+        with self._lock:
+            if self._tasks:
+                return self._tasks.popleft()
+            for requests in self._requests:
+                if requests:
+                    request = requests.popleft()
+                    request.taken = True
+                    self._bytes -= request.size
+                    self._in_hand += 1
+                    return request
+        return None
 
     def wait_for_more(self, until: float, enough: int) -> bool:
         """Sleep until `until`, by `time.monotonic`, but no longer than until `enough` requests wait, or one that cannot

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import sys
+import threading
 import time
 import weakref
 from typing import Any
@@ -61,6 +64,35 @@ async def test_a_closed_queue_takes_no_request_and_ends_its_threads_after_what_w
     assert rig.take() is request
     with pytest.raises(StopIteration):
         rig.take()
+
+
+async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_threads_do() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(100):
+            rig = Rig()
+            put: list[QueuedRequest] = []
+
+            def putting(rig: Rig = rig, put: list[QueuedRequest] = put) -> None:
+                while len(put) < 1000 and rig.queue.put(request := queued()):
+                    put.append(request)
+
+            threads = [threading.Thread(target=putting) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            while len(put) < 20:  # noqa: ASYNC110 - threads put
+                await asyncio.sleep(0)
+            rig.queue.close(1)
+            taken = []
+            with contextlib.suppress(StopIteration):
+                while True:
+                    taken.append(rig.queue.take(wait=True))
+            for thread in threads:
+                thread.join()
+            assert len(taken) == len(put)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.parametrize(("deadline_s", "refused"), [(None, False), (0.3, True), (30.0, False)])
