@@ -798,7 +798,7 @@ async def test_a_higher_priority_is_served_first_and_takes_a_place_in_a_full_que
         assert [float(call["x"][0, 0]) for call in it.model.calls] == [0, 3, 2]
 
 
-@pytest.mark.parametrize("value", ["0", "4", "-1", "high", "", "²"])
+@pytest.mark.parametrize("value", ["0", "4", "-1", "high", "", "²", pytest.param("1" * 5000, id="5000 digits")])
 async def test_a_priority_that_is_none(tmp_path: Path, value: str) -> None:
     async with scene(tmp_path, "[queue]\npriorities = 3") as it:
         with pytest.raises(BadRequest, match="expected 1 to 3"):

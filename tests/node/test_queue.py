@@ -146,6 +146,28 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
     assert gone() is None
 
 
+async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the request may wait."""
+    loop, delays = asyncio.get_running_loop(), []
+    monkeypatch.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
+    rig = Rig()
+    request = queued(expires_at=time.monotonic() + 3600)
+    rig.queue.put(request)
+    await asyncio.sleep(0)
+    assert delays == [1.0]
+
+
+async def test_a_request_is_refused_in_time_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dl_inference_core.node.queue._LONGEST_TIMER_S", 0.01)
+    rig = Rig()
+    request = queued(expires_at=time.monotonic() + 0.1)
+    rig.queue.put(request)
+    async with asyncio.timeout(10):
+        while not rig.refused:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(0.005)
+    assert time.monotonic() >= request.expires_at
+
+
 async def test_a_node_measures_how_late_its_event_loop_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "_DELAY_PERIOD_S", 0.01)
     meter = LoadMeter()
