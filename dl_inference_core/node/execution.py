@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import children
-from dl_inference_core.errors import AttemptCancelled, BadRequest, DeadlineExceeded, HandlerFailed, InferenceError
+from dl_inference_core.errors import (
+    AttemptCancelled,
+    BadRequest,
+    Blame,
+    DeadlineExceeded,
+    HandlerFailed,
+    InferenceError,
+)
 from dl_inference_core.failures import as_inference_error, fail
 from dl_inference_core.node.batcher import BatchCost, Batcher
 from dl_inference_core.node.batching import Batching, Key, NotRowwise, Part
@@ -163,8 +170,6 @@ class Execution:
         request: QueuedRequest | None = first
         while request is not None:
             part = self._prepare(instance, batching, request, completions)
-            if part is None:
-                completions.send()
             request = batcher.take_next(request, part)
         thread.begin_model(len(batcher.parts), sum(part.rows for part in batcher.parts))
         for batch in batching.batches(batcher.parts):
@@ -220,18 +225,21 @@ class Execution:
             if alone:
                 self._complain(error.__cause__)
             if len(parts) == 1:
-                self._suspects.failed(client_of(parts[0].queued.metadata))
+                if error.blame is not Blame.NOBODY:  # as where its client has left
+                    self._suspects.failed(client_of(parts[0].queued.metadata))
                 completions.fail(parts[0].queued, error)
                 return
             half = len(parts) // 2
-            for fewer in ([part] for part in parts) if alone else (parts[:half], parts[half:]):
-                self._run_batch(instance, batching, fewer, completions)
+            smaller = [[part] for part in parts] if alone else [parts[:half], parts[half:]]
+        else:
+            for part, outputs in zip(parts, shares, strict=True):
+                if self._suspects.any:
+                    self._suspects.succeeded(client_of(part.queued.metadata))
+                self._answer(instance, part.queued, part.request, part.template, outputs, completions)
+            completions.send()
             return
-        for part, outputs in zip(parts, shares, strict=True):
-            if self._suspects.any:
-                self._suspects.succeeded(client_of(part.queued.metadata))
-            self._answer(instance, part.queued, part.request, part.template, outputs, completions)
-        completions.send()
+        for batch in smaller:  # not in `except`, where each error would lead to those before it
+            self._run_batch(instance, batching, batch, completions)
 
     def _check_wanted(self, parts: Sequence[Part]) -> None:
         """Between the calls that one batch is split into.
