@@ -190,6 +190,11 @@ class ModelThread:
         """Whether the watchdog has reported the batch that it works on. Any thread."""
         return self.reported == self.spent[1]
 
+    @property
+    def gathers(self) -> bool:
+        """Whether it keeps other threads from gathering batches. Any thread."""
+        return self._gathers
+
     def stack(self) -> str:
         """Where the thread is, as Python prints a traceback; "" if it has ended. Any thread."""
         frame = None if self._thread is None else sys._current_frames().get(self._thread.ident or 0)

@@ -460,7 +460,9 @@ async def test_of_many_a_poisonous_one_is_found_by_halves(tmp_path: Path, caplog
         assert isinstance(answers[37], HandlerFailed)
         assert len(it.model.sizes) == 1 + 1 + 2 * 6  # the one that held the thread, all 64, and both halves six times
         (record,) = caplog.records
-        assert (record.exc_text or "").count("Traceback (most recent") == 2, "the failure and its cause, of its own call alone"
+        assert (record.exc_text or "").count("Traceback (most recent") == 2, (
+            "the failure and its cause, of its own call alone"
+        )
 
 
 @pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
