@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import children
 from dl_inference_core.errors import (
-    AttemptCancelled,
     BadRequest,
     Blame,
     DeadlineExceeded,
@@ -245,10 +244,10 @@ class Execution:
         """Between the calls that one batch is split into.
 
         Raises:
-            AttemptCancelled: nobody waits for any of its requests any more.
+            DeadlineExceeded: nobody waits for any of its requests any more; those whose clients have left have ended.
         """
         if all(part.queued.cancelled() for part in parts):
-            raise AttemptCancelled("nobody waits for the answer any more")
+            raise DeadlineExceeded(f'the deadline passed between two calls of model "{self._model_name}"')
 
     def _count_rows(self, rows: int) -> None:
         """Count a call of the model with so many rows of requests; none are known where inputs have no rows."""

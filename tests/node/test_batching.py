@@ -184,6 +184,14 @@ async def test_a_request_in_pieces_ends_with_its_client(tmp_path: Path) -> None:
         assert it.model.sizes == [4, 1]
 
 
+async def test_a_request_in_pieces_ends_with_its_deadline(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        it.model.sleep_s = 0.1
+        with pytest.raises(DeadlineExceeded, match="between two calls of model"):
+            await it.ask(*range(100), deadline=time.monotonic() + 0.3)
+        assert len(it.model.sizes) < 25
+
+
 async def test_a_client_that_keeps_failing_gets_batches_of_its_own(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
         bad = (("x-client-id", "bad"),)
