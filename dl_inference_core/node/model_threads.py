@@ -94,7 +94,7 @@ class ModelThread:
 
     def _take(self) -> QueuedRequest | None:
         with self._lock:
-            if self._is_complete:
+            if self._given_up or self._ends or self._next is not None:
                 return None
             try:
                 item = self._queue.take(wait=False)
@@ -112,17 +112,12 @@ class ModelThread:
         since = time.monotonic()
         seconds, began = self.spent
         with self._lock:
-            if self._is_complete or since >= until:
+            if self._given_up or self._ends or self._next is not None or since >= until:
                 return False
             self.spent = seconds + since - began, math.inf  # waiting is not work
         more = self._queue.wait_for_more(min(until, since + _LONGEST_SLEEP_S), enough)
         self.spent = seconds, began + time.monotonic() - since
         return more
-
-    @property
-    def _is_complete(self) -> bool:
-        """Whether the current batch takes no more requests."""
-        return self._given_up or self._ends or self._next is not None
 
     def begin_model(self, requests: int, rows: int) -> None:
         """The batch is complete: so many requests with so many rows come to the model. Another thread may gather."""
