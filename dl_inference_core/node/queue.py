@@ -34,6 +34,8 @@ _MARGIN = 1.1
 """Factor on the expected time of a request: an answer that comes a little late is worth nothing."""
 _LONGEST_TIMER_S = 1.0
 """A timer outlives its request by no more: 5,000 requests a second with a timeout of an hour would leave 18 million."""
+_LOOKED_AT = 64
+"""Requests that wait for each one refused: to look at all 4,096 for those that ended took 250 µs, at 64 takes 4 µs."""
 
 
 class QueueLimits(PluginOptions):
@@ -204,10 +206,9 @@ class RequestQueue:
         self._bytes = 0
         self._free_at: dict[int, float] = {}
         """By the number of a busy thread, when it should have done what it works on, by `time.monotonic`."""
-        self._rows_each = 1.0
-        """Mean rows of recent requests."""
-        self._in_hand = 0
-        """Requests that threads work on."""
+        self._rows_each = 1.0  # mean rows of recent requests
+        self._in_hand = 0  # requests that threads work on
+        self._refused = 0  # requests, since all that wait were looked at
         self._concurrency = RecentConcurrency()
         self._closed = False
         self.threads = 1
@@ -260,7 +261,8 @@ class RequestQueue:
                 try:
                     ousted = self._admit(request, priority)
                 except Overloaded:
-                    if not self._drop_ended():
+                    self._refused += 1
+                    if self._refused * _LOOKED_AT < self.waiting() or not self._drop_ended():
                         raise
                     ousted = self._admit(request, priority)
             self._requests[priority].append(request)
@@ -294,6 +296,7 @@ class RequestQueue:
 
     def _drop_ended(self) -> bool:
         """Let go of the requests that nobody waits for. Returns whether there were any."""
+        self._refused = 0
         before = self._bytes, self.waiting()
         self._requests = [deque(request for request in requests if not request.ended) for requests in self._requests]
         self._bytes = sum(request.size for requests in self._requests for request in requests)

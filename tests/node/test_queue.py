@@ -125,6 +125,22 @@ async def test_requests_whose_clients_have_left_make_room() -> None:
     assert [rig.take(), rig.take()] == [second, third]
 
 
+async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None:
+    """By one of the next refusals: to look at a long queue for each would cost more than the requests."""
+    rig = Rig(max_requests=1000)
+    waiting = [queued() for _ in range(1000)]
+    for request in waiting:
+        rig.queue.put(request)
+    for request in waiting[:-1]:
+        request.end()
+    for _ in range(1000 // 64):
+        with pytest.raises(Overloaded):
+            rig.queue.put(queued())
+    last = queued()
+    assert rig.queue.put(last)
+    assert [rig.take(), rig.take(), rig.take()] == [waiting[-1], last, None]
+
+
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
     rig = Rig()
     late = queued(expires_at=time.monotonic() + 0.02)
