@@ -23,10 +23,12 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dl_inference_core.errors import causes
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +128,7 @@ def end_child(error: BaseException | None = None) -> None:
     """
     if not _is_child.is_set():
         return
-    exiting = next((each for each in _causes(error) if isinstance(each, SystemExit)), None)
+    exiting = next((each for each in causes(error) if isinstance(each, SystemExit)), None)
     if exiting is None:
         _log.error(
             "process %d, forked by a handler or plugin, came back from it and is ended; expected it to call os._exit",
@@ -140,12 +142,6 @@ def end_child(error: BaseException | None = None) -> None:
             stream.flush()
     code = exiting.code if exiting is not None else 1
     os._exit(0 if code is None else code & 0xFF if isinstance(code, int) else 1)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _close(own: OwnSockets, placeholder: int) -> None:

@@ -6,7 +6,7 @@ Retries, node health and the status that the client sees all read the same three
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 
 class Code(enum.IntEnum):
@@ -259,6 +259,16 @@ def text_of(error: BaseException) -> str:
         return str(error)
     except BaseException:
         return ""
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, its `__cause__`, that one's `__cause__`, and so on; each once, as `raise error from error` makes a
+    circle."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__
 
 
 def from_status(code: Code, message: str) -> InferenceError:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 
 from dl_inference_core import children
-from dl_inference_core.errors import HandlerFailed, InferenceError, text_of
+from dl_inference_core.errors import HandlerFailed, InferenceError, causes, text_of
 from dl_inference_core.transport import Exchange
 
 _log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _in_short(error: BaseException) -> str:
 
 def _identified(exchange: Exchange, error: BaseException) -> HandlerFailed:
     request_id = request_id_of(exchange)
-    what = str(error) if isinstance(error, InferenceError) else f"unexpected {type(error).__name__}"
+    what = text_of(error) if isinstance(error, InferenceError) else f"unexpected {type(error).__name__}"
     _failure_log.write(f"request {request_id} failed", what, error)
     failed = HandlerFailed(f"{what} (request id {request_id})")
     failed.trailers = error.trailers if isinstance(error, InferenceError) else ()
@@ -114,8 +114,7 @@ class FailureLog:
 
 
 def _raised_at(error: BaseException) -> tuple[str, str, int]:
-    while error.__cause__ is not None:
-        error = error.__cause__
+    *_, error = causes(error)
     name, traceback = type(error).__qualname__, error.__traceback__
     if traceback is None:
         return name, "", 0

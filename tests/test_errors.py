@@ -15,6 +15,7 @@ from dl_inference_core.errors import (
     MessageTooLarge,
     NodeFailed,
     NodeOverloaded,
+    causes,
     from_status,
     text_of,
 )
@@ -95,3 +96,12 @@ def test_the_text_of_an_error_that_cannot_say_what_it_is() -> None:
 
     assert text_of(Mute()) == ""
     assert text_of(ValueError("a word")) == "a word"
+
+
+def test_each_cause_of_an_error_comes_once() -> None:
+    inner, outer = ValueError("inner"), ValueError("outer")
+    outer.__cause__ = inner
+    assert list(causes(outer)) == [outer, inner]
+    inner.__cause__ = outer
+    assert list(causes(outer)) == [outer, inner]
+    assert list(causes(None)) == []

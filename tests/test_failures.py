@@ -90,6 +90,27 @@ def test_a_flood_of_one_failure_hides_no_other(caplog: pytest.LogCaptureFixture)
         assert caplog.records[-1].exc_info is not None
 
 
+def test_an_error_that_is_its_own_cause_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """As `raise error from error` makes it."""
+    error = raised(ZeroDivisionError, 1)
+    error.__cause__ = error
+    exchange = LocalExchange("/m")
+    fail(exchange, error)
+    assert str(exchange.error).startswith("unexpected ZeroDivisionError (request id ")
+    assert caplog.records[0].exc_info is not None
+
+
+def test_an_error_that_cannot_say_what_it_is_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Mute(HandlerFailed):
+        def __str__(self) -> str:
+            raise ValueError("no words")
+
+    exchange = LocalExchange("/m")
+    fail(exchange, Mute())
+    assert type(exchange.error) is HandlerFailed
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize("kind", [BadRequest, HandlerFailed, ZeroDivisionError])
 def test_nothing_that_a_frame_of_the_error_held_stays(kind: type[Exception], no_collector: None) -> None:
     class Message:

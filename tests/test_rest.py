@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 from dl_inference_core import admin
 from dl_inference_core.dispatcher import Dispatcher
-from dl_inference_core.errors import Code, from_status
+from dl_inference_core.errors import BadRequest, Code, from_status
 from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
@@ -888,6 +888,22 @@ async def test_what_a_model_raises_has_a_request_id(folder: Path, caplog: pytest
         assert answer.error.endswith("run_model failed: RuntimeError: it is broken (request id id-7)")
         assert served.counted("rest_predict") == {("broken", "INTERNAL"): 1}
     assert "request id-7 failed" in caplog.messages
+
+
+async def test_an_error_that_a_handler_raises_again_and_again_keeps_no_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = BadRequest("not today")
+
+    def refuse(request: Request) -> Payload:
+        raise error
+
+    monkeypatch.setattr(Gives, "what", refuse)
+    async with serving(folder) as served:
+        for _ in range(2):
+            answer = await served.ask("gives:predict", '{"inputs": [1]}')
+            assert (answer.status, answer.error) == (400, "not today")
+            assert error.__traceback__ is None
 
 
 CODES = {

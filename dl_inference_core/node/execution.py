@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import children
-from dl_inference_core.errors import AttemptCancelled, BadRequest, DeadlineExceeded, HandlerFailed, InferenceError
+from dl_inference_core.errors import (
+    BadRequest,
+    Blame,
+    DeadlineExceeded,
+    HandlerFailed,
+    InferenceError,
+)
 from dl_inference_core.failures import as_inference_error, fail
 from dl_inference_core.node.batcher import BatchCost, Batcher
 from dl_inference_core.node.batching import Batching, Key, NotRowwise, Part
@@ -163,8 +169,6 @@ class Execution:
         request: QueuedRequest | None = first
         while request is not None:
             part = self._prepare(instance, batching, request, completions)
-            if part is None:
-                completions.send()
             request = batcher.take_next(request, part)
         thread.begin_model(len(batcher.parts), sum(part.rows for part in batcher.parts))
         for batch in batching.batches(batcher.parts):
@@ -220,27 +224,30 @@ class Execution:
             if alone:
                 self._complain(error.__cause__)
             if len(parts) == 1:
-                self._suspects.failed(client_of(parts[0].queued.metadata))
+                if error.blame is not Blame.NOBODY:  # as where its client has left
+                    self._suspects.failed(client_of(parts[0].queued.metadata))
                 completions.fail(parts[0].queued, error)
                 return
             half = len(parts) // 2
-            for fewer in ([part] for part in parts) if alone else (parts[:half], parts[half:]):
-                self._run_batch(instance, batching, fewer, completions)
+            smaller = [[part] for part in parts] if alone else [parts[:half], parts[half:]]
+        else:
+            for part, outputs in zip(parts, shares, strict=True):
+                if self._suspects.any:
+                    self._suspects.succeeded(client_of(part.queued.metadata))
+                self._answer(instance, part.queued, part.request, part.template, outputs, completions)
+            completions.send()
             return
-        for part, outputs in zip(parts, shares, strict=True):
-            if self._suspects.any:
-                self._suspects.succeeded(client_of(part.queued.metadata))
-            self._answer(instance, part.queued, part.request, part.template, outputs, completions)
-        completions.send()
+        for batch in smaller:  # not in `except`, where each error would lead to those before it
+            self._run_batch(instance, batching, batch, completions)
 
     def _check_wanted(self, parts: Sequence[Part]) -> None:
         """Between the calls that one batch is split into.
 
         Raises:
-            AttemptCancelled: nobody waits for any of its requests any more.
+            DeadlineExceeded: nobody waits for any of its requests any more; those whose clients have left have ended.
         """
         if all(part.queued.cancelled() for part in parts):
-            raise AttemptCancelled("nobody waits for the answer any more")
+            raise DeadlineExceeded(f'the deadline passed between two calls of model "{self._model_name}"')
 
     def _count_rows(self, rows: int) -> None:
         """Count a call of the model with so many rows of requests; none are known where inputs have no rows."""
@@ -361,10 +368,15 @@ class Execution:
                 raise
             raise HandlerFailed(f"{self._where}: it refuses what preprocess returned: {error}") from error
         except BaseException as error:
-            explained = instance.model.explain(error)  # a handler may call the framework's own model
-            if isinstance(explained, BadRequest):
-                explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
-            raise as_inference_error(explained, f"{self._where}: run_model failed: ") from error
+            raise self._failure_of(instance.model, error) from error
+
+    def _failure_of(self, model: Model, error: BaseException) -> InferenceError:
+        # Not where `error` is caught: it leads to the variables there, and one that led back to it would keep the
+        # messages of the batch until the garbage collector ran.
+        explained = model.explain(error)  # a handler may call the framework's own model
+        if isinstance(explained, BadRequest):
+            explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
+        return as_inference_error(explained, f"{self._where}: run_model failed: ")
 
     def _answer(
         self,
@@ -412,11 +424,10 @@ def _encode(codec: Templates, model: Model, request: Request, template: Template
     try:
         return codec.encode_response(narrow(payload, request), request, template)
     except TypeError as error:
-        failure = error
+        said = str(error)  # not the error: it leads to this frame, and the request would be garbage
     try:  # the framework's own tensors, perhaps
         return codec.encode_response(narrow(model.to_numpy(payload), request), request, template)
     except TypeError as error:
-        failure = error
+        raise TypeError(f"{error}; postprocess returned {kind_of(payload)}") from error
     except RecursionError:  # it is nested more deeply than Python recurses
-        pass
-    raise TypeError(f"{failure}; postprocess returned {kind_of(payload)}") from failure
+        raise TypeError(f"{said}; postprocess returned {kind_of(payload)}") from None

@@ -390,8 +390,10 @@ def _names(there: Mapping[str, Any]) -> str:
 def in_words(error: BaseException) -> str:
     """`error` and every cause of it, outermost first; the type is named where it is none of ours."""
     words: list[str] = []
+    seen: set[int] = set()
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and id(link) not in seen:  # `raise error from error` makes a circle
+        seen.add(id(link))
         text = text_of(link)
         known = type(link).__module__ == ModelError.__module__
         said = text if known and text else f"{type(link).__name__}: {text}" if text else type(link).__name__

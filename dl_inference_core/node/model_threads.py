@@ -16,7 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard, TypeVar
 
 from dl_inference_core import children
 from dl_inference_core.failures import as_inference_error
@@ -66,7 +66,7 @@ class ModelThread:
         self._gathers = False
         self._given_up = False
         self._lock = threading.Lock()
-        """Of `_gathers` and `_given_up`."""
+        """Held to take an item and to give the thread up: a thread that was given up takes none."""
         self._thread: threading.Thread | None = None
 
     def start(self, name: str, ended: Callable[[], None]) -> None:
@@ -87,31 +87,44 @@ class ModelThread:
     def take(self, until: float, enough: int) -> QueuedRequest | None:
         """Another request for the current batch. Where none waits, waits until `until`, by `time.monotonic`, or for
         `enough` requests. A task, or a request that shares no batch, is next after this batch, and completes it."""
-        if self._ends or self._next is not None:
-            return None
-        try:
-            item = self._queue.take(wait=False)
-            while item is None and until > (since := time.monotonic()):
-                if not self._queue.wait_for_more(min(until, since + _LONGEST_SLEEP_S), enough):
-                    break
-                seconds, began = self.spent
-                self.spent = seconds, began + time.monotonic() - since  # waiting is not work
+        request = self._take()
+        while request is None and self._wait_for_more(until, enough):
+            request = self._take()
+        return request
+
+    def _take(self) -> QueuedRequest | None:
+        with self._lock:
+            if self._given_up or self._ends or self._next is not None:
+                return None
+            try:
                 item = self._queue.take(wait=False)
-        except StopIteration:
-            self._ends = True
-            return None
-        if isinstance(item, QueuedRequest):
-            self.requests.append(item)
-            if item.protocol.codec_at:
+            except StopIteration:
+                self._ends = True
+                return None
+            if _shares_batches(item):
+                self.requests.append(item)
                 return item
-            self.requests.pop()
-        self._next = item
-        return None
+            self._next = item
+            return None
+
+    def _wait_for_more(self, until: float, enough: int) -> bool:
+        """Returns whether it is worth to look for another request."""
+        since = time.monotonic()
+        seconds, began = self.spent
+        with self._lock:
+            if self._given_up or self._ends or self._next is not None or since >= until:
+                return False
+            self.spent = seconds + since - began, math.inf  # waiting is not work
+        more = self._queue.wait_for_more(min(until, since + _LONGEST_SLEEP_S), enough)
+        self.spent = seconds, began + time.monotonic() - since
+        return more
 
     def begin_model(self, requests: int, rows: int) -> None:
         """The batch is complete: so many requests with so many rows come to the model. Another thread may gather."""
-        self._queue.begin_batch(self.number, requests, rows)
-        self._stop_gathering()
+        with self._lock:
+            if not self._given_up:
+                self._queue.begin_batch(self.number, requests, rows)
+                self._stop_gathering()
 
     def _work(self) -> bool:
         """Returns whether it came to the end of the queue; False where it was given up."""
@@ -130,12 +143,12 @@ class ModelThread:
             took_s = time.monotonic() - self.spent[1]
             seconds += took_s
             with self._lock:
+                taken, self.requests = len(self.requests), []
                 if self._given_up:
                     return False
                 self.spent = seconds, math.inf
-            taken, self.requests = len(self.requests), []
-            self._stop_gathering()
-            self._queue.end_batch(self.number, taken, requests, took_s)
+                self._stop_gathering()
+                self._queue.end_batch(self.number, taken, requests, took_s)
         return True
 
     def _following(self) -> QueuedRequest | Task | None:
@@ -148,16 +161,19 @@ class ModelThread:
             self._queue.gathering.acquire()
             self._gathers = True
         try:
-            return self._queue.take(wait=True)
+            item = self._queue.take(wait=True)
         except StopIteration:
-            self._stop_gathering()
-            return None
+            item = None
+        if not _shares_batches(item):
+            with self._lock:
+                self._stop_gathering()
+        return item
 
     def _stop_gathering(self) -> None:
-        with self._lock:
-            if self._gathers and not self._given_up:
-                self._gathers = False
-                self._queue.gathering.release()
+        """With the lock."""
+        if self._gathers:
+            self._gathers = False
+            self._queue.gathering.release()
 
     @property
     def runs(self) -> bool:
@@ -168,6 +184,11 @@ class ModelThread:
     def stuck(self) -> bool:
         """Whether the watchdog has reported the batch that it works on. Any thread."""
         return self.reported == self.spent[1]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether it keeps other threads from gathering batches. Any thread."""
+        return self._gathers
 
     def stack(self) -> str:
         """Where the thread is, as Python prints a traceback; "" if it has ended. Any thread."""
@@ -184,12 +205,16 @@ class ModelThread:
             if not self.stuck:
                 return None
             self._given_up = True
-            if self._gathers:
-                self._queue.gathering.release()
-        self._queue.end_batch(self.number, len(self.requests))
-        if self._ends:  # it has taken a token that ends one thread
-            self._queue.close(1)
-        return ModelThread(self.number, self._queue, self._run, self._next)
+            self._stop_gathering()
+            self._queue.end_batch(self.number, len(self.requests))
+            if self._ends:  # it has taken a token that ends one thread
+                self._queue.close(1)
+            following, self._next = self._next, None
+        return ModelThread(self.number, self._queue, self._run, following)
+
+
+def _shares_batches(item: QueuedRequest | Task | None) -> TypeGuard[QueuedRequest]:
+    return isinstance(item, QueuedRequest) and bool(item.protocol.codec_at)
 
 
 class ModelThreads:
@@ -243,7 +268,7 @@ class ModelThreads:
             return False
         seconds, since = thread.spent
         self._worked_given_up_s += seconds + time.monotonic() - since
-        self.given_up.append(thread)
+        self.given_up = [*(each for each in self.given_up if each.runs), thread]
         self._threads[thread.number] = fresh
         self._start(fresh)
         return True

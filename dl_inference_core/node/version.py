@@ -188,8 +188,10 @@ class LoadedVersion:
     async def close(self) -> None:
         """Finish what was asked for, then close the model and free its memory. A model that is still run by a thread
         which was given up is not closed; its memory stays until that thread ends."""
-        await self._threads.close(self._release)
-        self._watchdog.stop()
+        try:
+            await self._threads.close(self._release)
+        finally:
+            self._watchdog.stop()
 
     def _release(self) -> None:
         loaded, self._loaded, self._execution = self._loaded, None, None

@@ -74,19 +74,20 @@ class Watchdog:
     @property
     def stuck(self) -> bool:
         """Whether no thread can answer requests. Any thread."""
-        return all(thread.stuck for thread in self._threads)
+        # While one thread gathers a batch, no other can begin one.
+        return all(each.stuck for each in self._threads) or any(each.stuck and each.gathers for each in self._threads)
 
     def _look_later(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._look)
 
     def _look(self) -> None:
+        self._look_later()  # whatever comes of this look
         now = time.monotonic()
         for thread in self._threads:
             since = thread.spent[1]
             if not thread.requests or since == math.inf:
                 continue
             self._judge(thread, since, now - since)
-        self._look_later()
 
     def _judge(self, thread: ModelThread, since: float, running_s: float) -> None:
         config = self._config

@@ -194,6 +194,7 @@ class Rest:
                 return
             except InferenceError as error:
                 response = _refusal(error, describe)
+                error.with_traceback(None)  # a handler that raises one object again and again would keep the message
             except Exception as error:
                 _log.exception("%s %s failed", request.method, scope["path"])
                 response = _refusal(InferenceError(f"unexpected {type(error).__name__}"), describe)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -390,6 +392,39 @@ def test_answer_that_the_protocol_cannot_hold(tmp_path: Path, payload: Any) -> N
                 await ask(model, x(1))
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("stage", ["preprocess", "run_model", "postprocess", "encoding"])
+def test_a_request_that_fails_is_not_kept_until_the_garbage_collector_runs(
+    tmp_path: Path, stage: str, no_collector: None
+) -> None:
+    calls: list[weakref.ref[Any]] = []
+
+    class Failing(Handler):
+        def preprocess(self, request: Request) -> Any:
+            calls.append(weakref.ref(request.call))
+            assert stage != "preprocess"
+            return super().preprocess(request)
+
+        def run_model(self, model: Model, inputs: Any, request: Request) -> Any:
+            assert stage != "run_model"
+            return super().run_model(model, inputs, request)
+
+        def postprocess(self, outputs: Any, request: Request) -> Payload:
+            assert stage != "postprocess"
+            return {"x": object()}  # type: ignore[dict-item]
+
+    async def main() -> None:
+        async with served(tmp_path, Failing) as model:
+            with pytest.raises(HandlerFailed, match=stage):
+                await ask(model, x(1))
+            await until(lambda: len(calls) == 1 and calls[0]() is None)
+
+    logging.disable()  # the test's own handlers keep what is logged
+    try:
+        asyncio.run(main())
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_everything_happens_inside_the_session_on_the_versions_own_threads(

@@ -184,6 +184,14 @@ async def test_a_request_in_pieces_ends_with_its_client(tmp_path: Path) -> None:
         assert it.model.sizes == [4, 1]
 
 
+async def test_a_request_in_pieces_ends_with_its_deadline(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        it.model.sleep_s = 0.1
+        with pytest.raises(DeadlineExceeded, match="between two calls of model"):
+            await it.ask(*range(100), deadline=time.monotonic() + 0.3)
+        assert len(it.model.sizes) < 25
+
+
 async def test_a_client_that_keeps_failing_gets_batches_of_its_own(tmp_path: Path) -> None:
     async with scene(tmp_path) as it:
         bad = (("x-client-id", "bad"),)
@@ -194,6 +202,20 @@ async def test_a_client_that_keeps_failing_gets_batches_of_its_own(tmp_path: Pat
         answers = await it.together(it.ask(1), it.ask(POISON, metadata=bad), it.ask(3), it.ask(4, metadata=bad))
         assert [answers[0], *answers[2:]] == [[2], [6], [8]]
         assert it.model.sizes == [1, 2, 2, 1, 1], "the two of the bad client are tried together, then each alone"
+
+
+async def test_a_client_that_keeps_leaving_shares_batches_as_before(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        hasty = (("x-client-id", "hasty"),)
+        for _ in range(3):
+            it.model.hold.clear()
+            leaving = asyncio.create_task(it.ask(*range(100), metadata=hasty))
+            await asyncio.to_thread(it.model.entered.acquire)
+            leaving.cancel()
+            await asyncio.wait((leaving,))
+            it.model.hold.set()
+        assert await it.together(it.ask(1), it.ask(2, metadata=hasty)) == [[2], [4]]
+        assert it.model.sizes == [4, 4, 4, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -435,7 +457,7 @@ async def test_a_poisonous_request_fails_alone(tmp_path: Path) -> None:
         assert it.model.sizes == [1, 3, 1, 2, 1, 1]
 
 
-async def test_of_many_a_poisonous_one_is_found_by_halves(tmp_path: Path) -> None:
+async def test_of_many_a_poisonous_one_is_found_by_halves(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with scene(tmp_path) as it:
         rows = [float(number) for number in range(64)]
         rows[37] = POISON
@@ -445,6 +467,10 @@ async def test_of_many_a_poisonous_one_is_found_by_halves(tmp_path: Path) -> Non
         ]
         assert isinstance(answers[37], HandlerFailed)
         assert len(it.model.sizes) == 1 + 1 + 2 * 6  # the one that held the thread, all 64, and both halves six times
+        (record,) = caplog.records
+        assert (record.exc_text or "").count("Traceback (most recent") == 2, (
+            "the failure and its cause, of its own call alone"
+        )
 
 
 @pytest.mark.parametrize("stage", ["preprocess", "postprocess"])
@@ -798,7 +824,7 @@ async def test_a_higher_priority_is_served_first_and_takes_a_place_in_a_full_que
         assert [float(call["x"][0, 0]) for call in it.model.calls] == [0, 3, 2]
 
 
-@pytest.mark.parametrize("value", ["0", "4", "-1", "high", "", "²"])
+@pytest.mark.parametrize("value", ["0", "4", "-1", "high", "", "²", pytest.param("1" * 5000, id="5000 digits")])
 async def test_a_priority_that_is_none(tmp_path: Path, value: str) -> None:
     async with scene(tmp_path, "[queue]\npriorities = 3") as it:
         with pytest.raises(BadRequest, match="expected 1 to 3"):

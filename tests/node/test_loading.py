@@ -237,3 +237,10 @@ def test_an_error_that_cannot_say_what_it_is_has_its_type_in_words() -> None:
     error = ModelError("handler.py cannot be imported")
     error.__cause__ = Mute()
     assert in_words(error) == "handler.py cannot be imported; because of Mute"
+
+
+def test_an_error_that_is_its_own_cause_has_words() -> None:
+    """As `raise error from error` makes it."""
+    error = ModelError("handler.py cannot be imported")
+    error.__cause__ = error
+    assert in_words(error) == "handler.py cannot be imported"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import sys
+import threading
 import time
 import weakref
 from typing import Any
@@ -63,6 +66,35 @@ async def test_a_closed_queue_takes_no_request_and_ends_its_threads_after_what_w
         rig.take()
 
 
+async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_threads_do() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(100):
+            rig = Rig()
+            put: list[QueuedRequest] = []
+
+            def putting(rig: Rig = rig, put: list[QueuedRequest] = put) -> None:
+                while len(put) < 1000 and rig.queue.put(request := queued()):
+                    put.append(request)
+
+            threads = [threading.Thread(target=putting) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            while len(put) < 20:  # noqa: ASYNC110 - threads put
+                await asyncio.sleep(0)
+            rig.queue.close(1)
+            taken = []
+            with contextlib.suppress(StopIteration):
+                while True:
+                    taken.append(rig.queue.take(wait=True))
+            for thread in threads:
+                thread.join()
+            assert len(taken) == len(put)
+    finally:
+        sys.setswitchinterval(interval)
+
+
 @pytest.mark.parametrize(("deadline_s", "refused"), [(None, False), (0.3, True), (30.0, False)])
 async def test_the_delay_of_the_interpreter_counts(deadline_s: float | None, refused: bool) -> None:
     """Where a handler holds the GIL for half a second at a time."""
@@ -93,6 +125,22 @@ async def test_requests_whose_clients_have_left_make_room() -> None:
     assert [rig.take(), rig.take()] == [second, third]
 
 
+async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None:
+    """By one of the next refusals: to look at a long queue for each would cost more than the requests."""
+    rig = Rig(max_requests=1000)
+    waiting = [queued() for _ in range(1000)]
+    for request in waiting:
+        rig.queue.put(request)
+    for request in waiting[:-1]:
+        request.end()
+    for _ in range(1000 // 64):
+        with pytest.raises(Overloaded):
+            rig.queue.put(queued())
+    last = queued()
+    assert rig.queue.put(last)
+    assert [rig.take(), rig.take(), rig.take()] == [waiting[-1], last, None]
+
+
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
     rig = Rig()
     late = queued(expires_at=time.monotonic() + 0.02)
@@ -112,6 +160,28 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
     del taken, request, late, rig
     gc.collect()
     assert gone() is None
+
+
+async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the request may wait."""
+    loop, delays = asyncio.get_running_loop(), []
+    monkeypatch.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
+    rig = Rig()
+    request = queued(expires_at=time.monotonic() + 3600)
+    rig.queue.put(request)
+    await asyncio.sleep(0)
+    assert delays == [1.0]
+
+
+async def test_a_request_is_refused_in_time_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dl_inference_core.node.queue._LONGEST_TIMER_S", 0.01)
+    rig = Rig()
+    request = queued(expires_at=time.monotonic() + 0.1)
+    rig.queue.put(request)
+    async with asyncio.timeout(10):
+        while not rig.refused:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(0.005)
+    assert time.monotonic() >= request.expires_at
 
 
 async def test_a_node_measures_how_late_its_event_loop_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,19 @@ async def test_a_version_of_several_threads_is_ready_while_one_of_them_works(
         assert await asyncio.gather(first, second) == [[-1], [-2]]
 
 
+async def test_a_version_is_not_ready_while_the_thread_that_gathers_is_stuck(
+    tmp_path: Path, hanging: type[Hanging]
+) -> None:
+    """Where batches wait for more requests, no other thread can begin one."""
+    toml = f"threads = 2\n{HELD}\n[watchdog]\nstuck_after_s = 0.1\nreplace_after_s = 0"
+    async with serving(tmp_path, hanging, toml) as (model, _):
+        stuck = asyncio.create_task(ask(model, -1))
+        await until(lambda: not model.ready)
+        hanging.go.set()
+        assert await stuck == [-1]
+        await until(lambda: model.ready)
+
+
 @pytest.mark.parametrize("batching", [ALONE, HELD])
 async def test_a_fresh_thread_takes_over(
     tmp_path: Path, hanging: type[Hanging], caplog: pytest.LogCaptureFixture, batching: str
@@ -179,3 +192,21 @@ async def test_a_load_is_not_a_batch(tmp_path: Path, caplog: pytest.LogCaptureFi
     async with serving(tmp_path, Slow, "[watchdog]\nstuck_after_s = 0.05\nreplace_after_s = 0.1") as (model, _):
         assert await ask(model, 1) == [1]
     assert "a batch of" not in caplog.text
+
+
+async def test_nothing_looks_at_a_version_whose_closing_is_given_up(
+    tmp_path: Path, hanging: type[Hanging], caplog: pytest.LogCaptureFixture
+) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", inputs={"x": ["float32", [None, None]]})
+    toml = f'handler = "it"\n{ALONE}\n[watchdog]\nstuck_after_s = 0.3\nreplace_after_s = 0'
+    (tmp_path / "m" / "model.toml").write_text(toml, encoding="utf-8")
+    repository = Repository(tmp_path, backends={"fake": FakeBackend()}, handlers={"it": hanging})
+    await repository.start()
+    stuck = asyncio.create_task(ask(repository.models["m"], -1))
+    await asyncio.sleep(0)
+    await repository.close(grace_s=0.01)
+    await asyncio.sleep(0.6)
+    assert "still busy" in caplog.text
+    assert "a batch of" not in caplog.text
+    hanging.go.set()
+    assert await stuck == [-1]
