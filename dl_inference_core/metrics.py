@@ -215,7 +215,9 @@ class Metrics:
         self._stuck_batches.labels(model).inc()
 
     def model_gone(self, model: str) -> None:
-        """There is no model of that name any more. What was counted of its batches goes with it."""
+        """There is no model of that name any more. What was counted of it goes with it: models may come and go for
+        ever."""
+        self._requests.remove(model)
         if self._of_batches.pop(model, None) is not None:
             self._batch_rows.remove(model)
         if model in self._stuck_models:

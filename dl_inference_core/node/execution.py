@@ -224,7 +224,7 @@ class Execution:
             if alone:
                 self._complain(error.__cause__)
             if len(parts) == 1:
-                if error.blame is not Blame.NOBODY:  # as where its client has left
+                if not alone and error.blame is not Blame.NOBODY:  # the model's fault; its client has left
                     self._suspects.failed(client_of(parts[0].queued.metadata))
                 completions.fail(parts[0].queued, error)
                 return

@@ -34,7 +34,7 @@ class WatchdogConfig(PluginOptions):
     stuck_after_s: float = Field(default=20.0, ge=0)
     """seconds after which a running batch counts as stuck: the log shows where its thread is, and the version is not
     ready while all its threads are stuck; 0 means never. Raise it for a model that takes longer for honest requests"""
-    replace_after_s: float = Field(default=120.0, ge=0)
+    replace_after_s: float = Field(default=300.0, ge=0)
     """seconds after which the requests of a stuck batch fail with INTERNAL, and a fresh thread takes over; the stuck
     thread ends when its call returns; 0 means never"""
 
