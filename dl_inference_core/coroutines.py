@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,6 +17,12 @@ UnaryHandler: TypeAlias = Callable[[Exchange], Awaitable[Message | Answer]]
 
 StreamHandler: TypeAlias = Callable[[Exchange, AsyncIterator[Message]], AsyncIterator[Message]]
 """The answers to a client's messages; may raise an InferenceError. Cancelled likewise."""
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], object]) -> None:
+    """Have `function` called on `loop`, unless that is closed: then nobody waits. Any thread."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function)
 
 
 class Coroutines:

@@ -261,14 +261,19 @@ def text_of(error: BaseException) -> str:
         return ""
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, its `__cause__`, that one's `__cause__`, and so on; each once, as `raise error from error` makes a
-    circle."""
+def causes(error: BaseException | None, *, implied: bool = False) -> Iterator[BaseException]:
+    """`error`, its `__cause__`, the cause of that, and so on; each once: `raise error from error` makes a circle.
+
+    Args:
+        implied: an error without a `__cause__` was caused by the error that was handled when it was raised, unless
+            `from None` says otherwise.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
         seen.add(id(error))
-        error = error.__cause__
+        handled = error.__context__ if implied and not error.__suppress_context__ else None
+        error = error.__cause__ or handled
 
 
 def from_status(code: Code, message: str) -> InferenceError:

@@ -96,7 +96,7 @@ class Call(Interface):
 
     @property
     def deadline(self) -> float | None:
-        """When the client no longer waits, in seconds on the clock of `time.monotonic`; None is no deadline."""
+        """When the client no longer waits, in seconds on the clock of `time.monotonic`; None if it waits for ever."""
 
     @property
     def metadata(self) -> Metadata:
@@ -164,7 +164,7 @@ class Request:
 
     @property
     def deadline(self) -> float | None:
-        """When the client no longer waits, in seconds on the clock of `time.monotonic`; None is no deadline."""
+        """When the client no longer waits, in seconds on the clock of `time.monotonic`; None if it waits for ever."""
         return self.call.deadline
 
     @property

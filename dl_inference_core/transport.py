@@ -121,7 +121,7 @@ class Exchange(ABC):
             for.
         metadata: the client's own. Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent,
             names that begin with ":").
-        deadline: on the clock of `time.monotonic`, in seconds; None is no deadline.
+        deadline: on the clock of `time.monotonic`, in seconds; None if the client set none.
         state: what the service keeps of this exchange. It and `metadata` may be set.
     """
 

@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         name: its key in the JSON.
-        most: the goal, in units; None is no goal.
+        most: the goal, in units; None where there is none.
     """
 
     name: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import enum
 import errno
 import logging
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dl_inference_core import sockets
+from dl_inference_core.coroutines import call_soon
 from dl_inference_core.errors import Blame, Code, InferenceError, NodeGaveUp, NodeUnreachable
 from dl_inference_core.transport import Connection
 from dl_inference_core.wire.protocol import VERSIONS
@@ -193,5 +193,4 @@ def call_on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], object]
     if here:
         function()
     else:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(function)
+        call_soon(loop, function)

@@ -89,8 +89,9 @@ class LoadMeter:
         self.start()
 
     def delay_s(self) -> float:
-        """For how many seconds threads of this process lately waited for the interpreter, by how late timers of the
-        event loop were: long where a handler holds the GIL. 0 where that is no more than on any busy machine."""
+        """For how many seconds threads of this process lately waited for the interpreter, measured by how late timers
+        of the event loop were. It is long where a handler holds the GIL. It is 0 where it is as short as on any busy
+        machine."""
         return self._delay_s if self._delay_s > _NORMAL_DELAY_S else 0.0
 
     def watch(self, worked: Callable[[], float], threads: int) -> Work:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, Field
 
 from dl_inference_core import children
 from dl_inference_core.config import NamedModel, PluginOptions, validated
-from dl_inference_core.errors import InferenceError, ModelError, text_of
+from dl_inference_core.errors import InferenceError, ModelError, causes, text_of
 from dl_inference_core.files import decode
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.batching import BatchingConfig
@@ -390,14 +390,10 @@ def _names(there: Mapping[str, Any]) -> str:
 def in_words(error: BaseException) -> str:
     """`error` and every cause of it, outermost first; the type is named where it is none of ours."""
     words: list[str] = []
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:  # `raise error from error` makes a circle
-        seen.add(id(link))
+    for link in causes(error, implied=True):
         text = text_of(link)
         known = type(link).__module__ == ModelError.__module__
         said = text if known and text else f"{type(link).__name__}: {text}" if text else type(link).__name__
         if not any(said in before for before in words):
             words.append(said)
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return "; because of ".join(words)

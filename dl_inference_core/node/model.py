@@ -156,7 +156,7 @@ class ServedModel:
             request = _queued(exchange, protocol)
             exchange.on_cancel(request.end)
             while not self._pick(key).submit(request):
-                pass  # the version was closed since it was picked, and is no longer published
+                pass  # the version was closed meanwhile; the model has published others, or none
         except InferenceError as error:
             error.trailers = self._meter.answered(error)
             raise

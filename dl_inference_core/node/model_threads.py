@@ -7,7 +7,6 @@ gives a thread up under that thread's lock.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import sys
@@ -19,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard, TypeVar
 
 from dl_inference_core import children
+from dl_inference_core.coroutines import call_soon
 from dl_inference_core.failures import as_inference_error
 from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
 
@@ -327,9 +327,3 @@ class ModelThreads:
         if last:
             self._at_end()
             del self._at_end  # it leads to the version, and the version leads here
-
-
-def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-    """Have `function` called on `loop`, unless that is closed: then nobody waits. Any thread."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function)

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 _CLIENT_KEYS = frozenset({"authorization", "x-api-key", "x-client-id"})
 """Metadata that names a client, also behind a gateway."""
 _ISOLATED_AT, _HIGHEST = 3, 8
-"""Scores: a failure adds one, a success takes one. Three failures more than successes are no accident; after eight, it
-takes as many successes until a client that has mended its requests shares batches again."""
+"""Scores: each failure adds one, each success takes one. A client with three failures more than successes is isolated.
+Because no score is above eight, a client that has mended its requests shares batches again after eight successes."""
 _MOST_CLIENTS = 1024
 
 

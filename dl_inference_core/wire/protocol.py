@@ -54,7 +54,7 @@ class RoutingKey(typing.NamedTuple):
         model: the name of a model; a task id if the request gives a number; None if the request names no model and its
             protocol allows that.
         version: the version asked for: a number, or Open Inference's text; None or "" is the newest version.
-        label: the label of the version asked for, where `version` is None; "" is no label.
+        label: the label of the version asked for, where `version` is None; "" if the request gives no label.
     """
 
     model: str | int | None
