@@ -39,7 +39,7 @@ from dl_inference_core.tensors import Payload, Request, Response, as_tensor, fro
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import from_strings
-from dl_inference_core.wire.protocol import RoutingKey
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 LIMIT = 100_000
 ADDRESSED = RoutingKey("m")

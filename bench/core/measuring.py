@@ -12,6 +12,7 @@ from bench.core.transport import MemoryTransport
 from bench.rounds import turns
 from dl_inference_core.app import App
 from dl_inference_core.cli import _settle
+from dl_inference_core.errors import Code
 from dl_inference_core.gateway.balancing import Outcome
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.metrics import Metrics
@@ -60,6 +61,9 @@ async def measure(rounds: int, share: float, measured: Callable[[], None]) -> tu
         hedging = await stack.enter_async_context(setup.serving(**setup.gateway(hedge=True)))
         node = await stack.enter_async_context(setup.node())
         passing, echoing, hopping = (setup.behind(each) for each in (setup.Passing, setup.Echoing, setup.Hopping))
+        key = loads.PROTOCOL.read_key(loads.make_requests(1)[0])
+        for transport in (*map(_transport, (gateway, hedging, node)), passing, echoing, hopping):
+            transport.key = key
         parts = {
             **dict(_calls(gateway, share)),
             **dict(_forwarding(share, gateway=_transport(gateway), hedging=_transport(hedging), passing=passing)),
@@ -108,7 +112,7 @@ def _calls(app: App, share: float) -> Parts:
     messages = loads.make_requests(_count(_ALONE, share))
     following = cycle(messages)
     codec, read_key = loads.PROTOCOL.codec, loads.PROTOCOL.read_key
-    success, value = Outcome.SUCCESS, Outcome.SUCCESS.value  # a look-up of it takes a sixth of the unit
+    success = Outcome.SUCCESS  # a look-up of it takes a sixth of the unit
 
     def choose() -> None:
         balancer.record(balancer.choose(fakes, EXCHANGE), success, _SECONDS)
@@ -117,8 +121,8 @@ def _calls(app: App, share: float) -> Parts:
         route.picker.record(route.picker.choose(nodes, EXCHANGE), success, _SECONDS)
 
     def count() -> None:
-        app.metrics.request(loads.PROTOCOL.name, loads.MODEL, "OK", _SECONDS)
-        app.metrics.attempt(loads.MODEL, nodes[0].address, value)
+        app.metrics.requests(loads.PROTOCOL.name, loads.MODEL).count(Code.OK, _SECONDS)
+        nodes[0].attempts.successes += 1
 
     def transcode() -> None:
         request = codec.decode_request(next(following))

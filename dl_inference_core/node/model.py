@@ -12,16 +12,8 @@ from typing import TYPE_CHECKING
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotFound, ModelNotReady
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.wire import messages, openinference, tfserving_models
-from dl_inference_core.wire.protocol import (
-    METADATA,
-    MULTI_INFERENCE,
-    READY,
-    SIGNATURES,
-    TRANSFORMS,
-    VERSIONS,
-    Protocol,
-    RoutingKey,
-)
+from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, READY, SIGNATURES, TRANSFORMS, VERSIONS, Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 if TYPE_CHECKING:
     from dl_inference_core.node.backend import Signature, TensorSpec

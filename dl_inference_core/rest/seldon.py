@@ -20,7 +20,8 @@ from dl_inference_core.introspection import Readiness
 from dl_inference_core.rest.answering import Refused, Rest, decoded, raw_path
 from dl_inference_core.rest.documents import checked_object, form_fields, multipart_fields, parsed
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol, RoutingKey, task_of
+from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey, task_of
 
 if TYPE_CHECKING:
     from dl_inference_core.transport import Message, Metadata

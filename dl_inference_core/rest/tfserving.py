@@ -14,7 +14,8 @@ from starlette.routing import BaseRoute, Mount
 from dl_inference_core.errors import BadRequest, Code
 from dl_inference_core.rest.answering import Rest, decoded, raw_path
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol, RoutingKey
+from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 if TYPE_CHECKING:
     from dl_inference_core.wire.protocol import Codec

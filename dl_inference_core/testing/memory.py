@@ -9,7 +9,18 @@ from collections.abc import Awaitable, Callable
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, InferenceError
 from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.routing import Upstream
-from dl_inference_core.transport import Answer, Attempt, Connection, Done, Extras, Message, Metadata, Timer, Trailers
+from dl_inference_core.transport import (
+    Answer,
+    Attempt,
+    Connection,
+    Done,
+    Extras,
+    Message,
+    Metadata,
+    Timer,
+    Trailers,
+    with_added,
+)
 from dl_inference_core.wire.protocol import Protocol, well_formed
 
 
@@ -38,7 +49,8 @@ class MemoryExchange(LocalExchange):
         assert extras is None
 
         async def call() -> Answer:
-            answer = await connection.call(method, self.message, metadata=metadata, timeout_s=timeout_s)
+            sent = with_added(self.metadata, metadata)
+            answer = await connection.call(method, self.message, metadata=sent, timeout_s=timeout_s)
             if not well_formed(answer.message) and (answer.message or not allow_empty):
                 raise AnswerMalformed("the answer is not a protobuf message")
             return answer

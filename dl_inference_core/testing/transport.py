@@ -39,12 +39,13 @@ from dl_inference_core.testing.loopback import (
     warm,
 )
 from dl_inference_core.testing.transport_exchanges import ExchangeConformance
+from dl_inference_core.testing.transport_routing import RoutingConformance
 from dl_inference_core.testing.transport_servers import ServerConformance
 from dl_inference_core.testing.transport_tls import TlsConformance
 from dl_inference_core.transport import Answer, Exchange, Limits, Message, Transport
 
 
-class TransportConformance(ExchangeConformance, ServerConformance, TlsConformance):
+class TransportConformance(ExchangeConformance, RoutingConformance, ServerConformance, TlsConformance):
     """What every transport must keep, over real sockets on the loopback interface::
 
     class TestGrpcioTransport(TransportConformance):
