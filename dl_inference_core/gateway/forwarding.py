@@ -13,7 +13,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 
 from dl_inference_core.config import RouteConfig
 from dl_inference_core.errors import (
@@ -147,8 +146,9 @@ class Forwarder:
         hops = self._first_hop if before is None else self._next_hop(str(before))
         now = self.clock.now()
         forwarding = _Forwarding(self, exchange, protocol, hops, now)
-        with self.lock:
-            nodes = self.pool.steady
+        self.lock.acquire()  # `with` takes 0.1 µs more
+        try:
+            nodes = self.pool.steady()
             if nodes and self.limited:
                 nodes = self.admission.free(nodes)
             # Nearly always one of `nodes` is chosen, and the lock released, with nothing else to be done.
@@ -156,6 +156,8 @@ class Forwarder:
             if node is None:
                 self._admit(forwarding)
             actions = self.take_actions() if self.actions else ()
+        finally:
+            self.lock.release()
         if node is not None:
             forwarding.attempt(node, now)
         if actions:
@@ -335,7 +337,7 @@ class _Forwarding:
         self._exchange.forward(
             node.endpoint.connection,
             protocol.node_method,
-            partial(self._attempt_ended, node, timeout_s),
+            lambda error, trailers, seconds: self._attempt_ended(node, timeout_s, error, trailers, seconds),
             timeout_s=timeout_s,
             metadata=self._hops,
             allow_empty=protocol.allow_empty,
@@ -354,7 +356,8 @@ class _Forwarding:
             outcome = _OUTCOMES.get(error.blame, Outcome.NEUTRAL)
             if outcome is Outcome.FAILURE:
                 node.endpoint.health.failed(error)
-        with route.lock:
+        route.lock.acquire()  # as in `begin`
+        try:
             self._running -= 1
             self._record(node, outcome, trailers, seconds)
             if self._hedging is not None and (self._answered or not self._running):
@@ -362,6 +365,8 @@ class _Forwarding:
             if error is not None and not self._answered and not self._ended:
                 self._go_on(error, trailers)
             actions = route.take_actions() if route.actions else ()
+        finally:
+            route.lock.release()
         if actions:
             do(actions)
 

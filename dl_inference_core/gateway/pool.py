@@ -242,7 +242,6 @@ class Pool:
             self._spared = set()
         return self._snapshot
 
-    @property
     def steady(self) -> Sequence[Node]:
         """The nodes that may be chosen, where no health has changed and each may have its whole share of the requests;
         else none: ask `due` and `usable`."""
