@@ -25,6 +25,7 @@ from typing import Protocol as Interface
 
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import Code, InferenceError
+from dl_inference_core.http_exchange import HttpService
 
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 """Those of one key in order; keys in lower case, values `bytes` where the key ends in "-bin"."""
@@ -279,6 +280,19 @@ HttpApp: TypeAlias = Callable[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Http:
+    """What answers HTTP.
+
+    Attributes:
+        service: answers the requests that are exchanges.
+        app: answers the others.
+    """
+
+    service: HttpService
+    app: HttpApp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Attributes:
     message_bytes: largest message, in either direction; over it RESOURCE_EXHAUSTED.
@@ -399,7 +413,7 @@ class Transport(ABC):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> Server:
         """Listen on each of `addresses`, and have `service` answer.
 
