@@ -34,7 +34,7 @@ class HttpExchange(ABC):
 
     Attributes:
         verb: "GET", "POST", ...
-        path: as the request has it, percent-encoded, without the query.
+        path: as the request has it, percent-encoded, without the query; its bytes as Latin-1, as those of the next two.
         query: what follows "?", percent-encoded; "" if nothing does.
         headers: the client's, by names in lower case; of a name that comes several times the first value.
         body: all of it, without its content encoding; b"" before the exchange has begun.
@@ -65,7 +65,7 @@ class HttpExchange(ABC):
 
 
 class HttpService(Interface):
-    """What answers HTTP exchanges. Must not raise. Its properties are read once, when it is served."""
+    """What answers HTTP exchanges. Must not raise, and must not block. Its properties never change."""
 
     @property
     def paths(self) -> Sequence[str]:
@@ -88,7 +88,7 @@ class HttpService(Interface):
         - `MessageTooLarge`: the body is over the limit. It has not begun.
         - `Refused`: the status is 415: a content encoding other than gzip and identity. It has not begun.
         - `BadRequest`: the body is not in its content encoding. It has not begun.
-        - `DeadlineExceeded`: the time limit has passed, before or after it has begun.
+        - `DeadlineExceeded`: the time limit has passed, before or after it has begun; after what `on_cancel` was given.
         """
 
 
