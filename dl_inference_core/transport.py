@@ -26,6 +26,7 @@ from typing import Protocol as Interface
 
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import Code, InferenceError
+from dl_inference_core.http_exchange import HttpService
 from dl_inference_core.wire.routing_keys import KeyFields, RoutingKey
 
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
@@ -307,6 +308,19 @@ HttpApp: TypeAlias = Callable[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Http:
+    """What answers HTTP.
+
+    Attributes:
+        service: answers the requests that are exchanges.
+        app: answers the others.
+    """
+
+    service: HttpService
+    app: HttpApp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Attributes:
     message_bytes: largest message, in either direction; over it RESOURCE_EXHAUSTED.
@@ -427,7 +441,7 @@ class Transport(ABC):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> Server:
         """Listen on each of `addresses`, and have `service` answer.
 

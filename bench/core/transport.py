@@ -23,7 +23,7 @@ from dl_inference_core.transport import (
     Done,
     Exchange,
     Extras,
-    HttpApp,
+    Http,
     Limits,
     Message,
     Metadata,
@@ -156,7 +156,7 @@ class MemoryTransport(Transport):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> Server:
         self.service = service
         return _MemoryServer()

@@ -7,10 +7,10 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.model_threads import ModelThread, ModelThreads
 from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
 
 
@@ -28,7 +28,7 @@ class Rig:
 
     def put(self, name: bytes, protocol: Protocol = PROTOCOLS["openinference"]) -> weakref.ref[QueuedRequest]:
         self._gates[name] = threading.Event()
-        request = QueuedRequest(LocalExchange("/m", name), protocol)
+        request = QueuedRequest(MemoryExchange("/m", name), protocol)
         assert self.queue.put(request)
         return weakref.ref(request)
 

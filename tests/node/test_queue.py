@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node import load
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue, Task
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
@@ -26,7 +26,7 @@ OIP = PROTOCOLS["openinference"]
 
 def queued(message: bytes = b"", deadline_s: float | None = None, **more: Any) -> QueuedRequest:
     deadline = None if deadline_s is None else time.monotonic() + deadline_s
-    return QueuedRequest(LocalExchange("/m", message, deadline=deadline), OIP, **more)
+    return QueuedRequest(MemoryExchange("/m", message, deadline=deadline), OIP, **more)
 
 
 class Rig:
