@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.execution import Execution, fail_request
 from dl_inference_core.node.model_threads import ModelThread, ModelThreads
-from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue
 from dl_inference_core.node.reclaiming import Remains
 from dl_inference_core.node.rehearsal import rehearse
 from dl_inference_core.node.sources import Sources

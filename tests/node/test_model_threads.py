@@ -8,9 +8,10 @@ import weakref
 from collections.abc import Callable
 
 from dl_inference_core.local_exchange import LocalExchange
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.model_threads import ModelThread, ModelThreads
-from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue
 from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
 
 
@@ -44,7 +45,7 @@ class Rig:
             self.began.append(name)
             assert self._gates[name].wait(20)
             batch.append(name)
-            request = thread.take(0.0, 1)
+            request = thread.take(1)
         thread.begin_model(len(batch), len(batch))
         self.done += batch
         return len(batch)

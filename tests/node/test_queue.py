@@ -16,9 +16,10 @@ import pytest
 from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
 from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node import load
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
-from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue, Task
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
@@ -38,8 +39,9 @@ class Rig:
         self.queue = RequestQueue("m/1", self.cost, lambda *refused: self.refused.append(refused), lambda: delay_s)
         self.queue.configure(QueueLimits(**limits))
 
-    def take(self) -> Any:
-        return self.queue.take(wait=False)
+    def take_all(self) -> list[QueuedRequest]:
+        """Every request that waits."""
+        return self.queue.take_more(sys.maxsize)
 
 
 async def test_tasks_come_first_and_requests_in_order() -> None:
@@ -51,7 +53,9 @@ async def test_tasks_come_first_and_requests_in_order() -> None:
     rig.queue.put_task(task)
     assert rig.queue.put(requests[2])
     assert rig.queue.waiting() == 3
-    assert [rig.take() for _ in range(5)] == [task, *requests, None]
+    assert rig.queue.take(0) is task
+    assert [rig.queue.take(0), *rig.take_all()] == requests
+    assert rig.queue.waiting() == 0
     assert all(request.taken for request in requests)
 
 
@@ -59,11 +63,12 @@ async def test_a_closed_queue_takes_no_request_and_ends_its_threads_after_what_w
     rig = Rig()
     request = queued()
     rig.queue.put(request)
-    rig.queue.close(1)
+    rig.queue.close()
     assert not rig.queue.put(queued())
-    assert rig.take() is request
-    with pytest.raises(StopIteration):
-        rig.take()
+    assert rig.queue.take(0) is request
+    for thread in range(2):
+        with pytest.raises(StopIteration):
+            rig.queue.take(thread)
 
 
 async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_threads_do() -> None:
@@ -83,11 +88,11 @@ async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_t
                 thread.start()
             while len(put) < 20:  # noqa: ASYNC110 - threads put
                 await asyncio.sleep(0)
-            rig.queue.close(1)
+            rig.queue.close()
             taken = []
             with contextlib.suppress(StopIteration):
                 while True:
-                    taken.append(rig.queue.take(wait=True))
+                    taken.append(rig.queue.take(0))
             for thread in threads:
                 thread.join()
             assert len(taken) == len(put)
@@ -122,7 +127,7 @@ async def test_requests_whose_clients_have_left_make_room() -> None:
         rig.queue.put(third)
     first.end()
     assert rig.queue.put(third)
-    assert [rig.take(), rig.take()] == [second, third]
+    assert rig.take_all() == [second, third]
 
 
 async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None:
@@ -138,7 +143,7 @@ async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None
             rig.queue.put(queued())
     last = queued()
     assert rig.queue.put(last)
-    assert [rig.take(), rig.take(), rig.take()] == [waiting[-1], last, None]
+    assert rig.take_all() == [waiting[-1], last]
 
 
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
@@ -154,8 +159,7 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
     taken = queued(b"message", expires_at=time.monotonic() + 1000)
     rig.queue.put(taken)
     await asyncio.sleep(0)
-    while rig.take() is not None:
-        pass
+    rig.take_all()
     gone = weakref.ref(taken)
     del taken, request, late, rig
     gc.collect()
