@@ -93,6 +93,10 @@ class Admission:
         self._free_at: dict[int, float] = {}
         """By the number of a busy thread, when it should have done what it works on, by `time.monotonic`."""
         self.threads = 1
+        # What is the same for all requests until a thread begins or ends a batch:
+        self._first_free_at = 0.0  # the least of `_free_at`, where all threads are busy
+        self._worthwhile = 1  # requests that make good use of a call
+        self._batch_s = 0.0  # what these take
 
     def configure(self, limits: QueueLimits, max_rows: int) -> None:
         """Args:
@@ -106,6 +110,7 @@ class Admission:
         if requests and rows:
             self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
         self._free_at[thread] = time.monotonic() + self._cost.seconds(requests)
+        self._foresee()
 
     def end(self, thread: int, requests: int, seconds: float) -> None:
         """The thread of that number is free again.
@@ -117,6 +122,12 @@ class Admission:
         del self._free_at[thread]
         if requests:
             self._cost.learn(requests, seconds)
+        self._foresee()
+
+    def _foresee(self) -> None:
+        self._first_free_at = min(self._free_at.values()) if len(self._free_at) >= self.threads else 0.0
+        self._worthwhile = max(1, min(self._cost.worthwhile, int(self._max_rows / self._rows_each)))
+        self._batch_s = self._cost.seconds(self._worthwhile)
 
     @property
     def busy(self) -> bool:
@@ -124,11 +135,19 @@ class Admission:
         return len(self._free_at) >= self.threads or self._delay_s() > 0
 
     def why_late(self, request: QueuedRequest, before: int) -> str:
-        """Why there is no time for `request` behind `before` others; "" if there is."""
-        wait_s, together = self._expected_wait(before)
-        takes_s = wait_s + self._cost.seconds(together) + self._delay_s()
-        deadline, max_wait_ms = request.exchange.deadline, self._limits.max_wait_ms
-        if deadline is not None and request.queued_at + _MARGIN * takes_s > deadline:
+        """Why there is no time for `request`, which has just come, behind `before` others; "" if there is.
+
+        Under overload a batch has as many requests as make good use of a call: those that have waited for long leave no
+        time for more. While fewer wait, it has all of them.
+        """
+        came_at, deadline, max_wait_ms = request.queued_at, request.exchange.deadline, self._limits.max_wait_ms
+        wait_s, batch_s = max(self._first_free_at - came_at, 0.0), self._batch_s
+        if before < self._worthwhile:
+            batch_s = self._cost.seconds(before + 1)
+        else:
+            wait_s += batch_s * (before // self._worthwhile // self.threads)
+        takes_s = wait_s + batch_s + self._delay_s()
+        if deadline is not None and came_at + _MARGIN * takes_s > deadline:
             return f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline"
         if max_wait_ms and wait_s * 1000 > max_wait_ms:
             return f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {max_wait_ms})"
@@ -142,13 +161,3 @@ class Admission:
         if waiting and size + request.size > limits.max_mb << 20:
             return f"requests of {size} bytes wait, and this one has {request.size} (max_mb is {limits.max_mb})"
         return ""
-
-    def _expected_wait(self, before: int) -> tuple[float, int]:
-        """How many seconds pass until a thread takes up a request behind `before` others, and how many requests that
-        batch then has: while few wait, all of them; under overload as many as make good use of a call, because requests
-        that have waited for long leave no time for more."""
-        worthwhile = max(1, min(self._cost.worthwhile, int(self._max_rows / self._rows_each)))
-        rounds, rest = divmod(before, worthwhile)
-        free_s = min(self._free_at.values()) - time.monotonic() if len(self._free_at) >= self.threads else 0.0
-        wait_s = max(free_s, 0.0) + self._cost.seconds(worthwhile) * (rounds // self.threads)
-        return wait_s, worthwhile if rounds else rest + 1

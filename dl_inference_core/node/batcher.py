@@ -95,6 +95,8 @@ class Batcher:
         self._cost = cost
         self._thread = thread
         self._at_once = _AT_ONCE if at_once else 1
+        self._max_rows = batching.max_rows
+        self._holds = batching.delay_s > 0
         self.parts: list[Part] = []
         """What the requests bring that need the model."""
         self._rows = 0
@@ -117,12 +119,12 @@ class Batcher:
             self._rows += part.rows
             if not part.rows or self._is_late_with(request):
                 return None
-        left = self._batching.max_rows - self._rows - self._answered
+        left = self._max_rows - self._rows - self._answered
         if left <= 0:
             return None
         most = left if left < self._at_once else self._at_once
         following = self._thread.take(most)
-        if following is None and self._batching.delay_s and self._rows not in self._batching.preferred:
+        if following is None and self._holds and self._rows not in self._batching.preferred:
             enough = self._requests_of(self._batching.next_size(self._rows) - self._rows)
             while following is None and self._thread.wait_for_more(self._hold_until, enough):
                 following = self._thread.take(most)
@@ -135,9 +137,8 @@ class Batcher:
     def _is_late_with(self, request: QueuedRequest) -> bool:
         """Whether one more request would make the model answer after a deadline that can still be met."""
         deadline, now, seconds = request.exchange.deadline, time.monotonic(), self._cost.seconds
-        if deadline is None or now + seconds(1) <= deadline:
-            if self._batching.delay_s:
-                self._hold_until = min(self._hold_until, request.hold_until)
-            if deadline is not None:
-                self._soonest = min(self._soonest, deadline)
+        if self._holds and (deadline is None or now + seconds(1) <= deadline):
+            self._hold_until = min(self._hold_until, request.hold_until)
+        if deadline is not None and deadline < self._soonest and now + seconds(1) <= deadline:
+            self._soonest = deadline
         return self._soonest < math.inf and now + seconds(len(self.parts) + 1) > self._soonest
