@@ -111,21 +111,23 @@ class Template:
         payload: Any = {
             name: np.ndarray(shape, dtype, body[start:stop]) for name, start, stop, dtype, shape in self._holes
         }
-        return Request(
-            payload=_payload(payload),
-            form=said.form,
-            model=said.model,
-            version=said.version,
-            label=said.label,
-            method=said.method,
-            signature=said.signature,
-            outputs=said.outputs,
-            names=said.names,
-            # Each has tags of its own, should somebody write in them.
-            tags=dict(said.tags),
-            parameters=dict(said.parameters),
-            id=said.id if id_ is None else body[id_.start : id_.stop].decode(),
-        )
+        request = Request.__new__(Request)  # to call the class takes three times as long, 0.9 µs
+        request.payload = payload.get(None, payload)
+        request.form = said.form
+        request.layout = said.layout
+        request.model = said.model
+        request.version = said.version
+        request.label = said.label
+        request.method = said.method
+        request.signature = said.signature
+        request.outputs = said.outputs
+        request.names = said.names
+        # Each has tags of its own, should somebody write in them.
+        request.tags = dict(said.tags)
+        request.parameters = dict(said.parameters)
+        request.id = said.id if id_ is None else body[id_.start : id_.stop].decode()
+        request.call = said.call
+        return request
 
     def other(self, within: range) -> str:
         """Another id, for trials with numbers of such bytes; the same where all of them have the same."""
