@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dl_inference_core.node.batching import Batching, Part
@@ -82,18 +83,20 @@ class RecentConcurrency:
 
 
 class Batcher:
-    """Gathers requests for one call of the model, on one model thread, from the first request on."""
+    """Gathers requests for one call of the model, on one model thread. Iterate over the requests, and `add` each before
+    the next one; the iteration ends where the batch is complete."""
 
     def __init__(
         self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest, *, at_once: bool
     ) -> None:
         """Args:
-        at_once: whether to take several requests out of the queue at once. Not where they may take long before the
-            model: another thread that becomes free meanwhile could begin them.
+        at_once: whether to take several requests out of the queue at once. Not where a request may take long before the
+            model: another thread that becomes free meanwhile could begin the others.
         """
         self._batching = batching
         self._cost = cost
         self._thread = thread
+        self._first = first
         self._at_once = _AT_ONCE if at_once else 1
         self._max_rows = batching.max_rows
         self._holds = batching.delay_s > 0
@@ -102,15 +105,26 @@ class Batcher:
         self._rows = 0
         self._answered = 0
         """Requests that were answered without the model."""
+        self._complete = False
         self._hold_until = first.queued_at + batching.delay_s
         self._soonest = math.inf
         """The first deadline that can be met."""
 
-    def take_next(self, request: QueuedRequest, part: Part | None) -> QueuedRequest | None:
-        """Add `request`, and take the next request for the same call; None where the batch is complete.
+    def __iter__(self) -> Iterator[QueuedRequest]:
+        yield self._first
+        while not self._complete:
+            taken = self._thread.take(min(self._at_once, self._max_rows - self._rows - self._answered))
+            for number, request in enumerate(taken, 1):
+                yield request
+                if self._complete:
+                    self._thread.put_back(taken[number:])
+                    return
+            if not taken and not self._wait_for_more():
+                return
 
-        Args:
-            part: what `request` brings; None if it is answered already.
+    def add(self, request: QueuedRequest, part: Part | None) -> None:
+        """Args:
+        part: what `request` brings; None if it is answered already.
         """
         if part is None:
             self._answered += 1
@@ -118,21 +132,9 @@ class Batcher:
             self.parts.append(part)
             self._rows += part.rows
             if not part.rows or self._is_late_with(request):
-                return None
-        left = self._max_rows - self._rows - self._answered
-        if left <= 0:
-            return None
-        most = left if left < self._at_once else self._at_once
-        following = self._thread.take(most)
-        if following is None and self._holds and self._rows not in self._batching.preferred:
-            enough = self._requests_of(self._batching.next_size(self._rows) - self._rows)
-            while following is None and self._thread.wait_for_more(self._hold_until, enough):
-                following = self._thread.take(most)
-        return following
-
-    def _requests_of(self, rows: int) -> int:
-        """How many requests bring so many rows, by the rows of those that came."""
-        return math.ceil(rows / max(self._rows / len(self.parts), 1.0)) if self.parts else rows
+                self._complete = True
+        if self._rows + self._answered >= self._max_rows:
+            self._complete = True
 
     def _is_late_with(self, request: QueuedRequest) -> bool:
         """Whether one more request would make the model answer after a deadline that can still be met."""
@@ -142,3 +144,11 @@ class Batcher:
         if deadline is not None and deadline < self._soonest and now + seconds(1) <= deadline:
             self._soonest = deadline
         return self._soonest < math.inf and now + seconds(len(self.parts) + 1) > self._soonest
+
+    def _wait_for_more(self) -> bool:
+        """Returns whether to look for another request: False if the batch is not held any longer."""
+        if not self._holds or self._rows in self._batching.preferred:
+            return False
+        missing = self._batching.next_size(self._rows) - self._rows
+        rows_each = max(self._rows / len(self.parts), 1.0) if self.parts else 1.0
+        return self._thread.wait_for_more(self._hold_until, math.ceil(missing / rows_each))

@@ -148,11 +148,9 @@ class Execution:
         thread: ModelThread,
         completions: Completions,
     ) -> int:
-        batcher = Batcher(batching, self._cost, thread, first, at_once=not instance.handler.makes_inputs)
-        request: QueuedRequest | None = first
-        while request is not None:
-            part = self._prepare(instance, batching, request, completions)
-            request = batcher.take_next(request, part)
+        batcher = Batcher(batching, self._cost, thread, first, at_once=instance.handler.takes_what_fits)
+        for request in batcher:
+            batcher.add(request, self._prepare(instance, batching, request, completions))
         thread.begin_model(len(batcher.parts), sum(part.rows for part in batcher.parts))
         for batch in batching.batches(batcher.parts):
             self._run_batch(instance, batching, batch, completions)

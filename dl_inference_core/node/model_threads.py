@@ -13,8 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -59,8 +58,6 @@ class ModelThread:
         self.reported = math.nan
         self._queue = queue
         self._run = run
-        self._ahead: deque[QueuedRequest] = deque()
-        """Requests that were taken out of the queue for the current batch, and have not begun."""
         self._gathers = False
         self._given_up = False
         self._lock = threading.Lock()
@@ -82,17 +79,19 @@ class ModelThread:
         self._thread = threading.Thread(target=work, name=name, daemon=True)
         self._thread.start()
 
-    def take(self, most: int) -> QueuedRequest | None:
-        """Another request for the current batch; None if none waits that can share it. Takes up to `most` out of the
-        queue at once, for the next calls. Those that are left when the batch is complete go back to the queue."""
+    def take(self, most: int) -> list[QueuedRequest]:
+        """Up to `most` of the requests that wait, for the current batch."""
         with self._lock:
-            if not self._ahead and not self._given_up:
-                self._ahead.extend(self._queue.take_more(most))
-            if not self._ahead:
-                return None
-            request = self._ahead.popleft()
-            self.requests.append(request)
-            return request
+            taken = [] if self._given_up else self._queue.take_more(most)
+            self.requests += taken
+            return taken
+
+    def put_back(self, requests: Sequence[QueuedRequest]) -> None:
+        """Leave `requests`, the last ones that were taken, to the next batch: nothing was done for them."""
+        with self._lock:
+            if requests and not self._given_up:
+                del self.requests[-len(requests) :]
+                self._queue.put_back(requests)
 
     def wait_for_more(self, until: float, enough: int) -> bool:
         """Wait until `until`, by `time.monotonic`, or for `enough` requests. Returns whether it is worth to look for
@@ -148,10 +147,7 @@ class ModelThread:
         return item
 
     def _stop_gathering(self) -> None:
-        """Leave what is not in the batch to other threads. With the lock."""
-        if self._ahead:
-            self._queue.put_back(self._ahead)
-            self._ahead.clear()
+        """With the lock."""
         if self._gathers:
             self._gathers = False
             self._queue.stop_gathering()

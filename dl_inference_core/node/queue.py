@@ -251,23 +251,19 @@ class RequestQueue:
         deadline = request.exchange.deadline
         if deadline is not None and request.queued_at >= deadline:
             raise DeadlineExceeded(f"the deadline passed before the request came to the queue of model {self._name}")
-        late, full = self._refusal(request)
-        if (late or full) and self._drop_ended():
-            late, full = self._refusal(request)
+        before = self._waiting
+        if request.priority < len(self._requests) - 1:
+            before = sum(map(len, self._requests[: request.priority + 1]))
+        late = self._admission.why_late(request, before)
+        full = self._admission.why_full(request, self._waiting, self._bytes)
         if not late and not full:
             return None
+        if self._drop_ended():
+            return self._admit(request)
         ousted = None if late else self._oust(request)
         if ousted is None:
             raise self._full(late or full)
         return ousted
-
-    def _refusal(self, request: QueuedRequest) -> tuple[str, str]:
-        """Why there is no time for `request`, and why there is no room; "" if there is."""
-        rank, before = request.priority, self._waiting
-        if rank < len(self._requests) - 1:
-            before = sum(map(len, self._requests[: rank + 1]))
-        admission = self._admission
-        return admission.why_late(request, before), admission.why_full(request, self._waiting, self._bytes)
 
     def _drop_ended(self) -> bool:
         """Let go of the requests that nobody waits for, unless all were looked at a moment ago. Returns whether there

@@ -38,14 +38,14 @@ class Rig:
             self._gates[name].set()
 
     def _run(self, first: QueuedRequest, thread: ModelThread) -> int:
-        request: QueuedRequest | None = first
+        requests = [first]
         batch = []
-        while request is not None:
-            name = bytes(request.exchange.message)
+        while requests:
+            name = bytes(requests[0].exchange.message)
             self.began.append(name)
             assert self._gates[name].wait(20)
             batch.append(name)
-            request = thread.take(1)
+            requests = thread.take(1)
         thread.begin_model(len(batch), len(batch))
         self.done += batch
         return len(batch)
