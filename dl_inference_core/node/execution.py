@@ -25,10 +25,11 @@ from dl_inference_core.node.batcher import BatchCost, Batcher
 from dl_inference_core.node.batching import Batching, Key, NotRowwise, Part
 from dl_inference_core.node.handler_inputs import check_answer, inputs_of, kind_of, refused_by, unchanged
 from dl_inference_core.node.handling import narrow
+from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.suspects import Suspects, client_of
 from dl_inference_core.transport import Reply
 from dl_inference_core.wire import tfserving_examples
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol, Queueing
 from dl_inference_core.wire.templates import Template, Templates
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from dl_inference_core.node.backend import Model
     from dl_inference_core.node.load import LoadMeter
     from dl_inference_core.node.model_threads import ModelThread
-    from dl_inference_core.node.queue import QueuedRequest
     from dl_inference_core.node.version import Instance
     from dl_inference_core.tensors import Request
     from dl_inference_core.transport import Exchange
@@ -84,10 +84,12 @@ class _Known:
     """What is known of all requests of one template: a `Template`'s notes.
 
     Attributes:
+        queueing: their place in the queue.
         inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not.
         key, rows: as of their `Part`; `rows` is 0 where that is not known.
     """
 
+    queueing: Queueing
     inputs: tuple[str, ...]
     key: Key = ()
     rows: int = 0
@@ -118,6 +120,18 @@ class Execution:
         self._suspects = Suspects()
         self._codecs: dict[str, Templates] = {}
         self._complained = False
+
+    def receive(self, exchange: Exchange, protocol: Protocol) -> QueuedRequest:
+        """`exchange` as a request for the queue. Any thread.
+
+        Raises:
+            BadRequest: the message says nonsense of its place in the queue.
+        """
+        codec = self._codecs.get(protocol.codec_at)
+        template = None if codec is None else codec.find(exchange.message)
+        known: _Known | None = None if template is None else template.notes
+        asked = protocol.queueing(exchange.message) if known is None else known.queueing
+        return QueuedRequest(exchange, protocol, asked, template)
 
     def run(self, first: QueuedRequest, thread: ModelThread) -> int:
         """Answer `first` and the requests that share its batch, which it takes from `thread`. Returns how many came to
@@ -277,7 +291,8 @@ class Execution:
             return None
         stage = "decoding a request"
         try:
-            request, template = self._codec(queued.protocol).decode_request(queued.exchange.message)
+            codec = self._codec(queued.protocol)
+            request, template = codec.decode_request(queued.exchange.message, queued.template)
             request.call = queued
             known: _Known | None = None if template is None else template.notes
             stage = "preprocess"
@@ -309,8 +324,11 @@ class Execution:
 
     def _note(self, instance: Instance, batching: Batching | None, part: Part) -> _Known:
         """What `part` tells of all requests of its template."""
-        takes_what_fits = instance.handler.takes_what_fits
-        known = _Known(unchanged(part.inputs, part.request.payload) if takes_what_fits else ())
+        queued, takes_what_fits = part.queued, instance.handler.takes_what_fits
+        known = _Known(
+            queueing=queued.protocol.queueing(queued.exchange.message),
+            inputs=unchanged(part.inputs, part.request.payload) if takes_what_fits else (),
+        )
         if part.rows and batching is not None and not batching.pads_inputs:
             known.key, known.rows = part.key, part.rows
         return known

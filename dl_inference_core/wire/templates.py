@@ -170,20 +170,33 @@ class Templates:
         self._count = 0
         self._credit = _CREDIT
 
-    def decode_request(self, body: bytes | memoryview) -> tuple[Request, Template | None]:
+    def find(self, body: bytes | memoryview) -> Template | None:
+        """The template that the request in `body` matches; None if it matches no known one."""
+        if type(body) is bytes:
+            for template in self._by_size.get(len(body), ()):
+                if template.matches(body):
+                    return template
+        return None
+
+    def decode_request(
+        self, body: bytes | memoryview, template: Template | None = None
+    ) -> tuple[Request, Template | None]:
         """The request, and the template that it matches; None if it matches no known one.
+
+        Args:
+            template: what `find` gave for `body`; None looks for it.
 
         Raises:
             BadRequest: as the codec.
         """
-        if type(body) is not bytes or len(body) >= _LARGE:
-            return self._codec.decode_request(body), None
-        for template in self._by_size.get(len(body), ()):
-            if template.matches(body):
-                if self._credit < _CREDIT:
-                    self._credit += _HIT
-                return template.request(body), template
+        template = template or self.find(body)
+        if template is not None and type(body) is bytes:
+            if self._credit < _CREDIT:
+                self._credit += _HIT
+            return template.request(body), template
         request = self._codec.decode_request(body)
+        if type(body) is not bytes or len(body) >= _LARGE:
+            return request, None
         self._credit += _MISS
         if self._credit >= _PRICE:
             self._credit -= _PRICE

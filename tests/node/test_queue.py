@@ -20,14 +20,14 @@ from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
-from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.protocol import PROTOCOLS, Queueing
 
 OIP = PROTOCOLS["openinference"]
 
 
-def queued(message: bytes = b"", deadline_s: float | None = None, **more: Any) -> QueuedRequest:
+def queued(message: bytes = b"", deadline_s: float | None = None, **asked: Any) -> QueuedRequest:
     deadline = None if deadline_s is None else time.monotonic() + deadline_s
-    return QueuedRequest(LocalExchange("/m", message, deadline=deadline), OIP, **more)
+    return QueuedRequest(LocalExchange("/m", message, deadline=deadline), OIP, Queueing(**asked))
 
 
 class Rig:
@@ -148,7 +148,7 @@ async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None
 
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
     rig = Rig()
-    late = queued(expires_at=time.monotonic() + 0.02)
+    late = queued(timeout_s=0.02)
     rig.queue.put(late)
     async with asyncio.timeout(10):
         while not rig.refused:  # noqa: ASYNC110 - a timer
@@ -156,7 +156,7 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
     ((request, error),) = rig.refused
     assert request is late
     assert str(error).startswith("Request timeout expired: ")
-    taken = queued(b"message", expires_at=time.monotonic() + 1000)
+    taken = queued(b"message", timeout_s=1000)
     rig.queue.put(taken)
     await asyncio.sleep(0)
     rig.take_all()
@@ -171,7 +171,7 @@ async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest
     loop, delays = asyncio.get_running_loop(), []
     monkeypatch.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
     rig = Rig()
-    request = queued(expires_at=time.monotonic() + 3600)
+    request = queued(timeout_s=3600)
     rig.queue.put(request)
     await asyncio.sleep(0)
     assert delays == [1.0]
@@ -180,7 +180,7 @@ async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest
 async def test_a_request_is_refused_in_time_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dl_inference_core.node.queue._LONGEST_TIMER_S", 0.01)
     rig = Rig()
-    request = queued(expires_at=time.monotonic() + 0.1)
+    request = queued(timeout_s=0.1)
     rig.queue.put(request)
     async with asyncio.timeout(10):
         while not rig.refused:  # noqa: ASYNC110 - a timer
