@@ -20,7 +20,7 @@ from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
-from dl_inference_core.wire.protocol import PROTOCOLS, Queueing
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Queueing
 
 OIP = PROTOCOLS["openinference"]
 
@@ -144,6 +144,76 @@ async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None
     last = queued()
     assert rig.queue.put(last)
     assert rig.take_all() == [waiting[-1], last]
+
+
+async def test_places_of_clients_that_have_left_are_given_away_before_that_of_one_that_waits() -> None:
+    """To a request of a higher priority, which finds the queue full."""
+    rig = Rig(max_requests=2, priorities=2)
+    left, waits, high = queued(), queued(), queued(priority=1)
+    rig.queue.put(left)
+    rig.queue.put(waits)
+    left.end()
+    assert rig.queue.put(high)
+    assert rig.refused == []
+    assert rig.take_all() == [high, waits]
+
+
+async def test_a_batch_takes_nothing_from_behind_what_shares_none() -> None:
+    rig = Rig()
+    first, last = queued(), queued()
+    several = QueuedRequest(LocalExchange("/m", b""), MULTI_INFERENCE)
+    for request in (first, several, last):
+        rig.queue.put(request)
+    assert rig.queue.take(0) is first
+    assert rig.take_all() == []
+    assert rig.queue.take(1) is several
+    assert rig.take_all() == [last]
+    rig.queue.put(queued())
+    rig.queue.put_task(Task(lambda: None))
+    assert rig.take_all() == []
+
+
+async def test_a_batch_takes_no_more_than_it_asks_for_whatever_their_priorities() -> None:
+    rig = Rig(priorities=2)
+    low, high = [queued() for _ in range(3)], [queued(priority=1) for _ in range(2)]
+    for request in (*low, *high):
+        rig.queue.put(request)
+    assert rig.queue.take_more(1) == high[:1]
+    assert rig.queue.take_more(2) == [high[1], low[0]]
+    assert rig.queue.waiting() == 2
+    assert rig.take_all() == low[1:]
+
+
+async def test_what_is_put_back_waits_in_its_place() -> None:
+    rig = Rig(priorities=2, max_requests=4)
+    high, low = [queued(priority=1) for _ in range(3)], queued()
+    for request in (*high[:2], low):
+        rig.queue.put(request)
+    taken = rig.take_all()
+    assert taken == [*high[:2], low]
+    rig.queue.put_back(taken[1:])
+    assert not any(request.taken for request in taken[1:])
+    assert rig.queue.waiting() == 2
+    rig.queue.put(high[2])
+    rig.queue.put(queued())
+    with pytest.raises(Overloaded, match="4 requests wait"):
+        rig.queue.put(queued())
+    assert rig.take_all()[:3] == [high[1], high[2], low]
+
+
+async def test_what_is_put_back_waits_no_longer_than_it_may() -> None:
+    """Though its time passed while it was taken."""
+    rig = Rig()
+    late = queued(timeout_s=0.02)
+    rig.queue.put(late)
+    taken = rig.take_all()
+    await asyncio.sleep(0.05)
+    assert rig.refused == []
+    rig.queue.put_back(taken)
+    async with asyncio.timeout(10):
+        while not rig.refused:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(0.005)
+    assert rig.refused[0][0] is late
 
 
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
