@@ -93,7 +93,8 @@ class Admission:
         self._free_at: dict[int, float] = {}
         """By the number of a busy thread, when it should have done what it works on, by `time.monotonic`."""
         self.threads = 1
-        # What is the same for all requests until a thread begins or ends a batch:
+        # What is the same for all requests until a thread begins or ends a batch, found out for the first of them:
+        self._foreseen = False
         self._first_free_at = 0.0  # the least of `_free_at`, where all threads are busy
         self._worthwhile = 1  # requests that make good use of a call
         self._batch_s = 0.0  # what these take
@@ -110,7 +111,7 @@ class Admission:
         if requests and rows:
             self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
         self._free_at[thread] = time.monotonic() + self._cost.seconds(requests)
-        self._foresee()
+        self._foreseen = False
 
     def end(self, thread: int, requests: int, seconds: float) -> None:
         """The thread of that number is free again.
@@ -122,9 +123,10 @@ class Admission:
         del self._free_at[thread]
         if requests:
             self._cost.learn(requests, seconds)
-        self._foresee()
+        self._foreseen = False
 
     def _foresee(self) -> None:
+        self._foreseen = True
         self._first_free_at = min(self._free_at.values()) if len(self._free_at) >= self.threads else 0.0
         self._worthwhile = max(1, min(self._cost.worthwhile, int(self._max_rows / self._rows_each)))
         self._batch_s = self._cost.seconds(self._worthwhile)
@@ -140,6 +142,8 @@ class Admission:
         Under overload a batch has as many requests as make good use of a call: those that have waited for long leave no
         time for more. While fewer wait, it has all of them.
         """
+        if not self._foreseen:
+            self._foresee()
         came_at, deadline, max_wait_ms = request.queued_at, request.exchange.deadline, self._limits.max_wait_ms
         wait_s, batch_s = max(self._first_free_at - came_at, 0.0), self._batch_s
         if before < self._worthwhile:

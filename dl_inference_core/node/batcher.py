@@ -36,16 +36,21 @@ class BatchCost:
     """
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         self._line = (0.0, 0.0)
         self.worthwhile = 1
 
     def learn(self, requests: int, seconds: float) -> None:
         """A batch of `requests` took `seconds`. One thread at a time."""
-        new = (1, requests, seconds, requests * requests, requests * seconds)
-        self._sums = [_KEPT * old + each for old, each in zip(self._sums, new, strict=True)]
-        weight, *sums = self._sums
-        mean, mean_s, square, product = (each / weight for each in sums)
+        weight, n, s, nn, ns = self._sums
+        self._sums = weight, n, s, nn, ns = (
+            _KEPT * weight + 1,
+            _KEPT * n + requests,
+            _KEPT * s + seconds,
+            _KEPT * nn + requests * requests,
+            _KEPT * ns + requests * seconds,
+        )
+        mean, mean_s, square, product = n / weight, s / weight, nn / weight, ns / weight
         variance = square - mean * mean
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
@@ -102,7 +107,8 @@ class Batcher:
         self._holds = batching.delay_s > 0
         self.parts: list[Part] = []
         """What the requests bring that need the model."""
-        self._rows = 0
+        self.rows = 0
+        """Of all parts."""
         self._answered = 0
         """Requests that were answered without the model."""
         self._complete = False
@@ -113,7 +119,7 @@ class Batcher:
     def __iter__(self) -> Iterator[QueuedRequest]:
         yield self._first
         while not self._complete:
-            taken = self._thread.take(min(self._at_once, self._max_rows - self._rows - self._answered))
+            taken = self._thread.take(min(self._at_once, self._max_rows - self.rows - self._answered))
             for number, request in enumerate(taken, 1):
                 yield request
                 if self._complete:
@@ -130,10 +136,10 @@ class Batcher:
             self._answered += 1
         else:
             self.parts.append(part)
-            self._rows += part.rows
+            self.rows += part.rows
             if not part.rows or self._is_late_with(request):
                 self._complete = True
-        if self._rows + self._answered >= self._max_rows:
+        if self.rows + self._answered >= self._max_rows:
             self._complete = True
 
     def _is_late_with(self, request: QueuedRequest) -> bool:
@@ -147,8 +153,8 @@ class Batcher:
 
     def _wait_for_more(self) -> bool:
         """Returns whether to look for another request: False if the batch is not held any longer."""
-        if not self._holds or self._rows in self._batching.preferred:
+        if not self._holds or self.rows in self._batching.preferred:
             return False
-        missing = self._batching.next_size(self._rows) - self._rows
-        rows_each = max(self._rows / len(self.parts), 1.0) if self.parts else 1.0
+        missing = self._batching.next_size(self.rows) - self.rows
+        rows_each = max(self.rows / len(self.parts), 1.0) if self.parts else 1.0
         return self._thread.wait_for_more(self._hold_until, math.ceil(missing / rows_each))

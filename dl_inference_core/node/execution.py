@@ -72,11 +72,11 @@ class Completions:
 
     def send(self) -> None:
         """Give the answers to the transport."""
-        for exchanges, together in self._replies.items():
+        replies, self._replies = self._replies, defaultdict(list)
+        for exchanges, together in replies.items():
             if trailers := self._meter.answered(count=len(together)):
                 together[0] = together[0]._replace(trailers=trailers)
             exchanges.reply_all(together)
-        self._replies.clear()
 
 
 @dataclass(slots=True)
@@ -96,7 +96,7 @@ class _Known:
 
 
 class Execution:
-    """Runs requests on the instances of one version. Model threads only."""
+    """Runs requests on the instances of one version. Model threads only, but for `receive`."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Execution:
         batcher = Batcher(batching, self._cost, thread, first, at_once=instance.handler.takes_what_fits)
         for request in batcher:
             batcher.add(request, self._prepare(instance, batching, request, completions))
-        thread.begin_model(len(batcher.parts), sum(part.rows for part in batcher.parts))
+        thread.begin_model(len(batcher.parts), batcher.rows)
         for batch in batching.batches(batcher.parts):
             self._run_batch(instance, batching, batch, completions)
         return len(batcher.parts)

@@ -330,6 +330,8 @@ class RequestQueue:
         """Up to `most` requests for a batch that has begun. A request that shares no batch stays for the next thread,
         and those that would be served after it stay behind it."""
         taken: list[QueuedRequest] = []
+        if not self._waiting:
+            return taken
         with self._lock:
             while len(taken) < most and not self._awaits_thread() and (requests := self._first()):
                 while requests and len(taken) < most and requests[0].shares_batches:
