@@ -22,7 +22,7 @@ _UNBOUNDED = 1 << 20
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares: with less, a slope would be noise."""
 _AT_ONCE = 16
-"""Requests that a thread takes at once: to take one by one costs 1 µs for each, which 16 share."""
+"""Requests that a thread takes at once: one alone costs 1.2 µs, of 16 each 0.2 µs."""
 _WINDOW_S = 1.0
 """Concurrency is remembered for one to two windows: longer than the pauses of a steady client, shorter than a lull."""
 
