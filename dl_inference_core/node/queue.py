@@ -213,7 +213,8 @@ class RequestQueue:
             self._bytes += request.size
             if self.holds:
                 self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
-            self._wake_for(request)
+            if self._idle or self.gathering:
+                self._wake_for(request)
         if request.expires_at < math.inf:
             self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
         if ousted is not None:
