@@ -154,7 +154,7 @@ class ServedModel:
             request = version.receive(exchange, protocol)
             exchange.on_cancel(request.end)
             while not version.submit(request):  # closed meanwhile: the model has published others, or none
-                version, request.template = self._pick(key), None  # what it knew of the request held for itself
+                version, request.template = self._pick(key), None  # what it knew of the request holds for no other
         except InferenceError as error:
             error.trailers = self._meter.answered(error)
             raise

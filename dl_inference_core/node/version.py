@@ -164,7 +164,9 @@ class LoadedVersion:
             BadRequest: as `Execution.receive`.
         """
         execution = self._execution
-        return QueuedRequest(exchange, protocol) if execution is None else execution.receive(exchange, protocol)
+        if execution is None:  # closed meanwhile
+            return QueuedRequest(exchange, protocol, protocol.queueing(exchange.message))
+        return execution.receive(exchange, protocol)
 
     def submit(self, request: QueuedRequest) -> bool:
         """Queue `request`, which is answered or failed in its turn. False says that the version was closed before. Any

@@ -13,8 +13,10 @@ import pytest
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.repository import Repository
+from dl_inference_core.node.version import LoadedVersion
 from dl_inference_core.tensors import Form, Request, Response
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.memory import answered
@@ -180,6 +182,13 @@ async def test_a_known_request_says_its_place_in_the_queue(tmp_path: Path) -> No
                 assert received.asked_priority == priority
                 assert received.expires_at - received.queued_at == pytest.approx(30 + priority / 1e6)
             assert number == 0 or received.template is not None
+
+
+async def test_a_version_that_is_closed_passes_on_what_a_request_says_of_its_place() -> None:
+    version = LoadedVersion("m", 1, LoadMeter())
+    body = OIP.codec.encode_request(Request(payload={}, form=Form.TENSORS, model="m", parameters={"priority": 2}))
+    assert version.receive(LocalExchange("/m", body), OIP).asked_priority == 2
+    await version.close()
 
 
 async def test_what_a_version_that_closed_knew_of_a_request_is_forgotten(
