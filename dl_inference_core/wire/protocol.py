@@ -73,6 +73,10 @@ class Queueing:
     timeout_s: float = 0.0
 
 
+NO_QUEUEING = Queueing()
+"""What a request says that says nothing about it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """One wire protocol.
@@ -104,6 +108,14 @@ class Protocol:
     allow_empty: bool = False
     read_queueing: Callable[[bytes | memoryview], Queueing] | None = None
 
+    def queueing(self, body: Message) -> Queueing:
+        """What a request says about its place in a model's queue.
+
+        Raises:
+            BadRequest: as `read_queueing`.
+        """
+        return NO_QUEUEING if self.read_queueing is None else self.read_queueing(body)
+
     @property
     def codec(self) -> Codec:
         """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
@@ -112,7 +124,6 @@ class Protocol:
         return cast("Codec", getattr(found, attribute) if attribute else found)
 
 
-_NO_QUEUEING = Queueing()
 _SEARCHED = 1024
 _PARAMETERS = 4
 """The field of a ModelInferRequest that holds its parameters."""
@@ -127,10 +138,10 @@ def _read_openinference_queueing(body: bytes | memoryview) -> Queueing:
     if len(body) < _SEARCHED:
         body = bytes(body)
         if b"priority" not in body and b"timeout" not in body:
-            return _NO_QUEUEING
+            return NO_QUEUEING
     fields = messages.fields(body, _PARAMETERS)
     if not fields and fields is not None:
-        return _NO_QUEUEING
+        return NO_QUEUEING
     parameters = messages.parse(messages.ModelInferRequest, body if fields is None else fields).parameters
     priority = timeout_us = 0
     if "priority" in parameters:

@@ -258,8 +258,8 @@ async def stress(
         "model threads that have not ended",
     )
     for queue in node.queues():
-        assert (queue.waiting(), queue._in_hand, queue._free_at) == (0, 0, {})
-        assert not queue.gathering.locked()
+        assert (queue.waiting(), queue._in_hand, queue._admission._free_at) == (0, 0, {})
+        assert not queue.gathering
     assert not node.meter._work
     assert len(asyncio.all_tasks()) == 1
     return [weakref.ref(each) for each in (*node.versions, *node.queues())]
