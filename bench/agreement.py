@@ -1,7 +1,10 @@
-"""`python -m bench.agreement`: `dl-inference-core bench` and h2load, in turns, against the same server.
+"""`python -m bench.agreement`: h2load and our clients, in turns, against the same server.
 
-The server takes 50 ms for each request and next to no CPU, so that neither client is the limit: on two cores a client
-on grpc.aio takes CPU from a server that has much to do, and the two clients would be compared under different loads.
+`dl-inference-core bench`: the server takes 50 ms for each request and next to no CPU, so that neither client is the
+limit. On two cores a client on grpc.aio takes CPU from a server that has much to do, and the two clients would be
+compared under different loads.
+
+The load generator, `bench.replay`: the server is a node that serves a model, as in the benchmarks.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import load
+from bench import load, reconciling
 from bench.contract import METHOD
 from bench.load import Post, Run
 from bench.processes import announcing
@@ -23,7 +26,6 @@ from dl_inference_core.load_testing.processes import Processes, started
 from dl_inference_core.load_testing.request import Message, Target
 from dl_inference_core.load_testing.results import Load
 
-_MOST = 0.05
 _FIGURES = ("requests_per_s", "mean_ms", "p50_ms")
 _POST = Post(path=METHOD, message=SIZES[0].message())
 
@@ -34,11 +36,38 @@ _POST = Post(path=METHOD, message=SIZES[0].message())
 @click.option("--delay-ms", default=50.0, show_default=True, help="How long the server takes for a request.")
 @click.option("--in-flight", "in_flights", multiple=True, type=int, default=(8, 32), show_default=True)
 def main(rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ...]) -> None:
-    """Print what both clients measured, and the ratio: the median of the rounds' own.
+    """Print what h2load and each of our clients measured, and the ratio: the median of the rounds' own.
 
-    Ends with status 1 if one of throughput, mean and median latency differs by more than 5 %.
+    Ends with status 1 if a ratio differs from 1 by more than 5 %: of throughput, mean and median latency for
+    `dl-inference-core bench`, of throughput and the server's CPU for the load generator; or if the load generator has
+    counted other than the server.
     """
-    load.require_h2load()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    try:
+        load.require_h2load()
+        agree = _compare_bench(console, rounds, seconds, delay_ms, in_flights)
+        agree = _compare_replay(console, rounds, seconds, in_flights) and agree
+    except load.LoadError as error:
+        console.print(f"error: {error}", highlight=False)
+        sys.exit(2)
+    if not agree:
+        sys.exit(1)
+
+
+def _compare_replay(console: Console, rounds: int, seconds: float, in_flights: tuple[int, ...]) -> bool:
+    table = Table("in flight", "figure", "h2load", "load generator", "ratio", "of the rounds")
+    counts = Table("in flight", "figure", "server", "load generator", "ratio", "")
+    agree = True
+    with reconciling.node() as node:
+        for in_flight in in_flights:
+            agree = reconciling.compare(node, table, in_flight, rounds, seconds) and agree
+            agree = reconciling.reconcile(node, counts, in_flight, seconds) and agree
+    console.print(table)
+    console.print(counts)
+    return agree
+
+
+def _compare_bench(console: Console, rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ...]) -> bool:
     message = Message(method=METHOD, body=_POST.message, contents="")
     table = Table("in flight", "figure", "h2load", "bench", "ratio", "of the rounds")
     agree = True
@@ -61,7 +90,7 @@ def main(rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ..
                     ]
                     ratios = [other / one for one, other in pairs]
                     ratio = statistics.median(ratios)
-                    agree = agree and abs(ratio - 1) <= _MOST
+                    agree = agree and abs(ratio - 1) <= reconciling.MOST
                     table.add_row(
                         str(in_flight),
                         figure,
@@ -69,9 +98,8 @@ def main(rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ..
                         f"{ratio:.3f}",
                         " ".join(f"{each:.3f}" for each in ratios),
                     )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if not agree:
-        sys.exit(1)
+    console.print(table)
+    return agree
 
 
 def _in_turns(clients: tuple[Callable[[], Run], Callable[[], Run]], rounds: int) -> tuple[list[Run], list[Run]]:

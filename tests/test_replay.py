@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import StreamEnded
 
-from bench import bodies, replay
+from bench import bodies, processes, reconciling, replay, systems
 from bench.load import Load, LoadError
 from bench.replay import Replay, Traffic
 from dl_inference_core.errors import Code, InferenceError, NodeOverloaded
@@ -292,6 +293,20 @@ async def test_a_server_without_http2_is_a_transport_error() -> None:
         seen = await count(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", 4, in_flight=1)
     assert (seen.ok, seen.statuses) == (0, {})
     assert seen.transport_errors >= 1
+
+
+def test_the_counts_are_those_of_the_server() -> None:
+    http = free_port()
+    with processes.announcing(sys.executable, "-m", "bench.servers", "echo") as echo:
+        route = f'[[routes]]\nname = "m"\nnodes = ["{echo.address}"]\n'
+        with systems.serving("grpcio", f"http_port = {http}\n{route}") as gateway:
+            metrics = f"http://127.0.0.1:{http}/metrics"
+            for messages in (MESSAGES, bodies.one_row("openinference", "unknown", "x", (3,))):
+                before = reconciling.ok_answers(metrics)
+                traffic = Traffic(path=METHOD, messages=messages)
+                seen = replay.count(gateway.address, traffic, Load(requests=100, clients=1, streams=8))
+                assert seen.ok == (100 if messages is MESSAGES else 0), seen.first_error
+                assert reconciling.grown(metrics, before, seen.ok) == seen.ok
 
 
 # The open loop
