@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,8 +22,8 @@ from bench.rounds import turns
 from bench.systems import serving
 from dl_inference_core.wire.protocol import PROTOCOLS
 
-MOST = 0.05
-"""By which the two may differ."""
+_MOST = 0.05
+"""By which the ratio of two clients may differ from 1."""
 _MODEL = MODELS["mmoe"]
 _PROTOCOL = PROTOCOLS["openinference"]
 _WARM_UP_S = 0.5
@@ -55,6 +55,33 @@ class Sample:
     requests_per_s: float
     server_cpu_us: float
     client_cpu_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratio:
+    """One figure of two clients, for a table.
+
+    Attributes:
+        theirs, ours: the medians.
+        ratios: the median of the rounds' own, and the least and the most.
+    """
+
+    theirs: str
+    ours: str
+    ratios: tuple[str, str]
+    agrees: bool
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
+    """Of our client to theirs, in rounds in which both ran."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    median = statistics.median(ratios)
+    return Ratio(
+        theirs=f"{statistics.median(theirs):.1f}",
+        ours=f"{statistics.median(ours):.1f}",
+        ratios=(f"{median:.3f}", f"{min(ratios):.3f} {max(ratios):.3f}"),
+        agrees=abs(median - 1) <= _MOST,
+    )
 
 
 @contextmanager
@@ -89,11 +116,9 @@ def compare(node: Node, table: Table, in_flight: int, rounds: int, seconds: floa
     agree = True
     for figure, title in _FIGURES.items():
         theirs, ours = ([getattr(sample, figure) for sample in samples[name]] for name in clients)
-        ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
-        ratio = statistics.median(ratios)
-        agree = agree and abs(ratio - 1) <= MOST
-        medians = [f"{statistics.median(values):.1f}" for values in (theirs, ours)]
-        table.add_row(str(in_flight), title, *medians, f"{ratio:.3f}", " ".join(f"{each:.3f}" for each in ratios))
+        row = ratio(theirs, ours)
+        agree = agree and row.agrees
+        table.add_row(str(in_flight), title, row.theirs, row.ours, *row.ratios)
     own = statistics.median(sample.client_cpu_us or 0.0 for sample in samples["replay"])
     server = statistics.median(sample.server_cpu_us for sample in samples["replay"])
     table.add_row(str(in_flight), "load generator's CPU / server's", "", f"{own:.1f}", f"{own / server:.3f}", "")
@@ -111,7 +136,7 @@ def reconcile(node: Node, table: Table, in_flight: int, seconds: float) -> bool:
         ok = replay.run(node.server.address, traffic, amount).ok
         counted = grown(node.metrics, before, ok)
         equal = equal and counted == ok
-        table.add_row(str(in_flight), f"OK answers, {title}", str(counted), str(ok), f"{ok / max(counted, 1):.6f}", "")
+        table.add_row(str(in_flight), f"OK answers, {title}", str(counted), str(ok), f"{ok / max(counted, 1):.6f}")
     return equal
 
 
