@@ -309,6 +309,33 @@ def test_the_counts_are_those_of_the_server() -> None:
                 assert reconciling.grown(metrics, before, seen.ok) == seen.ok
 
 
+@pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
+def test_a_short_run_of_the_agreement_has_every_figure_and_equal_counts() -> None:
+    pytest.importorskip("torch")
+    command = (sys.executable, "-m", "bench.agreement", "--rounds", "1", "--seconds", "0.3", "--in-flight", "4")
+    run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode in (0, 1), run.stderr  # in so short a run the ratios may be anything
+    rows = [[cell.strip() for cell in line.split("\u2502")[2:-1]] for line in run.stdout.splitlines()]
+    counts = {row[0]: row[1:3] for row in rows if row and row[0].startswith("OK answers")}
+    assert set(counts) == {"OK answers, one row", "OK answers, one to four rows"}
+    for server, client in counts.values():
+        assert int(client) == int(server) > 0
+    figures = [(row[0], row[2]) for row in rows if len(row) == 6]
+    ours = {
+        (figure, client)
+        for figure in ("requests/s", "mean, ms", "median, ms")
+        for client in ("bench", "load generator")
+    }
+    assert ours <= set(figures)
+
+
+def test_clients_agree_whose_median_ratio_is_within_5_percent() -> None:
+    near = reconciling.ratio([100, 100, 100], [104, 50, 105])
+    assert near == reconciling.Ratio(theirs="100.0", ours="104.0", ratios=("1.040", "0.500 1.050"), agrees=True)
+    assert not reconciling.ratio([100], [106]).agrees
+    assert not reconciling.ratio([100], [94]).agrees
+
+
 # The open loop
 
 
