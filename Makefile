@@ -3,21 +3,27 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SELDON := .venv-seldon
 EDITABLE := -e '.[uvloop,dev,peers]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e examples/digits
+LOAD_GENERATOR := --manifest-path bench/load_generator/Cargo.toml --target-dir bench/out/load_generator
+RUST := $(shell command -v cargo)
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
+.PHONY: help setup load-generator demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: .venv/ready ## the environment: core, plugins, the example, development tools
+setup: .venv/ready load-generator ## the environment: core, plugins, the example, development tools
 
 .venv/ready: constraints.txt $(PROJECTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --constraint constraints.txt torch $(EDITABLE)
 	touch $@
+
+# Nothing but benchmarks and their tests needs it. Cargo knows what is up to date.
+load-generator:
+	$(if $(RUST),cargo build --quiet --release --locked $(LOAD_GENERATOR),@echo "cargo is not installed: going on without bench/load_generator")
 
 # seldon-core pins protobuf < 4 and numpy < 2, so it lives in an environment of its own.
 $(SELDON)/ready: tests/seldon/requirements.txt
@@ -31,8 +37,9 @@ demo: .venv/ready ## train, serve and call a model; kill a node under load; TRAN
 demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-test: .venv/ready $(SELDON)/ready ## all tests, a file at a time in each of up to four processes
+test: .venv/ready $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
 	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(if $(RUST),cargo test --quiet --release --locked $(LOAD_GENERATOR))
 
 test-packages: .venv/ready ## the distributions: wheels that are built
 	$(BIN)/python -m pytest -m packages tests/test_packaging.py
@@ -41,6 +48,8 @@ check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(if $(RUST),cargo fmt --check --manifest-path bench/load_generator/Cargo.toml)
+	$(if $(RUST),cargo clippy --quiet --locked --all-targets $(LOAD_GENERATOR) -- -D warnings)
 
 bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs

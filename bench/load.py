@@ -13,7 +13,7 @@ from pathlib import Path
 
 import grpc
 
-_LONGEST_S = 120
+LONGEST_S = 120
 _GRPC = "application/grpc"
 # A gRPC answer may name itself, in more characters or fewer.
 _SHORTER = 0.9
@@ -130,7 +130,7 @@ def run(address: str, post: Post, answer_bytes: int, load: Load) -> Run:
             command += ["-H", header]
         command += [*(() if post.grpc else ("--h1",)), f"http://{address}{post.path}"]
         try:
-            output = subprocess.run(command, capture_output=True, text=True, timeout=_LONGEST_S, check=True).stdout
+            output = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, check=True).stdout
         except subprocess.SubprocessError as error:
             raise LoadError(f"{address}: {error}") from error
         return read(output, log.read_text(), load.requests, answer_bytes)
