@@ -31,6 +31,7 @@ from dl_inference_core.rest import seldon, tfserving
 from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.routing import Routes
 from dl_inference_core.transport import Connection, HttpApp, Limits, Server, Transport, room_for
+from dl_inference_core.wire import codecs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +83,11 @@ class App:
         self.repository: Repository | None = None
         self._named: NamedModels | None = None
         self._backend_options: dict[str, dict[str, Any]] = {}
+        self.codecs = ("", "")
+        """The name of the set of codecs that requests for models are decoded with, and why; "" if there are none."""
         if config.models.any:
+            self.codecs = plugins.choose_codecs(config.codec)
+            codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
             folder = config_file.parent if config_file is not None else Path()
             self.repository = repository = self._build_repository(folder)
             self.metrics.sample(

@@ -259,7 +259,7 @@ def test_check_says_that_a_label_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "models" / "m" / "model.toml").write_text("version_labels = {stable = 1, canary = 2}\n")
     result = run("check", tmp_path / "models", "--json")
     assert result.exit_code == 2
-    good, bad = json.loads(result.stdout)
+    good, bad = (row for row in json.loads(result.stdout) if row["kind"] == "model")
     assert (good["name"], good["ok"]) == ("m/1", True)
     assert (bad["name"], bad["ok"]) == ("m", False)
     assert bad["detail"].startswith('version_labels: "canary" is version 2; expected versions that are loaded')

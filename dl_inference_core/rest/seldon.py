@@ -24,7 +24,7 @@ from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Pro
 
 if TYPE_CHECKING:
     from dl_inference_core.transport import Message, Metadata
-    from dl_inference_core.wire.protocol import Codec
+    from dl_inference_core.wire.codecs import Codec
 
 # What seldon-core's own server answers at its root, and an ingress behind the name of a deployment.
 _BOTH, _POST, _GET = ("GET", "POST"), ("POST",), ("GET", "HEAD")

@@ -17,7 +17,7 @@ from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol, RoutingKey
 
 if TYPE_CHECKING:
-    from dl_inference_core.wire.protocol import Codec
+    from dl_inference_core.wire.codecs import Codec
 
 # Matched before percent-decoding, so that a name may hold "/" and ":". A path without a model would ask for the status
 # of every model; TensorFlow Serving knows the path and refuses it.

@@ -5,46 +5,19 @@ A gateway needs no more than this module: the key and the bytes. It imports neit
 
 from __future__ import annotations
 
-import importlib
 import typing
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
 from dl_inference_core.errors import BadRequest, ModelNotFound
-from dl_inference_core.wire import limits, messages
+from dl_inference_core.wire import codecs, limits, messages
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dl_inference_core.tensors import Request, Response
     from dl_inference_core.transport import Message
-
-    class Codec(typing.Protocol):
-        """What every codec module offers. Arrays that come out of it may be read-only."""
-
-        def decode_request(self, body: bytes) -> Request:
-            """Raises:
-            BadRequest: `body` is malformed, or asks for what is not served.
-            """
-
-        def encode_response(self, response: Response, request: Request) -> bytes:
-            """The answer to `request`, in its form where that can hold it.
-
-            Raises:
-                BadRequest: this form of the protocol would change a value that another form or protocol can hold.
-                TypeError: the protocol cannot hold the payload.
-            """
-
-        def encode_request(self, request: Request) -> bytes:
-            """Raises:
-            TypeError: the protocol cannot hold the payload.
-            """
-
-        def decode_response(self, body: bytes) -> Response:
-            """Raises:
-            BadRequest: `body` is malformed.
-            """
+    from dl_inference_core.wire.codecs import Codec
 
 
 class RoutingKey(typing.NamedTuple):
@@ -60,6 +33,30 @@ class RoutingKey(typing.NamedTuple):
     model: str | int | None
     version: int | str | None = None
     label: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyFields:
+    """Where a routing key stands in a request, as paths of field numbers: for a reader that is not in Python.
+
+    Attributes:
+        model: of a string; where `map_key` is set, of a `map<string, google.protobuf.Value>`.
+        version: of a string or a google.protobuf.Int64Value; () if the requests have no version.
+        version_is_text: whether the version is a string.
+        label: of a string, in a oneof with the version; () if the requests have no label.
+        map_key: the key under which the map names the model by a string or a whole number.
+    """
+
+    model: tuple[int, ...]
+    version: tuple[int, ...] = ()
+    version_is_text: bool = False
+    label: tuple[int, ...] = ()
+    map_key: str = ""
+
+
+_MODEL_SPEC = KeyFields(model=(1, 1), version=(1, 2), label=(1, 4))
+_MODEL_NAME = KeyFields(model=(1,), version=(2,), version_is_text=True)
+_TASK_ID = KeyFields(model=(2, 2), map_key="taskId")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +82,8 @@ class Protocol:
         read_key: the routing key of a request's bytes. Reads nothing else. Raises BadRequest: the bytes are malformed;
             the model is empty, of another kind, or missing where the protocol requires it. Raises ModelNotFound:
             GetModelStatus asks for the empty name.
+        key_fields: where the key stands. Another reader may find it there, but only `read_key` says that it is wrong or
+            missing. None: only `read_key` can read it.
         codec_at: where in `dl_inference_core.wire` its codec is, "module" or "module:attribute"; "" for a question
             about a model, which one that is served here answers in its own way.
         key_metadata: the metadata that may name the model of a request whose bytes hold no key; "" if the bytes always
@@ -98,6 +97,7 @@ class Protocol:
     name: str
     node_method: str
     read_key: Callable[[Message], RoutingKey]
+    key_fields: KeyFields | None = None
     codec_at: str = ""
     key_metadata: str = ""
     key_expected: str = ""
@@ -107,9 +107,7 @@ class Protocol:
     @property
     def codec(self) -> Codec:
         """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
-        module, _, attribute = self.codec_at.partition(":")
-        found: Any = importlib.import_module(f"dl_inference_core.wire.{module}")
-        return cast("Codec", getattr(found, attribute) if attribute else found)
+        return codecs.find(self.codec_at)
 
 
 # From here on protobuf is given the field of the key alone, so that `messages.parse` has little to count. Parsing the
@@ -304,24 +302,28 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 name="tfserving",
                 node_method=f"{_TENSORFLOW}/Predict",
                 read_key=_read_tfserving_key,
+                key_fields=_MODEL_SPEC,
                 codec_at="tfserving",
             ),
             Protocol(
                 name="tfserving_classify",
                 node_method=f"{_TENSORFLOW}/Classify",
                 read_key=_read_tfserving_key,
+                key_fields=_MODEL_SPEC,
                 codec_at="tfserving_examples:CLASSIFY",
             ),
             Protocol(
                 name="tfserving_regress",
                 node_method=f"{_TENSORFLOW}/Regress",
                 read_key=_read_tfserving_key,
+                key_fields=_MODEL_SPEC,
                 codec_at="tfserving_examples:REGRESS",
             ),
             Protocol(
                 name="seldon",
                 node_method="/seldon.protos.Model/Predict",
                 read_key=_read_seldon_key,
+                key_fields=_TASK_ID,
                 codec_at="seldon",
                 key_metadata=_DEPLOYMENT,
                 key_expected=_SELDON_EXPECTED,
@@ -330,6 +332,7 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 name="openinference",
                 node_method=f"{_OPEN_INFERENCE}/ModelInfer",
                 read_key=_read_openinference_key,
+                key_fields=_MODEL_NAME,
                 codec_at="openinference",
                 read_queueing=_read_openinference_queueing,
             ),
@@ -387,6 +390,7 @@ METADATA = Protocol(
     name="openinference_metadata",
     node_method=f"{_OPEN_INFERENCE}/ModelMetadata",
     read_key=_read_openinference_key,
+    key_fields=_MODEL_NAME,
 )
 """`ModelMetadataRequest` has the model's name where `ModelInferRequest` has it."""
 
@@ -394,18 +398,21 @@ SIGNATURES = Protocol(
     name="tfserving_metadata",
     node_method=f"{_TENSORFLOW}/GetModelMetadata",
     read_key=_read_tfserving_key,
+    key_fields=_MODEL_SPEC,
 )
 
 VERSIONS = Protocol(
     name="tfserving_status",
     node_method="/tensorflow.serving.ModelService/GetModelStatus",
     read_key=_read_status_key,
+    key_fields=_MODEL_SPEC,
 )
 
 READY = Protocol(
     name="openinference_ready",
     node_method=f"{_OPEN_INFERENCE}/ModelReady",
     read_key=_read_openinference_key,
+    key_fields=_MODEL_NAME,
     allow_empty=True,
 )
 """`ModelReadyRequest` has the model's name and version where `ModelInferRequest` has them."""
