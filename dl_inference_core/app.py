@@ -83,11 +83,10 @@ class App:
         self.repository: Repository | None = None
         self._named: NamedModels | None = None
         self._backend_options: dict[str, dict[str, Any]] = {}
-        self.codecs = ("", "")
-        """The name of the set of codecs that requests for models are decoded with, and why; "" if there are none."""
+        self.codecs = plugins.choose_codecs(config.codec)
+        """The name of the set of codecs in use, and why."""
+        codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
         if config.models.any:
-            self.codecs = plugins.choose_codecs(config.codec)
-            codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
             folder = config_file.parent if config_file is not None else Path()
             self.repository = repository = self._build_repository(folder)
             self.metrics.sample(

@@ -22,8 +22,8 @@ async def check(app: App, config: Config) -> list[dict[str, Any]]:
     await app.load()
     rehearsed = await _rehearse(app)
     rows = [*app.describe(), *_tls(config)]
-    name, why = app.codecs
-    if name:
+    if app.repository is not None:
+        name, why = app.codecs
         rows.append({"kind": "codec", "name": name, "ok": True, "detail": why})
     for row in rows:
         ok, note = rehearsed.get(row["name"], (True, "")) if row["kind"] == "model" and row["ok"] else (True, "")

@@ -22,6 +22,22 @@ pub fn fill(out: &mut [u8], write: impl Fn(&mut Writer<'_>)) {
     write(&mut writer);
 }
 
+fn varint_size(value: u64) -> usize {
+    (u64::BITS - (value | 1).leading_zeros()).div_ceil(7) as usize
+}
+
+/// Writes a varint at `at`; where it ends.
+#[inline]
+fn put_varint(out: &mut [u8], mut at: usize, mut value: u64) -> usize {
+    while value >= 0x80 {
+        out[at] = value as u8 | 0x80;
+        value >>= 7;
+        at += 1;
+    }
+    out[at] = value as u8;
+    at + 1
+}
+
 impl Writer<'_> {
     #[inline]
     fn put(&mut self, bytes: &[u8]) {
@@ -32,15 +48,11 @@ impl Writer<'_> {
     }
 
     #[inline]
-    pub fn varint(&mut self, mut value: u64) {
-        let (mut bytes, mut count) = ([0; 10], 0);
-        while value >= 0x80 {
-            bytes[count] = value as u8 | 0x80;
-            value >>= 7;
-            count += 1;
+    pub fn varint(&mut self, value: u64) {
+        match &mut self.out {
+            None => self.at += varint_size(value),
+            Some(out) => self.at = put_varint(out, self.at, value),
         }
-        bytes[count] = value as u8;
-        self.put(&bytes[..=count]);
     }
 
     /// A varint field, even if it has its default value.
@@ -88,25 +100,26 @@ impl Writer<'_> {
 
     /// The packed varints of a tensor's bytes.
     pub fn varints(&mut self, number: u32, dtype: Dtype, bytes: &[u8]) {
-        self.message(number, |out| {
-            use Dtype::*;
-            match dtype {
-                Bool | U8 => bytes.iter().for_each(|&byte| out.varint(u64::from(byte))),
-                I8 => bytes.iter().for_each(|&byte| out.varint(byte as i8 as u64)),
-                U16 | F16 | Bf16 => out.each(bytes, |value| u64::from(u16::from_le_bytes(value))),
-                I16 => out.each(bytes, |value| i16::from_le_bytes(value) as u64),
-                U32 => out.each(bytes, |value| u64::from(u32::from_le_bytes(value))),
-                I32 => out.each(bytes, |value| i32::from_le_bytes(value) as u64),
-                _ => out.each(bytes, u64::from_le_bytes),
-            }
-        });
+        use Dtype::*;
+        match dtype {
+            Bool | U8 => self.each(number, bytes, |[byte]: [u8; 1]| u64::from(byte)),
+            I8 => self.each(number, bytes, |[byte]: [u8; 1]| byte as i8 as u64),
+            U16 | F16 | Bf16 => self.each(number, bytes, |value| u64::from(u16::from_le_bytes(value))),
+            I16 => self.each(number, bytes, |value| i16::from_le_bytes(value) as u64),
+            U32 => self.each(number, bytes, |value| u64::from(u32::from_le_bytes(value))),
+            I32 => self.each(number, bytes, |value| i32::from_le_bytes(value) as u64),
+            _ => self.each(number, bytes, u64::from_le_bytes),
+        }
     }
 
-    #[inline]
-    fn each<const N: usize>(&mut self, bytes: &[u8], value: impl Fn([u8; N]) -> u64) {
-        for chunk in bytes.chunks_exact(N) {
-            self.varint(value(chunk.try_into().unwrap()));
+    fn each<const N: usize>(&mut self, number: u32, bytes: &[u8], value: impl Fn([u8; N]) -> u64) {
+        let values = || bytes.chunks_exact(N).map(|chunk| value(chunk.try_into().unwrap()));
+        let size = values().map(varint_size).sum();
+        self.header(number, size);
+        if let Some(out) = &mut self.out {
+            values().fold(self.at, |at, value| put_varint(out, at, value));
         }
+        self.at += size;
     }
 
     /// The numbers of `bytes`, of `N` bytes each, as packed doubles, even if there are none.
