@@ -329,15 +329,14 @@ impl Core {
     fn array<'py>(&self, tensor: &Tensor<'_>, owner: &Bound<'py, PyAny>) -> Tried<Bound<'py, PyAny>> {
         let size = tensor.size();
         if let Some(bytes) = tensor.in_place() {
-            let aligned = bytes.as_ptr().align_offset(tensor.dtype.size().min(8)) == 0;
+            let aligned = bytes.as_ptr().addr() % tensor.dtype.size().min(8) == 0;
             if size > 0 && (aligned || size >= LARGE) {
                 let array = self.new_array(owner.py(), tensor, bytes.as_ptr().cast_mut())?;
                 let array_ptr = array.as_ptr().cast::<PyArrayObject>();
                 // Safety: it is an array, and takes over one reference to its base.
-                unsafe {
-                    PY_ARRAY_API.PyArray_SetBaseObject(owner.py(), array_ptr, owner.clone().into_ptr());
-                }
-                return Ok(array);
+                let set =
+                    unsafe { PY_ARRAY_API.PyArray_SetBaseObject(owner.py(), array_ptr, owner.clone().into_ptr()) };
+                return if set < 0 { Err(PyErr::fetch(owner.py()).into()) } else { Ok(array) };
             }
         }
         let array = self.new_array(owner.py(), tensor, std::ptr::null_mut())?;

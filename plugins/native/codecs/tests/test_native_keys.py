@@ -106,7 +106,7 @@ def key_of(protocol: Any, body: bytes) -> Any:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(body=bodies())
 def test_a_key_that_is_found_is_the_cores(name: str, body: bytes) -> None:
     protocol, reader = READERS[name]

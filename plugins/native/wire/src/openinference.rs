@@ -1,7 +1,7 @@
 //! The Open Inference Protocol's ModelInferRequest and ModelInferResponse.
 
 use crate::tensor::{Cost, Dtype, List, Output, Shape, Tensor, Values, packed};
-use crate::walk::{Fields, NotPlain, Plain, Value, once, text};
+use crate::walk::{Fields, NotPlain, Plain, Value, once, push, text};
 use crate::write::{Writer, check_bools};
 
 #[derive(Debug, Default, PartialEq)]
@@ -32,9 +32,9 @@ pub fn decode(body: &[u8]) -> Plain<Request<'_>> {
             (1, Value::Delimited(bytes)) => once(&mut model, text(bytes)?)?,
             (2, Value::Delimited(bytes)) => once(&mut version, bytes)?,
             (3, Value::Delimited(bytes)) => once(&mut id, text(bytes)?)?,
-            (5, Value::Delimited(bytes)) => inputs.push(input(bytes, &mut cost)?),
-            (6, Value::Delimited(bytes)) => outputs.push(output(bytes, &mut cost)?),
-            (7, Value::Delimited(bytes)) => raws.push(bytes),
+            (5, Value::Delimited(bytes)) => push(&mut inputs, input(bytes, &mut cost)?)?,
+            (6, Value::Delimited(bytes)) => push(&mut outputs, output(bytes, &mut cost)?)?,
+            (7, Value::Delimited(bytes)) => push(&mut raws, bytes)?,
             (1..=7, _) => return Err(NotPlain),
             _ => {}
         }

@@ -2,7 +2,7 @@
 
 use crate::key::{Model, Tag, entry};
 use crate::tensor::{Cost, Dtype, Output, Shape, Tensor, Values, packed};
-use crate::walk::{Fields, NotPlain, Plain, Value, once, text};
+use crate::walk::{Fields, NotPlain, Plain, Value, once, push, text};
 use crate::write::Writer;
 
 #[derive(Debug, PartialEq)]
@@ -68,7 +68,7 @@ fn read_data<'a>(message: &'a [u8], cost: &mut Cost) -> Plain<(Vec<&'a str>, Ten
     let (mut fields, mut names, mut tensor) = (Fields::new(message), Vec::new(), None);
     while let Some(field) = fields.next()? {
         match (field.number, field.value) {
-            (1, Value::Delimited(bytes)) => names.push(text(bytes)?),
+            (1, Value::Delimited(bytes)) => push(&mut names, text(bytes)?)?,
             (2, Value::Delimited(bytes)) => once(&mut tensor, read_tensor(bytes, cost)?)?,
             (1..=4, _) => return Err(NotPlain),
             _ => {}

@@ -2,7 +2,7 @@
 
 use crate::key::int64;
 use crate::tensor::{Cost, Dtype, List, Output, Shape, Tensor, Values, packed};
-use crate::walk::{Fields, NotPlain, Plain, Value, once, text};
+use crate::walk::{Fields, NotPlain, Plain, Value, once, push, text};
 use crate::write::{Writer, check_bools};
 
 #[derive(Debug, Default, PartialEq)]
@@ -22,8 +22,8 @@ pub fn decode(body: &[u8]) -> Plain<Request<'_>> {
     while let Some(field) = fields.next()? {
         match (field.number, field.value) {
             (1, Value::Delimited(bytes)) => once(&mut spec, bytes)?,
-            (2, Value::Delimited(bytes)) => request.inputs.push(entry(bytes, &mut cost)?),
-            (3, Value::Delimited(bytes)) => request.outputs.push(text(bytes)?),
+            (2, Value::Delimited(bytes)) => push(&mut request.inputs, entry(bytes, &mut cost)?)?,
+            (3, Value::Delimited(bytes)) => push(&mut request.outputs, text(bytes)?)?,
             (1..=3, _) => return Err(NotPlain),
             _ => {}
         }

@@ -125,6 +125,19 @@ pub fn once<T>(place: &mut Option<T>, value: T) -> Plain<()> {
     if place.replace(value).is_some() { Err(NotPlain) } else { Ok(()) }
 }
 
+/// Values of one repeated field, at most: each takes many times its bytes here, before the cost of a message is known.
+const MOST_VALUES: usize = 1024;
+
+/// Keeps one more value of a repeated field.
+#[inline]
+pub fn push<T>(values: &mut Vec<T>, value: T) -> Plain<()> {
+    if values.len() == MOST_VALUES {
+        return Err(NotPlain);
+    }
+    values.push(value);
+    Ok(())
+}
+
 /// A string field's value; protobuf refuses what is not UTF-8.
 #[inline]
 pub fn text(bytes: &[u8]) -> Plain<&str> {

@@ -100,6 +100,15 @@ fn what_is_not_plain_is_left_to_the_reference() {
 }
 
 #[test]
+fn what_takes_many_times_its_bytes_is_left_to_the_reference() {
+    let outputs = |count| [infer("7", &[0; 8]), b"\x32\x00".repeat(count)].concat();
+    assert!(openinference::decode(&outputs(1024)).is_ok());
+    assert_eq!(openinference::decode(&outputs(1025)), Err(NotPlain));
+    let varints = [infer("7", &[0; 8]), b"\x98\x06\x01".repeat(10_000)].concat();
+    assert_eq!(openinference::decode(&varints), Err(NotPlain));
+}
+
+#[test]
 fn the_version_of_a_model_spec_is_read_where_it_is_alone() {
     let spec = |write: &dyn Fn(&mut Writer<'_>)| {
         message(|out| {
