@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from types import ModuleType
 from typing import Any
@@ -303,6 +304,24 @@ def test_a_small_tensor_is_aligned(name: str) -> None:
     for offset in range(9):
         payload = CODECS[name].decode_plain(memoryview(bytes(offset) + body)[offset:]).payload
         assert (payload if name == "seldon" else payload["x"]).flags.aligned
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_nothing_is_kept_of_a_request_that_is_gone(name: str) -> None:
+    """References are counted by hand where arrays are made."""
+    array = np.arange(12.0).reshape(3, 4)
+    plain_body, copied = plain(name, array), plain(name, array if name == "seldon" else array > 3, typed=True)
+    too_large = messages.ModelInferRequest()
+    too_large.inputs.add(name="x", datatype="INT8", shape=[1]).contents.int_contents.append(300)
+    bodies = [plain_body, memoryview(plain_body), copied, too_large.SerializeToString()]
+    held = [*bodies, array.dtype, np.dtype(np.bool_), np.dtype(np.int8), Form.TENSORS, Form.TENSOR, None]
+    CODECS[name].decode_plain(plain_body)
+    before = [sys.getrefcount(each) for each in held]
+    for _ in range(1000):
+        for body in bodies:
+            CODECS[name].decode_plain(body)
+    kept = [sys.getrefcount(each) - count for each, count in zip(held, before, strict=True)]
+    assert all(abs(count) < 100 for count in kept), kept
 
 
 def test_a_view_of_more_than_bytes_and_what_is_no_buffer_are_the_cores_business() -> None:
