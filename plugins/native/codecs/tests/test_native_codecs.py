@@ -285,25 +285,28 @@ def test_plain_requests_of_every_dtype_are_decoded_natively(dtype: Any, typed: b
         assert check(name, body)
 
 
+@pytest.mark.parametrize("count", [12, 100_000])
 @pytest.mark.parametrize("name", CORE)
-def test_a_large_tensor_is_not_copied(name: str) -> None:
-    array = np.arange(100_000, dtype=np.float64 if name == "seldon" else np.float32).reshape(1, -1)
-    body = plain(name, array)
-    for message in (body, memoryview(b"x" + body)[1:]):
+def test_a_tensor_that_is_aligned_is_not_copied_and_any_other_is(name: str, count: int) -> None:
+    array = np.arange(count, dtype=np.float64 if name == "seldon" else np.float32).reshape(1, -1)
+    body, views = plain(name, array), 0
+    for offset in range(8):
+        message = memoryview(bytes(offset) + body)[offset:]
         payload = CODECS[name].decode_plain(message).payload
         decoded = payload if name == "seldon" else payload["x"]
-        assert np.shares_memory(decoded, np.frombuffer(message, np.uint8))
-        assert not decoded.flags.writeable
+        assert decoded.flags.aligned
+        if np.shares_memory(decoded, np.frombuffer(message, np.uint8)):
+            views += 1
+            assert not decoded.flags.writeable
         del message
         np.testing.assert_array_equal(decoded, array)
+    assert views == 8 // array.itemsize
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_a_small_tensor_is_aligned(name: str) -> None:
-    body = plain(name, np.arange(12.0).reshape(3, 4))
-    for offset in range(9):
-        payload = CODECS[name].decode_plain(memoryview(bytes(offset) + body)[offset:]).payload
-        assert (payload if name == "seldon" else payload["x"]).flags.aligned
+def test_a_large_list_is_decoded_beside_other_threads() -> None:
+    array = np.arange(1 << 18).reshape(2, -1)
+    for name in ("openinference", "tfserving"):
+        assert check(name, plain(name, array, typed=True))
 
 
 @pytest.mark.parametrize("name", CORE)
