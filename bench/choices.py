@@ -11,9 +11,9 @@ from functools import partial
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Balancer, Node, Outcome
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.testing.fakes import FakeNode
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.transport import Exchange
 
 NODES = (4, 64, 1024)
@@ -79,7 +79,7 @@ def _run(balancer: Balancer, count: int, turns: int) -> float:
     """Seconds of CPU of this thread for `turns` choices among nodes that have 1.5 requests in flight each."""
     nodes: tuple[FakeNode, ...] = tuple(FakeNode(f"10.0.{number >> 8}.{number & 255}:8500") for number in range(count))
     balancer.random = random.Random(1)  # noqa: S311 - the same run again
-    exchanges = [LocalExchange("/m", metadata=(("x-routing-key", str(key)),)) for key in range(256)]
+    exchanges = [MemoryExchange("/m", metadata=(("x-routing-key", str(key)),)) for key in range(256)]
     under_way: deque[FakeNode] = deque()
 
     def go(turns: int, most: int) -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dl_inference_core import admin, sockets
+from dl_inference_core import admin, asgi, sockets
 from dl_inference_core import config as configs
 from dl_inference_core.children import OwnSockets
 from dl_inference_core.config import ClientTls, Config, NodeConfig, RouteConfig, resolved
@@ -27,10 +27,11 @@ from dl_inference_core.introspection import Introspection, Readiness
 from dl_inference_core.joining import Joining
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.rest import seldon, tfserving
+from dl_inference_core.rest import seldon
 from dl_inference_core.rest.answering import Local, Rest
+from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.routing import Routes
-from dl_inference_core.transport import Connection, HttpApp, Limits, Server, Transport, room_for
+from dl_inference_core.transport import Connection, Http, HttpApp, Limits, Server, Transport, room_for
 from dl_inference_core.wire import codecs
 
 if TYPE_CHECKING:
@@ -301,11 +302,11 @@ class App:
         """
         routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
         dispatcher = self._dispatcher(routes)
-        rest = self._rest_routes(dispatcher)
+        http = Http(service=self._rest(dispatcher), app=self._http(*seldon.pages(self._readiness)))
         limits, http_limits = self._with_room()
         if self._config.http_port is not None:
             # Who asks for certificates does not answer the same questions without them.
-            app = self._http(() if self._config.tls else rest)
+            app = self._http() if self._config.tls else asgi.with_exchanges(http)
             try:
                 self._http_server = await HttpServer.start(app, self._config.host, self._config.http_port, http_limits)
             except OSError as error:
@@ -324,7 +325,7 @@ class App:
             limits,
             share_port=share_port,
             tls=self._config.tls,
-            http=self._http(rest),
+            http=http,
         )
         self._ports.update(self._server.ports)
         if self.gateway is not None and self.gateway.registry is not None:
@@ -410,18 +411,17 @@ class App:
             streaming=introspection.streaming(),
         )
 
-    def _rest_routes(self, dispatcher: Dispatcher) -> Sequence[BaseRoute]:
-        timeout_ms = self._config.rest_timeout_ms
-        rest = Rest(
-            Local(self.repository, self.gateway, self._readiness),
-            dispatcher,
+    def _rest(self, dispatcher: Dispatcher) -> Rest:
+        timeout_ms, cors = self._config.rest_timeout_ms, self._config.rest_cors
+        local = Local(self.repository, self.gateway, self._readiness)
+        return Rest(
+            TfServing(local, dispatcher, cors=cors),
+            seldon.Seldon(local, dispatcher, self._readiness, cors=cors),
             body_bytes=self._config.rest_bytes,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
-        cors = self._config.rest_cors
-        return (*tfserving.routes(rest, cors=cors), *seldon.routes(rest, self._readiness, cors=cors))
 
-    def _http(self, beside: Sequence[BaseRoute]) -> HttpApp:
+    def _http(self, *beside: BaseRoute) -> HttpApp:
         return admin.app(self.metrics, self._readiness, *beside, metrics_path=self._config.metrics_path)
 
     async def _until_ready(self) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from dl_inference_core.coroutines import Coroutines, StreamHandler, UnaryHandler
@@ -22,21 +20,6 @@ from dl_inference_core.wire.protocol import (
     TIS_PREDICT,
     Protocol,
 )
-
-
-@dataclass(slots=True)
-class _Inference:
-    """What the metrics need to know of an inference.
-
-    Attributes:
-        upstream: its name; "" until the routing key is known.
-        admitted: whether it counts among those in flight.
-    """
-
-    protocol: str
-    upstream: str = ""
-    admitted: bool = False
-    began: float = field(default_factory=time.monotonic)
 
 
 class Dispatcher:
@@ -67,29 +50,35 @@ class Dispatcher:
         self._routes = routes
         self._metrics = metrics
         self._most_in_flight = most_in_flight
-        self._in_flight = 0
-        self._lock = threading.Lock()
-        """Of `_in_flight`."""
+        self._free = [True] * most_in_flight
+        """One item for each inference that may come. `pop` and `append` are atomic; a lock would take 0.2 µs."""
         coroutines = Coroutines()
         self._begin: dict[str, Begin] = {
-            **{path: partial(self._infer, protocol) for path, protocol in METHODS.items()},
+            TIS_PREDICT: self._infer_raw,
             **(unary or {}),
             **{path: partial(coroutines.answer, handler=handler) for path, handler in (waiting or {}).items()},
         }
-        self._begin[TIS_PREDICT] = self._infer_raw
-        if openinference_as_requested:
-            self._begin[OPENINFERENCE_AS_REQUESTED.node_method] = self._infer_as_requested
         streams: dict[str, Begin] = {
             path: partial(coroutines.answer_stream, handler=handler) for path, handler in (streaming or {}).items()
         }
+        if openinference_as_requested:
+            self._begin[OPENINFERENCE_AS_REQUESTED.node_method] = self._infer_as_requested
+        self._protocols = {path: protocol for path, protocol in METHODS.items() if path not in self._begin}
+        """Of the methods that infer, and whose protocol follows from the path alone."""
         self.methods = {
             **{path: Method() for path in self._begin},
+            **{path: Method(key=protocol.key_fields) for path, protocol in METHODS.items()},
             **{path: Method(streaming=True) for path in streams},
         }
         self._begin.update(streams)
 
     def begin_all(self, exchanges: Sequence[Exchange]) -> None:
+        now = time.monotonic()
         for exchange in exchanges:
+            protocol = self._protocols.get(exchange.method)
+            if protocol is not None:
+                self._infer(exchange, protocol, self._routes, now)
+                continue
             try:
                 self._begin[exchange.method](exchange)
             except Exception as error:
@@ -97,40 +86,49 @@ class Dispatcher:
 
     def begin(self, exchange: Exchange, protocol: Protocol, routes: Routes) -> None:
         """Begin an inference in `protocol` at one of `routes`. For REST, whose paths are not gRPC's."""
-        state = exchange.state = _Inference(protocol.name)
-        try:
-            if self._most_in_flight:
-                self._admit(state)
-            upstream, key = routes.find_for(exchange, protocol)
-            state.upstream = upstream.name
-            upstream.begin(exchange, protocol, key)
-        except Exception as error:
-            fail(exchange, error)
+        self._infer(exchange, protocol, routes, time.monotonic())
 
     def ended(self, exchange: Exchange, code: Code) -> None:
-        state: _Inference | None = exchange.state
-        if state is None:
+        if exchange.state is None:
             return
-        if state.admitted:
-            with self._lock:
-                self._in_flight -= 1
-        self._metrics.request(state.protocol, state.upstream, code.name, time.monotonic() - state.began)
+        counts, began, admitted = exchange.state
+        if admitted:
+            self._free.append(True)
+        counts.count(code, time.monotonic() - began)
 
-    def _admit(self, state: _Inference) -> None:
-        with self._lock:
-            state.admitted = self._in_flight < self._most_in_flight
-            self._in_flight += state.admitted
-        if not state.admitted:
+    def _infer(self, exchange: Exchange, protocol: Protocol, routes: Routes, now: float) -> None:
+        """Args:
+        now: when the exchange came, by `time.monotonic`.
+        """
+        admitted = False
+        try:
+            if self._most_in_flight:
+                admitted = self._admit()
+            upstream, key = routes.find_for(exchange, protocol)
+            # What `ended` takes. A tuple is made in 30 ns; an object of a class takes ten times as long.
+            exchange.state = self._metrics.requests(protocol.name, upstream.name), now, admitted
+            upstream.begin(exchange, protocol, key)
+        except Exception as error:
+            if exchange.state is None:
+                exchange.state = self._metrics.requests(protocol.name, ""), now, admitted
+            fail(exchange, error)
+
+    def _admit(self) -> bool:
+        """Count an inference in; returns True.
+
+        Raises:
+            Overloaded: there are too many.
+        """
+        try:
+            return self._free.pop()
+        except IndexError:
             self._metrics.rejection("", "in_flight")
-            raise Overloaded(f"this server answers {self._most_in_flight} requests already")
-
-    def _infer(self, protocol: Protocol, exchange: Exchange) -> None:
-        self.begin(exchange, protocol, self._routes)
+            raise Overloaded(f"this server answers {self._most_in_flight} requests already") from None
 
     def _infer_raw(self, exchange: Exchange) -> None:
         exchange.metadata += (RAW_OUTPUTS,)
-        self._infer(METHODS[TIS_PREDICT], exchange)
+        self.begin(exchange, METHODS[TIS_PREDICT], self._routes)
 
     def _infer_as_requested(self, exchange: Exchange) -> None:
         raw = RAW_OUTPUTS in exchange.metadata
-        self._infer(METHODS[exchange.method] if raw else OPENINFERENCE_AS_REQUESTED, exchange)
+        self.begin(exchange, METHODS[exchange.method] if raw else OPENINFERENCE_AS_REQUESTED, self._routes)

@@ -40,9 +40,9 @@ def fail(exchange: Exchange, error: BaseException) -> None:
 def request_id_of(exchange: Exchange) -> str:
     """The id of a request in logs, in handlers and in the client's error: the client's own `x-request-id`, or one that
     the exchange's metadata has from then on."""
-    for key, value in exchange.metadata:
-        if key == "x-request-id" and isinstance(value, str) and value:
-            return value
+    given = exchange.find_metadata("x-request-id")
+    if isinstance(given, str) and given:
+        return given
     request_id = uuid.uuid4().hex
     exchange.metadata += (("x-request-id", request_id),)
     return request_id

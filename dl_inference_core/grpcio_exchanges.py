@@ -29,6 +29,7 @@ from dl_inference_core.transport import (
     Trailers,
     UnaryExchange,
     shortened,
+    with_added,
 )
 from dl_inference_core.wire.protocol import well_formed
 
@@ -232,6 +233,7 @@ class GrpcioExchange(UnaryExchange):
         extras: Extras | None = None,
     ) -> Attempt:
         assert isinstance(connection, Calling)
+        metadata = with_added(self.metadata, metadata)
         attempt = GrpcioAttempt(self, connection, method, done, timeout_s, metadata, allow_empty, extras)
         self.on_loop(self._forward, attempt)
         return attempt

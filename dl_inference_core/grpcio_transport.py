@@ -27,7 +27,7 @@ from dl_inference_core.grpcio_connections import GrpcioConnection, TlsConnection
 from dl_inference_core.grpcio_exchanges import Handlers
 from dl_inference_core.transport import (
     Connection,
-    HttpApp,
+    Http,
     Limits,
     Server,
     Service,
@@ -106,7 +106,7 @@ class GrpcioTransport(Transport):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> Server:
         self._loop = asyncio.get_running_loop()
         watched = None if tls is None else Watched(tls)

@@ -7,7 +7,8 @@ from typing import Protocol as Interface
 
 from dl_inference_core.errors import BadRequest, ModelNotFound
 from dl_inference_core.transport import Exchange
-from dl_inference_core.wire.protocol import Protocol, RoutingKey
+from dl_inference_core.wire.protocol import Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 
 class Upstream(Interface):
@@ -68,12 +69,13 @@ class Routes:
             BadRequest: the key is malformed; or the call names no model, and there are several.
             ModelNotFound: there is no such upstream, or none at all.
         """
-        key = protocol.read_key(exchange.message)
+        key = exchange.key or protocol.read_key(exchange.message)
         return self._find_unkeyed(exchange, protocol) if key.model is None else self.find(key.model), key
 
     def _find_unkeyed(self, exchange: Exchange, protocol: Protocol) -> Upstream:
         label = protocol.key_metadata
-        named = next((value for name, value in exchange.metadata if name == label and isinstance(value, str)), "")
+        given = exchange.find_metadata(label) if label else None
+        named = given if isinstance(given, str) else ""
         upstream = self._find_or_none(named) if named else None
         if upstream is not None:
             return upstream
@@ -121,8 +123,9 @@ class Routes:
         """
         if isinstance(key, str):
             for table in self._tables:
-                if key in table.models:
-                    return table.models[key]
+                found = table.models.get(key)
+                if found is not None:
+                    return found
             head, dash, digits = key.rpartition("-")
             # 19 digits hold every task id; int() of many more would be slow.
             if (dash and not head) or not (len(digits) <= 19 and digits.isascii() and digits.isdecimal()):

@@ -10,10 +10,10 @@ import base64
 import enum
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from typing import Protocol as Interface
@@ -33,6 +33,8 @@ T = TypeVar("T")
 _MOST_DIMENSIONS = 32
 _EXACT = 2**53
 """A float64 holds every integer up to this magnitude; beyond it, it skips some."""
+_PIECE = 1 << 14
+"""Values of a list that one call of C looks at, in about 1 ms. Other threads run between two calls."""
 _JSON_NAMES = {
     type(None): "null",
     dict: "an object",
@@ -321,17 +323,48 @@ def from_json(value: Any, dtype: np.dtype[Any] | None = None, *, number_dtype: n
     """
     shape: list[int] = []
     items: list[Any] = [value]
-    while not (kinds := set(map(type, items))).isdisjoint((list, tuple)):
+    while not (kinds := _types(items)).isdisjoint((list, tuple)):
         lengths = {len(item) for item in items} if kinds <= {list, tuple} else set()
         if len(lengths) != 1:
             raise _uneven(items, shape)
         if len(shape) == _MOST_DIMENSIONS:
             raise TypeError(f"expected at most {_MOST_DIMENSIONS} levels of nested lists")
         shape += lengths
-        items = list(chain.from_iterable(items))
+        items = _flattened(items)
     if dtype is None and kinds <= {int, float}:
         dtype = number_dtype
     return (_gathered(items, kinds) if dtype is None else _typed(items, kinds, dtype, shape)).reshape(shape)
+
+
+def _pieces(items: list[Any]) -> Iterator[list[Any]]:
+    return (items[start : start + _PIECE] for start in range(0, len(items), _PIECE))
+
+
+def _types(items: list[Any]) -> set[type]:
+    found: set[type] = set()
+    for piece in _pieces(items):
+        found.update(map(type, piece))
+    return found
+
+
+def _flattened(lists: list[Any]) -> list[Any]:
+    items: list[Any] = []
+    following = chain.from_iterable(lists)
+    while piece := list(islice(following, _PIECE)):
+        items += piece
+    return items
+
+
+def _numbers(items: list[Any], dtype: np.dtype[Any] | type[np.generic]) -> Tensor:
+    """`items` as a tensor of one dimension.
+
+    Raises:
+        OverflowError: `dtype` cannot hold one of them.
+    """
+    array: Tensor = np.empty(len(items), dtype)
+    for index, piece in enumerate(_pieces(items)):
+        array[index * _PIECE : index * _PIECE + len(piece)] = piece
+    return array
 
 
 class Misfit(TypeError):
@@ -384,9 +417,9 @@ def _typed(items: list[Any], kinds: set[type], dtype: np.dtype[Any], shape: Sequ
         return _strings(items)
     try:
         if dtype.kind in "biu":
-            return np.array(items, dtype)
+            return _numbers(items, dtype)
         with np.errstate(over="ignore"):
-            return np.array(items, np.float64).astype(dtype)
+            return _numbers(items, np.float64).astype(dtype)
     except OverflowError:
         if dtype.kind not in "iu":
             raise TypeError("Number too big to be stored in double: an integer") from None
@@ -413,16 +446,16 @@ def _shown(item: Any) -> str:
 def _gathered(items: list[Any], kinds: set[type]) -> Tensor:
     """`items`, which are of those types, as a tensor of one dimension."""
     if kinds == {bool}:
-        return np.array(items, np.bool_)
+        return _numbers(items, np.bool_)
     if kinds == {int}:
         try:
-            return np.array(items, np.int64 if max(items) < 2**63 else np.uint64)
+            return _numbers(items, np.int64 if max(map(max, _pieces(items))) < 2**63 else np.uint64)
         except OverflowError:
             raise TypeError("an integer is out of the range of 64 bits") from None
     if kinds <= {int, float}:
         if int in kinds and any(abs(item) > _EXACT for item in items if type(item) is int):
             raise TypeError("a list holds floats, and an integer that no float64 holds")
-        return np.array(items, np.float64)
+        return _numbers(items, np.float64)
     if kinds <= {str, bytes}:
         return _strings(items)
     found = ", ".join(sorted({_JSON_NAMES.get(kind, kind.__name__) for kind in kinds}))

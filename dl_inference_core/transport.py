@@ -20,14 +20,26 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 from typing import Protocol as Interface
 
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import Code, InferenceError
+from dl_inference_core.http_exchange import HttpService
+from dl_inference_core.wire.routing_keys import KeyFields, RoutingKey
 
 Metadata: TypeAlias = "tuple[tuple[str, str | bytes], ...]"
 """Those of one key in order; keys in lower case, values `bytes` where the key ends in "-bin"."""
+
+
+def with_added(metadata: Metadata, added: Metadata) -> Metadata:
+    """`metadata` and `added`, whose entries take the place of those with the same keys."""
+    if not metadata or not added:
+        return metadata or added
+    keys = {key for key, _ in added}
+    return (*[pair for pair in metadata if pair[0] not in keys], *added)
+
 
 Trailers: TypeAlias = "Sequence[tuple[str, str | bytes]]"
 """Metadata that goes beside an answer or a status."""
@@ -122,17 +134,32 @@ class Exchange(ABC):
         metadata: the client's own. Never holds what belongs to the protocol (grpc-*, te, content-type, user-agent,
             names that begin with ":").
         deadline: on the clock of `time.monotonic`, in seconds; None if the client set none.
+        key: what the protocol's `read_key` returns for the message, where the transport has read it by the method's
+            `KeyFields`. None where the transport has not, or the message is malformed or unusual: the service reads it.
         state: what the service keeps of this exchange. It and `metadata` may be set.
     """
 
-    __slots__ = ("deadline", "message", "metadata", "method", "state")
+    __slots__ = ("deadline", "key", "message", "metadata", "method", "state")
 
     def __init__(self, method: str, message: Message, metadata: Metadata, deadline: float | None) -> None:
         self.method = method
         self.message = message
         self.metadata = metadata
         self.deadline = deadline
+        self.key: RoutingKey | None = None
         self.state: Any = None
+
+    def find_metadata(self, key: str) -> str | bytes | None:
+        """The first value of the client's metadata with that key. A transport may look without making `metadata`."""
+        for name, value in self.metadata:
+            if name == key:
+                return value
+        return None
+
+    def hash_message(self) -> bytes:
+        """The BLAKE2b digest of the message, 16 bytes: the same in all processes, whatever their transports. Here it
+        takes about 1 ms for each MB; a transport may compute it without the interpreter."""
+        return blake2b(self.message, digest_size=16).digest()
 
     @abstractmethod
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
@@ -175,7 +202,7 @@ class Exchange(ABC):
             connection: to the node; made by the same transport.
             method: the node's method path.
             timeout_s: limits this attempt; None sets no limit.
-            metadata: all of the metadata that the node gets.
+            metadata: added to the client's own, which goes on to the node, in the place of entries with the same keys.
             allow_empty: whether an empty message is a good answer: one whose fields all have their default values.
             extras: what happens to the messages on their way; None is nothing, and costs nothing.
 
@@ -262,9 +289,11 @@ class Method:
 
     Attributes:
         streaming: whether messages stream in both directions; else one comes in and one goes out.
+        key: where the routing key stands in a request; None where the transport need not look.
     """
 
     streaming: bool = False
+    key: KeyFields | None = None
 
 
 HttpApp: TypeAlias = Callable[
@@ -276,6 +305,19 @@ HttpApp: TypeAlias = Callable[
     Awaitable[None],
 ]
 """An ASGI application that answers HTTP requests; it is never asked about its lifespan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Http:
+    """What answers HTTP.
+
+    Attributes:
+        service: answers the requests that are exchanges.
+        app: answers the others.
+    """
+
+    service: HttpService
+    app: HttpApp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,7 +441,7 @@ class Transport(ABC):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> Server:
         """Listen on each of `addresses`, and have `service` answer.
 

@@ -23,9 +23,9 @@ from dl_inference_core.config import (
     RouteConfig,
     ServerTls,
 )
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batching import BatchingConfig, Bucket
 from dl_inference_core.node.loading import ModelConfig
-from dl_inference_core.node.queue import QueueLimits
 from dl_inference_core.node.watchdog import WatchdogConfig
 
 PAGE = Path(__file__).with_name("configuration.md")

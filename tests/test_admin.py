@@ -18,7 +18,7 @@ from starlette.routing import Mount, Route
 from dl_inference_core import admin
 from dl_inference_core import config as configs
 from dl_inference_core.app import App
-from dl_inference_core.errors import ConfigError
+from dl_inference_core.errors import Code, ConfigError
 from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
@@ -85,7 +85,7 @@ async def test_it_is_ready_while_it_takes_requests_and_says_why_it_is_not() -> N
 
 async def test_metrics_come_in_the_format_that_is_asked_for() -> None:
     metrics = Metrics()
-    metrics.request("seldon", "m", "OK", 0.003)
+    metrics.requests("seldon", "m").count(Code.OK, 0.003)
     async with serving(metrics=metrics) as port:
         answer = await ask(port, "/metrics")
         assert answer.status == 200

@@ -11,11 +11,11 @@ import pytest
 from dl_inference_core.coroutines import Coroutines
 from dl_inference_core.errors import AttemptCancelled, BadRequest, Code, HandlerFailed
 from dl_inference_core.failures import FailureLog, fail, request_id_of
-from dl_inference_core.local_exchange import LocalExchange
+from dl_inference_core.testing.memory import MemoryExchange
 
 
 def test_an_expected_error_is_told_as_it_is_and_not_logged(caplog: pytest.LogCaptureFixture) -> None:
-    exchange = LocalExchange("/m")
+    exchange = MemoryExchange("/m")
     fail(exchange, BadRequest("no such input"))
     assert type(exchange.error) is BadRequest
     assert str(exchange.error) == "no such input"
@@ -33,7 +33,7 @@ def test_an_expected_error_is_told_as_it_is_and_not_logged(caplog: pytest.LogCap
 def test_others_are_logged_under_the_request_id_that_the_client_gets(
     caplog: pytest.LogCaptureFixture, error: Exception, said: str, given: str
 ) -> None:
-    exchange = LocalExchange("/m", metadata=(("x-request-id", given),) if given else ())
+    exchange = MemoryExchange("/m", metadata=(("x-request-id", given),) if given else ())
     fail(exchange, error)
     assert exchange.error is not None
     assert exchange.error.code is Code.INTERNAL
@@ -45,9 +45,9 @@ def test_others_are_logged_under_the_request_id_that_the_client_gets(
 
 
 def test_a_request_has_one_id() -> None:
-    given = LocalExchange("/m", metadata=(("x-request-id", "r-1"),))
+    given = MemoryExchange("/m", metadata=(("x-request-id", "r-1"),))
     assert request_id_of(given) == "r-1"
-    exchange = LocalExchange("/m", metadata=(("x-request-id", ""),))
+    exchange = MemoryExchange("/m", metadata=(("x-request-id", ""),))
     request_id = request_id_of(exchange)
     assert len(request_id) == 32
     fail(exchange, HandlerFailed("as told"))
@@ -94,7 +94,7 @@ def test_an_error_that_is_its_own_cause_is_told_and_logged(caplog: pytest.LogCap
     """As `raise error from error` makes it."""
     error = raised(ZeroDivisionError, 1)
     error.__cause__ = error
-    exchange = LocalExchange("/m")
+    exchange = MemoryExchange("/m")
     fail(exchange, error)
     assert str(exchange.error).startswith("unexpected ZeroDivisionError (request id ")
     assert caplog.records[0].exc_info is not None
@@ -105,7 +105,7 @@ def test_an_error_that_cannot_say_what_it_is_is_told(caplog: pytest.LogCaptureFi
         def __str__(self) -> str:
             raise ValueError("no words")
 
-    exchange = LocalExchange("/m")
+    exchange = MemoryExchange("/m")
     fail(exchange, Mute())
     assert type(exchange.error) is HandlerFailed
     assert len(caplog.records) == 1
@@ -116,7 +116,7 @@ def test_nothing_that_a_frame_of_the_error_held_stays(kind: type[Exception], no_
     class Message:
         pass
 
-    def handle(exchange: LocalExchange) -> weakref.ref[Message]:
+    def handle(exchange: MemoryExchange) -> weakref.ref[Message]:
         message = Message()
         kept: list[Exception] = []
         try:
@@ -129,7 +129,7 @@ def test_nothing_that_a_frame_of_the_error_held_stays(kind: type[Exception], no_
                 fail(exchange, error)
         return weakref.ref(message)
 
-    exchange = LocalExchange("/m")
+    exchange = MemoryExchange("/m")
     logging.disable()  # the test's own handlers keep what is logged
     try:
         held = handle(exchange)
@@ -146,7 +146,7 @@ def test_a_coroutine_that_somebody_else_cancels_ends_its_exchange() -> None:
         async def wait(_: object) -> bytes:
             return bytes(await waiting)
 
-        exchange = LocalExchange("/m")
+        exchange = MemoryExchange("/m")
         Coroutines().answer(exchange, wait)
         await asyncio.sleep(0)
         await asyncio.sleep(0)

@@ -116,6 +116,20 @@ async def trickle(client: Client, data: bytes) -> None:
             await asyncio.sleep(0.05)
 
 
+def test_answers_on_a_connection_that_stays_do_not_wait_for_acknowledgements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would wait for 40 ms where the event loop is asyncio's own: uvloop never lets them wait."""
+
+    async def test() -> None:
+        async with serving(monkeypatch) as rig:
+            client = await rig.connect()
+            async with asyncio.timeout(10):
+                for _ in range(500):
+                    assert await client.ask() == b"ok"
+
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(test())
+
+
 # Times
 
 

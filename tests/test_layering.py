@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[1] / "dl_inference_core"
 # Whoever stands on a line may import what stands on the lines above, and its own package.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("", "errors", "cpus"),
-    ("files",),
+    ("files", "http_exchange"),
     ("tensors", "config"),
-    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "sockets", "children", "transport"),
-    ("failures", "local_exchange", "grpcio_connections", "plugins", "routing", "http_server"),
+    ("nodefile", "hookspecs", "metrics", "wire", "certificates", "sockets", "children"),
+    ("transport",),
+    ("failures", "grpcio_connections", "plugins", "routing", "http_server"),
     ("coroutines", "grpcio_exchanges"),
-    ("grpcio_transport",),
+    ("grpcio_transport", "asgi"),
     ("gateway", "node", "introspection", "joining"),
     ("dispatcher", "client", "builtins", "admin"),
     ("rest", "load_testing"),

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from dl_inference_core.errors import Code
 from dl_inference_core.metrics import Metrics
 
 
@@ -22,12 +23,21 @@ def samples(metrics: Metrics, name: str) -> dict[tuple[str, ...], float]:
     return found
 
 
+def attempt(metrics: Metrics, route: str, node: str, outcome: str) -> None:
+    """Count an attempt, as a route does."""
+    counts = metrics.attempts(route, node, node)
+    if outcome == "success":
+        counts.successes += 1
+    else:
+        counts.count(outcome)
+
+
 def test_requests_are_counted_by_status_and_their_seconds_by_bucket() -> None:
     metrics = Metrics()
     for seconds in (0.0004, 0.0005, 0.003, 11.0):
-        metrics.request("openinference", "m", "OK", seconds)
-    metrics.request("openinference", "m", "INTERNAL", 0.003)
-    metrics.request("seldon", "m", "OK", 0.3)
+        metrics.requests("openinference", "m").count(Code.OK, seconds)
+    metrics.requests("openinference", "m").count(Code.INTERNAL, 0.003)
+    metrics.requests("seldon", "m").count(Code.OK, 0.3)
     assert samples(metrics, "dl_inference_requests_total") == {
         ("OK", "openinference", "m"): 4,
         ("INTERNAL", "openinference", "m"): 1,
@@ -49,25 +59,35 @@ def test_requests_are_counted_by_status_and_their_seconds_by_bucket() -> None:
 def test_attempts_are_counted_by_node_and_outcome() -> None:
     metrics = Metrics()
     for outcome in ("success", "success", "failure"):
-        metrics.attempt("r", "n:1", outcome)
+        attempt(metrics, "r", "n:1", outcome)
     assert samples(metrics, "dl_inference_attempts_total") == {
         ("n:1", "success", "r"): 2,
         ("n:1", "failure", "r"): 1,
     }
 
 
+def test_nodes_with_one_address_are_counted_together_until_both_are_gone() -> None:
+    metrics = Metrics()
+    for target in ("n:1", "n:1 as other.name"):
+        metrics.attempts("r", target, "n:1").successes += 2
+    assert samples(metrics, "dl_inference_attempts_total") == {("n:1", "success", "r"): 4}
+    metrics.node_usable("n:1", True)
+    metrics.node_gone("n:1")
+    assert samples(metrics, "dl_inference_attempts_total") == {("n:1", "success", "r"): 2}
+
+
 def test_what_goes_takes_its_series_along() -> None:
     metrics = Metrics()
     for name in ("gone", "stays"):
-        metrics.request("openinference", name, "OK", 0.1)
+        metrics.requests("openinference", name).count(Code.OK, 0.1)
         metrics.batch(name, 3)
         metrics.stuck_batch(name)
-        metrics.attempt(name, "n:1", "success")
+        attempt(metrics, name, "n:1", "success")
     metrics.node_usable("n:2", True)
-    metrics.attempt("stays", "n:2", "success")
+    attempt(metrics, "stays", "n:2", "success")
     metrics.model_gone("gone")
     metrics.route_gone("gone")
-    metrics.node_gone("n:2", "n:2")
+    metrics.node_gone("n:2")
     said = metrics.render("")[0].decode()
     assert '"gone"' not in said
     assert '"n:2"' not in said
@@ -78,8 +98,8 @@ def test_what_goes_takes_its_series_along() -> None:
 
 def test_openmetrics_is_well_formed() -> None:
     metrics = Metrics()
-    metrics.request("openinference", 'a "name"\\with\nsigns', "OK", 0.1)
-    metrics.attempt("r", "n:1", "success")
+    metrics.requests("openinference", 'a "name"\\with\nsigns').count(Code.OK, 0.1)
+    attempt(metrics, "r", "n:1", "success")
     text = metrics.render("application/openmetrics-text")[0].decode()
     families: Any = {family.name: family for family in openmetrics.text_string_to_metric_families(text)}
     (sample,) = families["dl_inference_requests"].samples
@@ -91,7 +111,7 @@ def test_threads_lose_no_count() -> None:
 
     def count() -> None:
         for _ in range(5000):
-            metrics.request("openinference", "m", "OK", 0.001)
+            metrics.requests("openinference", "m").count(Code.OK, 0.001)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:

@@ -23,7 +23,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dl_inference_core import admin
+from dl_inference_core import admin, asgi
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import BadRequest, Code, from_status
 from dl_inference_core.http_server import HttpServer
@@ -33,13 +33,15 @@ from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.rest import tfserving
 from dl_inference_core.rest.answering import Local, Rest
+from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.rest.tfserving_codec import PredictCodec, shortest
 from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Payload, Request, Response, as_tensor, from_json
 from dl_inference_core.testing import FakeBackend
+from dl_inference_core.transport import Http
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.arrays import from_strings
-from dl_inference_core.wire.protocol import RoutingKey
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 LIMIT = 100_000
 ADDRESSED = RoutingKey("m")
@@ -183,8 +185,10 @@ async def serving(
         await repository.start()
     readiness, metrics = Readiness(serving=start), Metrics()
     dispatcher = Dispatcher(Routes(repository), metrics)
-    rest = Rest(Local(repository, elsewhere, readiness), dispatcher, body_bytes=LIMIT, timeout_s=timeout_s)
-    server = await HttpServer.start(admin.app(metrics, readiness, *tfserving.routes(rest, cors=cors)), "127.0.0.1", 0)
+    api = TfServing(Local(repository, elsewhere, readiness), dispatcher, cors=cors)
+    rest = Rest(api, body_bytes=LIMIT, timeout_s=timeout_s)
+    app = asgi.with_exchanges(Http(service=rest, app=admin.app(metrics, readiness)))
+    server = await HttpServer.start(app, "127.0.0.1", 0)
     try:
         yield Served(port=server.port, metrics=metrics, readiness=readiness, repository=repository)
     finally:

@@ -21,7 +21,7 @@ from google.protobuf import json_format
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dl_inference_core import admin
+from dl_inference_core import admin, asgi
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.http_server import HttpServer
@@ -29,12 +29,14 @@ from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.rest import seldon, tfserving
+from dl_inference_core.rest import seldon
 from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.rest.seldon_codec import DocumentCodec
+from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Payload, Request
 from dl_inference_core.testing import FakeBackend
+from dl_inference_core.transport import Http
 from dl_inference_core.wire import messages
 from dl_inference_core.wire import seldon as wire
 
@@ -113,9 +115,11 @@ async def serving(
         await repository.start()
     readiness, metrics = Readiness(serving=start), Metrics()
     dispatcher = Dispatcher(Routes(repository), metrics)
-    rest = Rest(Local(repository, elsewhere, readiness), dispatcher, body_bytes=LIMIT, timeout_s=20)
-    beside = (*tfserving.routes(rest), *seldon.routes(rest, readiness, cors=cors))
-    server = await HttpServer.start(admin.app(metrics, readiness, *beside), "127.0.0.1", 0)
+    local = Local(repository, elsewhere, readiness)
+    apis = TfServing(local, dispatcher), seldon.Seldon(local, dispatcher, readiness, cors=cors)
+    rest = Rest(*apis, body_bytes=LIMIT, timeout_s=20)
+    pages = admin.app(metrics, readiness, *seldon.pages(readiness))
+    server = await HttpServer.start(asgi.with_exchanges(Http(service=rest, app=pages)), "127.0.0.1", 0)
     try:
         yield Served(port=server.port, metrics=metrics, readiness=readiness)
     finally:
@@ -465,7 +469,7 @@ class Asked:
     """What a document looks at beside the body."""
 
     headers: Any = MappingProxyType({})
-    scope: Any = MappingProxyType({"query_string": b""})
+    query = ""
 
 
 def by_rest(values: list[Any]) -> Request:

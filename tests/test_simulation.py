@@ -23,7 +23,8 @@ from bench.simulation.scenarios import BY_NAME
 from dl_inference_core.errors import DeadlineExceeded, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.transport import Answer, Exchange
-from dl_inference_core.wire.protocol import Protocol, RoutingKey
+from dl_inference_core.wire.protocol import Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "dynamic_weighted_round_robin"

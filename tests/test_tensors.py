@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dl_inference_core.tensors import Form, Request, Response, as_json, as_tensor, as_tensors, from_json
+from dl_inference_core.tensors import Form, Misfit, Request, Response, as_json, as_tensor, as_tensors, from_json
 from dl_inference_core.wire import messages, openinference, tfserving
 
 BIG = 2**53 + 1
@@ -151,3 +151,33 @@ def test_a_dtype_for_numbers_is_for_numbers_alone() -> None:
     assert from_json([True], number_dtype=float32).dtype == np.bool_
     assert from_json(["a"], number_dtype=float32).dtype == object
     assert from_json([1], np.dtype(np.int8), number_dtype=float32).dtype == np.int8
+
+
+_MANY = 50_001
+"""More values than one piece of a large list has, and no multiple of a piece."""
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "expected"),
+    [
+        ([index / 8 for index in range(_MANY)], None, np.arange(_MANY) / 8),
+        ([[index, index + 1] for index in range(_MANY)], None, np.arange(_MANY)[:, None] + np.array([0, 1])),
+        ([*range(_MANY), 2**63], None, np.array([*range(_MANY), 2**63], np.uint64)),
+        ([*range(_MANY), 0.5], None, np.array([*range(_MANY), 0.5])),
+        ([[True, False] * _MANY], None, np.array([[True, False] * _MANY])),
+        ([*range(_MANY), 1e300], np.dtype(np.float32), np.array([*range(_MANY), np.inf], np.float32)),
+        ([index % 7 for index in range(_MANY)], np.dtype(np.int8), np.arange(_MANY) % 7),
+    ],
+    ids=["floats", "rows", "above int64", "mixed", "booleans", "float32", "int8"],
+)
+def test_a_large_json_list_is_the_tensor_that_a_small_one_would_be(value: Any, dtype: Any, expected: Any) -> None:
+    made = from_json(value, dtype)
+    assert made.dtype == (expected.dtype if dtype is None else dtype)
+    np.testing.assert_array_equal(made, expected)
+
+
+def test_the_misfit_of_a_large_json_list_is_found_at_its_row() -> None:
+    rows = [[1, 2]] * _MANY + [[3, 300]] + [[4, 5]] * 3
+    with pytest.raises(Misfit, match="not of expected type: int8") as error:
+        from_json(rows, np.dtype(np.int8))
+    assert error.value.row == _MANY

@@ -12,12 +12,13 @@ from bench.core.transport import MemoryTransport
 from bench.rounds import turns
 from dl_inference_core.app import App
 from dl_inference_core.cli import _settle
+from dl_inference_core.errors import Code
 from dl_inference_core.gateway.balancing import Outcome
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.tensors import Response
 from dl_inference_core.testing.fakes import EXCHANGE, FakeNode
+from dl_inference_core.wire.templates import Templates
 
 AT_ONCE = 32
 """Requests that a transport hands over in one call where many have come."""
@@ -60,6 +61,9 @@ async def measure(rounds: int, share: float, measured: Callable[[], None]) -> tu
         hedging = await stack.enter_async_context(setup.serving(**setup.gateway(hedge=True)))
         node = await stack.enter_async_context(setup.node())
         passing, echoing, hopping = (setup.behind(each) for each in (setup.Passing, setup.Echoing, setup.Hopping))
+        key = loads.PROTOCOL.read_key(loads.make_requests(1)[0])
+        for transport in (*map(_transport, (gateway, hedging, node)), passing, echoing, hopping):
+            transport.key = key
         parts = {
             **dict(_calls(gateway, share)),
             **dict(_forwarding(share, gateway=_transport(gateway), hedging=_transport(hedging), passing=passing)),
@@ -107,8 +111,8 @@ def _calls(app: App, share: float) -> Parts:
     nodes = route.pool.usable()
     messages = loads.make_requests(_count(_ALONE, share))
     following = cycle(messages)
-    codec, read_key = loads.PROTOCOL.codec, loads.PROTOCOL.read_key
-    success, value = Outcome.SUCCESS, Outcome.SUCCESS.value  # a look-up of it takes a sixth of the unit
+    codec, read_key = Templates(loads.PROTOCOL.codec, loads.MODEL, 1), loads.PROTOCOL.read_key
+    success = Outcome.SUCCESS  # a look-up of it takes a sixth of the unit
 
     def choose() -> None:
         balancer.record(balancer.choose(fakes, EXCHANGE), success, _SECONDS)
@@ -117,12 +121,12 @@ def _calls(app: App, share: float) -> Parts:
         route.picker.record(route.picker.choose(nodes, EXCHANGE), success, _SECONDS)
 
     def count() -> None:
-        app.metrics.request(loads.PROTOCOL.name, loads.MODEL, "OK", _SECONDS)
-        app.metrics.attempt(loads.MODEL, nodes[0].address, value)
+        app.metrics.requests(loads.PROTOCOL.name, loads.MODEL).count(Code.OK, _SECONDS)
+        nodes[0].attempts.successes += 1
 
     def transcode() -> None:
-        request = codec.decode_request(next(following))
-        codec.encode_response(Response(payload=request.payload, model=loads.MODEL, version=1), request)
+        request, template = codec.decode_request(next(following))
+        codec.encode_response(request.payload, request, template)
 
     for name, function, full in (
         ("unit", choose, _CALLS),

@@ -89,11 +89,12 @@ _NOTES = f"""\
 CPU µs per request of {MESSAGE_BYTES} B (Open Inference): the median of the rounds, in which the parts take turns.
 Unit: one choice of {BALANCER} among {NODES} nodes, and its outcome.
 Gateway: begin_all with 1 or {AT_ONCE} requests, then the end of their attempts, on one thread; {NODES} nodes. Metrics,
-deadlines, health, retries, and the limits on requests in flight (process and nodes) are on. Key, choice and metrics
-are parts of it, called alone.
+deadlines, health, retries, and the limits on requests in flight (process and nodes) are on. Choice and metrics are
+parts of it, called alone. The transport reads the routing key, as a native one does. With a transport that leaves that
+to the core, reading the key comes on top.
 Node: begin_all, queue, model thread, answers; CPU of the whole process. The model returns its inputs. The codec, called
-alone on the same requests, is taken off. A batch takes {MAX_BATCH} rows at most; with {IN_FLIGHT} requests in flight it
-had {{batch_rows:.1f}} on average.
+alone on the same requests with the templates that it has learnt, is taken off. A batch takes {MAX_BATCH} rows at most;
+with {IN_FLIGHT} requests in flight it had {{batch_rows:.1f}} on average.
 The transport of the benchmark is in memory. A service that does nothing measures it, and it is taken off; with a second
 thread that does nothing but answer, it shows the least that a model thread costs."""
 

@@ -23,7 +23,7 @@ from dl_inference_core.transport import (
     Done,
     Exchange,
     Extras,
-    HttpApp,
+    Http,
     Limits,
     Message,
     Metadata,
@@ -35,6 +35,7 @@ from dl_inference_core.transport import (
     Transport,
     UnaryExchange,
 )
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 _DEADLINE_S = 10.0
 """Seconds that a client gives its request: more than any request here takes, so that no deadline passes."""
@@ -47,8 +48,11 @@ class CoreExchange(UnaryExchange):
 
     __slots__ = ("_transport",)
 
-    def __init__(self, transport: MemoryTransport, method: str, message: bytes, deadline: float) -> None:
+    def __init__(
+        self, transport: MemoryTransport, method: str, message: bytes, deadline: float, key: RoutingKey | None
+    ) -> None:
         super().__init__(method, message, (), deadline)
+        self.key = key
         self._transport = transport
 
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
@@ -127,6 +131,7 @@ class MemoryTransport(Transport):
         service: what answers; set by `serve`.
         attempts: those under way.
         on_end: called on the event loop when exchanges have ended.
+        key: the routing key of its exchanges, as a native transport reads it; None leaves that to the service.
     """
 
     name = "memory"
@@ -136,6 +141,7 @@ class MemoryTransport(Transport):
         self.service: Service
         self.attempts: list[_Attempt] = []
         self.on_end: Callable[[], None] = _nothing
+        self.key: RoutingKey | None = None
         self._ended: deque[tuple[Exchange, Message, InferenceError | None]] = deque()
         self._woken = False
         self._timer = _NoTimer()
@@ -150,7 +156,7 @@ class MemoryTransport(Transport):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> Server:
         self.service = service
         return _MemoryServer()
@@ -164,8 +170,8 @@ class MemoryTransport(Transport):
 
     def begin(self, method: str, messages: Sequence[bytes]) -> None:
         """Hand requests to the service in one call."""
-        deadline = time.monotonic() + _DEADLINE_S
-        self.service.begin_all([CoreExchange(self, method, message, deadline) for message in messages])
+        deadline, key = time.monotonic() + _DEADLINE_S, self.key
+        self.service.begin_all([CoreExchange(self, method, message, deadline, key) for message in messages])
 
     def end_attempts(self) -> int:
         """End all attempts well, as a native transport does: the client has its answer before `done` is called.

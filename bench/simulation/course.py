@@ -18,7 +18,8 @@ from dl_inference_core.gateway.pool import Endpoints, Pool
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.testing.memory import LoopClock, MemoryExchange
-from dl_inference_core.wire.protocol import PROTOCOLS, RoutingKey
+from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 _PROTOCOL, _KEY = PROTOCOLS["tfserving"], RoutingKey("m")
 _KEYS = 1000

@@ -104,10 +104,22 @@ class Admission:
         nodes = self._eligible(tried)
         if tried:
             return [node for node in nodes if node.in_flight < self._per_node]
-        if self._open is None or nodes is not self._seen:
-            self._seen = nodes
-            self._open = tuple([node for node in nodes if node.in_flight < self._per_node])
-        return self._open
+        if nodes is not self._seen or self._open is None:
+            self._look(nodes)
+        return self._open or ()
+
+    def _look(self, nodes: Sequence[Node]) -> None:
+        self._seen = nodes
+        self._open = tuple([node for node in nodes if node.in_flight < self._per_node])
+
+    def free(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        """Those of `nodes`, of which each may have its whole share, that could take an attempt now; none where requests
+        wait."""
+        if self._places:
+            return ()
+        if nodes is not self._seen or self._open is None:
+            self._look(nodes)
+        return self._open or ()
 
     def admit(self, request: Waiting, end: float) -> None:
         """Have `request.admitted` called, now or when it is its turn; without nodes if no node is eligible at all.
@@ -143,7 +155,8 @@ class Admission:
         """An attempt is no longer counted in `node.in_flight`."""
         if node.in_flight >= self._per_node - 1:
             self._open = None
-        self.admit_waiting()
+        if self._places:
+            self.admit_waiting()
 
     def admit_waiting(self) -> None:
         """Admit each request whose turn it is."""

@@ -21,7 +21,7 @@ from dl_inference_core.gateway.clock import Clock
 from dl_inference_core.gateway.health import Health
 from dl_inference_core.gateway.health_states import OUR_JUDGEMENT, State
 from dl_inference_core.gateway.probing import BackgroundProbes, Prober, call_on_loop
-from dl_inference_core.metrics import Metrics
+from dl_inference_core.metrics import AttemptCounts, Metrics
 from dl_inference_core.transport import Connection
 
 _log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Endpoints:
         del endpoint.nodes[node]
         if not endpoint.nodes:
             del self._by_target[endpoint.target]
-            self._metrics.node_gone(endpoint.target, endpoint.address)
+            self._metrics.node_gone(endpoint.target)
             endpoint.health.close()
             await endpoint.probes.close()
             await endpoint.connection.close()
@@ -161,7 +161,10 @@ def _ignore(*_: object) -> None: ...
 class Node:
     """One endpoint in one route; what a balancer sees of it."""
 
-    __slots__ = ("_idle", "_loop", "address", "endpoint", "in_flight", "pool", "removed", "weight")
+    __slots__ = ("_idle", "_loop", "address", "attempts", "endpoint", "in_flight", "pool", "removed", "weight")
+
+    attempts: AttemptCounts
+    """Set by the route, which writes it."""
 
     def __init__(self, pool: Pool, endpoints: Endpoints, config: NodeConfig) -> None:
         self.pool = pool
@@ -215,6 +218,8 @@ class Pool:
         self._now = endpoints.clock.now
         self._snapshot = Snapshot()
         self._outdated = False
+        self._steady = False
+        """Whether all of the nodes that may be chosen may have their whole share."""
         self._spared: set[Node] = set()
         self._offered: tuple[Node, ...] = ()
         """The usable nodes without `_spared`: while nothing changes, the same tuple."""
@@ -232,14 +237,20 @@ class Pool:
         """The nodes that may be chosen, as of the last change."""
         if self._outdated:
             self._outdated = False  # before the nodes are looked at: what changes from now on is for the next request
-            self._snapshot = self._judged()
+            self._snapshot = snapshot = self._judged()
+            self._steady = not (snapshot.half_open or snapshot.starting)
             self._spared = set()
         return self._snapshot
+
+    def steady(self) -> Sequence[Node]:
+        """The nodes that may be chosen, where no health has changed and each may have its whole share of the requests;
+        else none: ask `due` and `usable`."""
+        return self._snapshot.usable if self._steady and not self._outdated else ()
 
     def usable(self) -> Sequence[Node]:
         """The nodes that may be chosen this time."""
         snapshot = self.snapshot()
-        return self._drawn(snapshot) if snapshot.half_open or snapshot.starting else snapshot.usable
+        return snapshot.usable if self._steady else self._drawn(snapshot)
 
     def due(self) -> Sequence[Node]:
         """The one half-open node whose turn it is to show how it does; mostly none. For each request that could be
@@ -318,7 +329,7 @@ class Pool:
         before, self.nodes = self.nodes, tuple(nodes)
         # A route without requests must not hold on to nodes that left.
         self._snapshot, self._spared, self._offered = Snapshot(), set(), ()
-        self._outdated = True
+        self._steady, self._outdated = False, True
         stay = set(nodes)
         gone = [node for node in before if node not in stay]
         for node in gone:

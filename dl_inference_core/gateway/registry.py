@@ -195,7 +195,7 @@ class Registry:
         exchange.reply(_body(messages.DeregisterResponse()))
 
     def _authenticate(self, exchange: Exchange) -> None:
-        shown = next((value for key, value in exchange.metadata if key == "authorization"), "")
+        shown = exchange.find_metadata("authorization") or ""
         scheme, _, token = str(shown).partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), self._token):
             raise Unauthenticated('expected "authorization: Bearer TOKEN" with the gateway\'s token')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dl_inference_core.node.batching import Batching, Part
@@ -20,6 +21,8 @@ _UNBOUNDED = 1 << 20
 """The worthwhile number of requests where a request costs next to nothing beside the call."""
 _LEAST_VARIANCE = 1e-3
 """Of the numbers of requests, over the mean of their squares: with less, a slope would be noise."""
+_AT_ONCE = 16
+"""Requests that a thread takes at once: one alone costs 1.2 µs, of 16 each 0.2 µs."""
 _WINDOW_S = 1.0
 """Concurrency is remembered for one to two windows: longer than the pauses of a steady client, shorter than a lull."""
 
@@ -33,16 +36,21 @@ class BatchCost:
     """
 
     def __init__(self) -> None:
-        self._sums = [0.0] * 5
+        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
         self._line = (0.0, 0.0)
         self.worthwhile = 1
 
     def learn(self, requests: int, seconds: float) -> None:
         """A batch of `requests` took `seconds`. One thread at a time."""
-        new = (1, requests, seconds, requests * requests, requests * seconds)
-        self._sums = [_KEPT * old + each for old, each in zip(self._sums, new, strict=True)]
-        weight, *sums = self._sums
-        mean, mean_s, square, product = (each / weight for each in sums)
+        weight, n, s, nn, ns = self._sums
+        self._sums = weight, n, s, nn, ns = (
+            _KEPT * weight + 1,
+            _KEPT * n + requests,
+            _KEPT * s + seconds,
+            _KEPT * nn + requests * requests,
+            _KEPT * ns + requests * seconds,
+        )
+        mean, mean_s, square, product = n / weight, s / weight, nn / weight, ns / weight
         variance = square - mean * mean
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
@@ -80,54 +88,73 @@ class RecentConcurrency:
 
 
 class Batcher:
-    """Gathers requests for one call of the model, on one model thread, from the first request on."""
+    """Gathers requests for one call of the model, on one model thread. Iterate over the requests, and `add` each before
+    the next one; the iteration ends where the batch is complete."""
 
-    def __init__(self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest) -> None:
+    def __init__(
+        self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest, *, at_once: bool
+    ) -> None:
+        """Args:
+        at_once: whether to take several requests out of the queue at once. Not where a request may take long before the
+            model: another thread that becomes free meanwhile could begin the others.
+        """
         self._batching = batching
         self._cost = cost
         self._thread = thread
+        self._first = first
+        self._at_once = _AT_ONCE if at_once else 1
+        self._max_rows = batching.max_rows
+        self._holds = batching.delay_s > 0
         self.parts: list[Part] = []
         """What the requests bring that need the model."""
-        self._rows = 0
+        self.rows = 0
+        """Of all parts."""
         self._answered = 0
         """Requests that were answered without the model."""
+        self._complete = False
         self._hold_until = first.queued_at + batching.delay_s
         self._soonest = math.inf
         """The first deadline that can be met."""
 
-    def take_next(self, request: QueuedRequest, part: Part | None) -> QueuedRequest | None:
-        """Add `request`, and take the next request for the same call; None where the batch is complete.
+    def __iter__(self) -> Iterator[QueuedRequest]:
+        yield self._first
+        while not self._complete:
+            taken = self._thread.take(min(self._at_once, self._max_rows - self.rows - self._answered))
+            for number, request in enumerate(taken, 1):
+                yield request
+                if self._complete:
+                    self._thread.put_back(taken[number:])
+                    return
+            if not taken and not self._wait_for_more():
+                return
 
-        Args:
-            part: what `request` brings; None if it is answered already.
+    def add(self, request: QueuedRequest, part: Part | None) -> None:
+        """Args:
+        part: what `request` brings; None if it is answered already.
         """
         if part is None:
             self._answered += 1
         else:
             self.parts.append(part)
-            self._rows += part.rows
+            self.rows += part.rows
             if not part.rows or self._is_late_with(request):
-                return None
-        if self._rows + self._answered >= self._batching.max_rows:
-            return None
-        until = 0.0 if self._rows in self._batching.preferred else self._hold_until
-        return self._thread.take(until, self._wanted())
+                self._complete = True
+        if self.rows + self._answered >= self._max_rows:
+            self._complete = True
 
     def _is_late_with(self, request: QueuedRequest) -> bool:
         """Whether one more request would make the model answer after a deadline that can still be met."""
-        deadline = request.exchange.deadline
-        if deadline is None:
+        deadline, now, seconds = request.exchange.deadline, time.monotonic(), self._cost.seconds
+        if self._holds and (deadline is None or now + seconds(1) <= deadline):
             self._hold_until = min(self._hold_until, request.hold_until)
-        elif time.monotonic() + self._cost.seconds(1) <= deadline:
-            self._soonest = min(self._soonest, deadline)
-            self._hold_until = min(self._hold_until, request.hold_until)
-        if self._soonest == math.inf:
-            return False
-        return time.monotonic() + self._cost.seconds(len(self.parts) + 1) > self._soonest
+        if deadline is not None and deadline < self._soonest and now + seconds(1) <= deadline:
+            self._soonest = deadline
+        return self._soonest < math.inf and now + seconds(len(self.parts) + 1) > self._soonest
 
-    def _wanted(self) -> int:
-        """How many more requests complete the batch, by the rows of those that came."""
-        if not self._batching.delay_s:
-            return 1
-        rows_each = max(self._rows / len(self.parts), 1.0) if self.parts else 1.0
-        return math.ceil((self._batching.next_size(self._rows) - self._rows) / rows_each)
+    def _wait_for_more(self) -> bool:
+        """Returns whether to look for another request: False if the batch is not held any longer."""
+        if not self._holds or self.rows in self._batching.preferred:
+            return False
+        missing = self._batching.next_size(self.rows) - self.rows
+        rows_each = max(self.rows / len(self.parts), 1.0) if self.parts else 1.0
+        return self._thread.wait_for_more(self._hold_until, math.ceil(missing / rows_each))

@@ -99,6 +99,11 @@ class Part:
     rows: int
     cut: Mapping[str, tuple[int, int]]
 
+    @classmethod
+    def alone(cls, queued: Any, request: Request, template: Any, inputs: Any) -> Part:
+        """That of a request which shares no call of the model."""
+        return cls(queued, request, template, inputs, (queued,), 0, {})
+
 
 class Batching:
     """How one version batches. Any thread.
@@ -147,7 +152,7 @@ class Batching:
 
     def part(self, queued: Any, request: Request, inputs: Any, template: Any = None) -> Part:
         """What a request brings, whose `inputs` are what the handler made of it."""
-        alone = Part(queued, request, template, inputs, (queued,), 0, {})
+        alone = Part.alone(queued, request, template, inputs)
         signature = request.signature or DEFAULT_SIGNATURE
         if self.signatures is not None and signature not in self.signatures:
             return alone
@@ -192,8 +197,12 @@ class Batching:
     def batches(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
         """`parts` in batches, the first ones first: none with more rows than it may have, unless one part alone has."""
         by_key: dict[Key, list[Part]] = {}
+        key: Key | None = None
         for part in parts:
-            by_key.setdefault(part.key, []).append(part)
+            if part.key is not key:  # those of one template have the same
+                key = part.key
+                alike = by_key.setdefault(key, [])
+            alike.append(part)
         for alike in by_key.values():
             batch: list[Part] = []
             rows = 0
@@ -238,7 +247,8 @@ class Batching:
         shares, start = [], 0
         for part in parts:
             stop = start + part.rows
-            shares.append(_cut({name: value[start:stop] for name, value in outputs.items()}, part.cut))
+            share = {name: value[start:stop] for name, value in outputs.items()}
+            shares.append(_cut(share, part.cut) if part.cut else share)
             start = stop
         return shares
 

@@ -7,7 +7,7 @@ request is answered or failed here, whatever handler and model do. The answers o
 from __future__ import annotations
 
 import logging
-import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,11 @@ from dl_inference_core.node.batcher import BatchCost, Batcher
 from dl_inference_core.node.batching import Batching, Key, NotRowwise, Part
 from dl_inference_core.node.handler_inputs import check_answer, inputs_of, kind_of, refused_by, unchanged
 from dl_inference_core.node.handling import narrow
+from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.suspects import Suspects, client_of
 from dl_inference_core.transport import Reply
 from dl_inference_core.wire import tfserving_examples
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol, Queueing
 from dl_inference_core.wire.templates import Template, Templates
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from dl_inference_core.node.backend import Model
     from dl_inference_core.node.load import LoadMeter
     from dl_inference_core.node.model_threads import ModelThread
-    from dl_inference_core.node.queue import QueuedRequest
     from dl_inference_core.node.version import Instance
     from dl_inference_core.tensors import Request
     from dl_inference_core.transport import Exchange
@@ -57,14 +57,14 @@ class Completions:
 
     def __init__(self, meter: LoadMeter) -> None:
         self._meter = meter
-        self._replies: dict[type[Exchange], list[Reply]] = {}
+        self._replies: defaultdict[type[Exchange], list[Reply]] = defaultdict(list)
 
     def reply(self, request: QueuedRequest, message: bytes) -> None:
         """Answer `request` at the next `send`, unless it has ended."""
         if not request.ended:
-            request.end()
-            reply = Reply(request.exchange, message, self._meter.answered())
-            self._replies.setdefault(type(request.exchange), []).append(reply)
+            request.ended = True
+            exchange = request.exchange
+            self._replies[type(exchange)].append(Reply(exchange, message))
 
     def fail(self, request: QueuedRequest, error: InferenceError) -> None:
         """As `fail_request`."""
@@ -72,46 +72,31 @@ class Completions:
 
     def send(self) -> None:
         """Give the answers to the transport."""
-        replies, self._replies = self._replies, {}
+        replies, self._replies = self._replies, defaultdict(list)
         for exchanges, together in replies.items():
+            if trailers := self._meter.answered(count=len(together)):
+                together[0] = together[0]._replace(trailers=trailers)
             exchanges.reply_all(together)
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of all requests of one template.
+    """What is known of all requests of one template: a `Template`'s notes.
 
     Attributes:
-        inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not;
-            None as long as it is not known.
-        key, rows: as of their `Part`; `rows` is 0 as long as they are not known.
+        queueing: their place in the queue.
+        inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not.
+        key, rows: as of their `Part`; `rows` is 0 where that is not known.
     """
 
-    inputs: tuple[str, ...] | None = None
+    queueing: Queueing
+    inputs: tuple[str, ...]
     key: Key = ()
     rows: int = 0
 
 
-@dataclass(slots=True)
-class _Decoded:
-    """A request, and the template that it matches, if it matches one."""
-
-    request: Request
-    template: Template | None
-
-    @property
-    def known(self) -> _Known | None:
-        template = self.template
-        if template is None:
-            return None
-        if template.notes is None:
-            template.notes = _Known()
-        known: _Known = template.notes
-        return known
-
-
 class Execution:
-    """Runs requests on the instances of one version. Model threads only."""
+    """Runs requests on the instances of one version. Model threads only, but for `receive`."""
 
     def __init__(
         self,
@@ -135,6 +120,18 @@ class Execution:
         self._suspects = Suspects()
         self._codecs: dict[str, Templates] = {}
         self._complained = False
+
+    def receive(self, exchange: Exchange, protocol: Protocol) -> QueuedRequest:
+        """`exchange` as a request for the queue. Any thread.
+
+        Raises:
+            BadRequest: the message says nonsense of its place in the queue.
+        """
+        codec = self._codecs.get(protocol.codec_at)
+        template = None if codec is None else codec.find(exchange.message)
+        known: _Known | None = None if template is None else template.notes
+        asked = protocol.queueing(exchange.message) if known is None else known.queueing
+        return QueuedRequest(exchange, protocol, asked, template)
 
     def run(self, first: QueuedRequest, thread: ModelThread) -> int:
         """Answer `first` and the requests that share its batch, which it takes from `thread`. Returns how many came to
@@ -165,42 +162,13 @@ class Execution:
         thread: ModelThread,
         completions: Completions,
     ) -> int:
-        batcher = Batcher(batching, self._cost, thread, first)
-        request: QueuedRequest | None = first
-        while request is not None:
-            part = self._prepare(instance, batching, request, completions)
-            request = batcher.take_next(request, part)
-        thread.begin_model(len(batcher.parts), sum(part.rows for part in batcher.parts))
+        batcher = Batcher(batching, self._cost, thread, first, at_once=instance.handler.takes_what_fits)
+        for request in batcher:
+            batcher.add(request, self._prepare(instance, batching, request, completions))
+        thread.begin_model(len(batcher.parts), batcher.rows)
         for batch in batching.batches(batcher.parts):
             self._run_batch(instance, batching, batch, completions)
         return len(batcher.parts)
-
-    def _prepare(
-        self, instance: Instance, batching: Batching, queued: QueuedRequest, completions: Completions
-    ) -> Part | None:
-        """What a request brings into a batch; None if it is answered already."""
-        if not self._is_wanted(queued, completions):
-            return None
-        try:
-            decoded = self._decode(queued)
-            inputs = self._inputs(instance, decoded)
-            part: Part = self._stage("batching", self._part, batching, queued, decoded, inputs)
-        except InferenceError as error:
-            completions.fail(queued, error)
-            return None
-        if part.rows and self._suspects.any and self._suspects.isolates(client := client_of(queued.metadata)):
-            part.key = (*part.key, client)
-        return part
-
-    def _part(self, batching: Batching, queued: QueuedRequest, decoded: _Decoded, inputs: Any) -> Part:
-        known = decoded.known
-        if known is None or not known.inputs or batching.pads_inputs:
-            return batching.part(queued, decoded.request, inputs, decoded.template)
-        if known.rows:
-            return Part(queued, decoded.request, decoded.template, inputs, known.key, known.rows, {})
-        part = batching.part(queued, decoded.request, inputs, decoded.template)
-        known.key, known.rows = part.key, part.rows
-        return part
 
     def _run_batch(
         self, instance: Instance, batching: Batching, parts: Sequence[Part], completions: Completions
@@ -217,7 +185,7 @@ class Execution:
 
         try:
             shares = self._run_model(
-                instance, parts[0].inputs, requests[0], batching.run, parts, call, self._check_wanted, self._count_rows
+                instance, parts[0], batching.run, parts, call, self._check_wanted, self._count_rows
             )
         except InferenceError as error:
             alone = isinstance(error.__cause__, NotRowwise)
@@ -234,7 +202,7 @@ class Execution:
             for part, outputs in zip(parts, shares, strict=True):
                 if self._suspects.any:
                     self._suspects.succeeded(client_of(part.queued.metadata))
-                self._answer(instance, part.queued, part.request, part.template, outputs, completions)
+                self._answer(instance, part, outputs, completions)
             completions.send()
             return
         for batch in smaller:  # not in `except`, where each error would lead to those before it
@@ -270,38 +238,38 @@ class Execution:
 
     def _run_alone(self, instance: Instance, queued: QueuedRequest, completions: Completions) -> int:
         """Returns 1 if it came to the model, else 0."""
-        if not self._is_wanted(queued, completions):
+        part = self._prepare(instance, None, queued, completions)
+        if part is None:
             return 0
         try:
-            decoded = self._decode(queued)
-        except InferenceError as error:
-            completions.fail(queued, error)
-            return 0
-        try:
-            outputs = self._outputs(instance, decoded)
+            outputs = self._outputs(instance, part)
         except InferenceError as error:
             completions.fail(queued, error)
         else:
-            self._answer(instance, queued, decoded.request, decoded.template, outputs, completions)
+            self._answer(instance, part, outputs, completions)
         return 1
 
     def _run_signatures(self, instance: Instance, queued: QueuedRequest, completions: Completions) -> None:
         """Answer a MultiInference call; the first signature that fails ends it."""
         if not self._is_wanted(queued, completions):
             return
+        stage = "decoding a request"
         try:
-            requests = self._stage(
-                "decoding a request", tfserving_examples.decode_multi_inference, queued.exchange.message
-            )
+            requests = tfserving_examples.decode_multi_inference(queued.exchange.message)
             answers: list[Any] = []
             for request in requests:
                 request.call = queued
                 codec = self._codec(PROTOCOLS[f"tfserving_{request.method.name.lower()}"])
-                outputs = self._outputs(instance, _Decoded(request, None))
-                answers.append(self._finish(instance, codec, request, None, outputs))
-            encoded = self._stage("encoding the answer", tfserving_examples.encode_multi_inference, requests, answers)
-        except InferenceError as error:
-            completions.fail(queued, error)
+                stage = "preprocess"
+                part = Part.alone(queued, request, None, self._inputs(instance, request))
+                outputs = self._outputs(instance, part)
+                stage = "postprocess"
+                payload = instance.handler.postprocess(outputs, request)
+                stage = "encoding the answer"
+                answers.append(_encode(codec, instance.model, request, None, payload))
+            encoded = tfserving_examples.encode_multi_inference(requests, answers)
+        except BaseException as error:
+            completions.fail(queued, self._failed(stage, error))
         else:
             completions.reply(queued, encoded)
 
@@ -309,18 +277,61 @@ class Execution:
 
     def _is_wanted(self, queued: QueuedRequest, completions: Completions) -> bool:
         """Whether a client waits for it and has time."""
-        deadline = queued.exchange.deadline
-        if deadline is not None and time.monotonic() >= deadline:
-            late = DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
-            completions.fail(queued, late)
-            return False
-        return not queued.ended
+        if not queued.cancelled():
+            return True
+        late = DeadlineExceeded(f'the deadline passed in the queue of model "{self._model_name}"')
+        completions.fail(queued, late)  # nothing, if its client has left
+        return False
 
-    def _decode(self, queued: QueuedRequest) -> _Decoded:
-        codec = self._codec(queued.protocol)
-        request, template = self._stage("decoding a request", codec.decode_request, queued.exchange.message)
-        request.call = queued
-        return _Decoded(request, template)
+    def _prepare(
+        self, instance: Instance, batching: Batching | None, queued: QueuedRequest, completions: Completions
+    ) -> Part | None:
+        """What a request brings to the model; None if it is answered already."""
+        if not self._is_wanted(queued, completions):
+            return None
+        stage = "decoding a request"
+        try:
+            codec = self._codec(queued.protocol)
+            request, template = codec.decode_request(queued.exchange.message, queued.template)
+            request.call = queued
+            known: _Known | None = None if template is None else template.notes
+            stage = "preprocess"
+            if known is not None and known.inputs:
+                payload: Any = request.payload
+                inputs: Any = {name: payload[name] for name in known.inputs}
+                if known.rows:
+                    part = Part(queued, request, template, inputs, known.key, known.rows, {})
+                    return self._kept_apart(part) if self._suspects.any else part
+            else:
+                inputs = self._inputs(instance, request)
+            stage = "batching"
+            if batching is None:
+                part = Part.alone(queued, request, template, inputs)
+            else:
+                part = batching.part(queued, request, inputs, template)
+            if template is not None and known is None:
+                template.notes = self._note(instance, batching, part)
+        except BaseException as error:
+            completions.fail(queued, self._failed(stage, error))
+            return None
+        return self._kept_apart(part) if self._suspects.any else part
+
+    def _kept_apart(self, part: Part) -> Part:
+        """`part`, which shares no batch with others' if its client keeps failing."""
+        if part.rows and self._suspects.isolates(client := client_of(part.queued.metadata)):
+            part.key = (*part.key, client)
+        return part
+
+    def _note(self, instance: Instance, batching: Batching | None, part: Part) -> _Known:
+        """What `part` tells of all requests of its template."""
+        queued, takes_what_fits = part.queued, instance.handler.takes_what_fits
+        known = _Known(
+            queueing=queued.protocol.queueing(queued.exchange.message),
+            inputs=unchanged(part.inputs, part.request.payload) if takes_what_fits else (),
+        )
+        if part.rows and batching is not None and not batching.pads_inputs:
+            known.key, known.rows = part.key, part.rows
+        return known
 
     def _codec(self, protocol: Protocol) -> Templates:
         """What decodes requests for this version, and encodes its answers."""
@@ -331,39 +342,31 @@ class Execution:
                 self._codecs[protocol.codec_at] = codec
         return codec
 
-    def _inputs(self, instance: Instance, decoded: _Decoded) -> Any:
-        """What the model takes: what `preprocess` returns, which is not called where it is known to change nothing."""
-        known, handler, request = decoded.known, instance.handler, decoded.request
-        if known is not None and known.inputs:
-            payload: Any = request.payload
-            return {name: payload[name] for name in known.inputs}
-        inputs = self._stage("preprocess", inputs_of, handler, request)
+    def _inputs(self, instance: Instance, request: Request) -> Any:
+        """What the model takes: what `preprocess` makes of the request."""
+        inputs = inputs_of(instance.handler, request)
         children.end_child()  # a framework's threads are not there in a child, and its model may hang
-        if known is not None and known.inputs is None:
-            known.inputs = unchanged(inputs, request.payload) if handler.takes_what_fits else ()
         return inputs
 
-    def _outputs(self, instance: Instance, decoded: _Decoded) -> Any:
-        inputs, request = self._inputs(instance, decoded), decoded.request
+    def _outputs(self, instance: Instance, part: Part) -> Any:
+        """What the model gives for a request that shares no call of it."""
         run_model = instance.handler.run_model
-        return self._run_model(instance, inputs, request, run_model, instance.model, inputs, request)
+        return self._run_model(instance, part, run_model, instance.model, part.inputs, part.request)
 
-    def _run_model(
-        self, instance: Instance, inputs: Any, request: Request, function: Callable[..., Any], *args: Any
-    ) -> Any:
+    def _run_model(self, instance: Instance, first: Part, function: Callable[..., Any], *args: Any) -> Any:
         """What `function`, which calls the model, returns.
 
         Args:
-            inputs, request: what the model is called with, and for which request; of a batch the first.
+            first: what the model is called with; of a batch the first.
 
         Raises:
-            InferenceError: as `_stage`; HandlerFailed where the model refused what the handler's own `preprocess` had
-                made, rather than what the client had sent.
+            InferenceError: HandlerFailed for any other exception; HandlerFailed also where the model refused what the
+                handler's own `preprocess` had made, rather than what the client had sent.
         """
         try:
             return function(*args)
         except InferenceError as error:
-            made = instance.handler.makes_inputs and not unchanged(inputs, request.payload)
+            made = instance.handler.makes_inputs and not unchanged(first.inputs, first.request.payload)
             if not (isinstance(error, BadRequest) and made and refused_by(instance.model, error)):
                 raise
             raise HandlerFailed(f"{self._where}: it refuses what preprocess returned: {error}") from error
@@ -378,41 +381,21 @@ class Execution:
             explained = HandlerFailed(f"{self._where}: run_model failed: {explained}")
         return as_inference_error(explained, f"{self._where}: run_model failed: ")
 
-    def _answer(
-        self,
-        instance: Instance,
-        queued: QueuedRequest,
-        request: Request,
-        template: Template | None,
-        outputs: Any,
-        completions: Completions,
-    ) -> None:
+    def _answer(self, instance: Instance, part: Part, outputs: Any, completions: Completions) -> None:
+        stage = "postprocess"
         try:
-            answer = self._finish(instance, self._codec(queued.protocol), request, template, outputs)
-        except InferenceError as error:
-            completions.fail(queued, error)
-        else:
-            completions.reply(queued, answer)
-
-    def _finish(
-        self, instance: Instance, codec: Templates, request: Request, template: Template | None, outputs: Any
-    ) -> bytes:
-        payload = self._stage("postprocess", instance.handler.postprocess, outputs, request)
-        encoded: bytes = self._stage("encoding the answer", _encode, codec, instance.model, request, template, payload)
-        return encoded
-
-    def _stage(self, stage: str, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function` returns.
-
-        Raises:
-            InferenceError: HandlerFailed that names the stage, for any other exception.
-        """
-        try:
-            return function(*args)
-        except InferenceError:
-            raise
+            payload = instance.handler.postprocess(outputs, part.request)
+            stage = "encoding the answer"
+            codec = self._codec(part.queued.protocol)
+            answer = _encode(codec, instance.model, part.request, part.template, payload)
         except BaseException as error:
-            raise as_inference_error(error, f"{self._where}: {stage} failed: ") from error
+            completions.fail(part.queued, self._failed(stage, error))
+        else:
+            completions.reply(part.queued, answer)
+
+    def _failed(self, stage: str, error: BaseException) -> InferenceError:
+        """What a client is told of `error`, which ended a stage of its request."""
+        return as_inference_error(error, f"{self._where}: {stage} failed: ")
 
 
 def _encode(codec: Templates, model: Model, request: Request, template: Template | None, payload: Any) -> bytes:

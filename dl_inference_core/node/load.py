@@ -109,17 +109,17 @@ class LoadMeter:
         """A version will not work any more. Any thread."""
         self._work.discard(work)
 
-    def answered(self, error: InferenceError | None = None) -> Trailers:
-        """A request was answered, or failed with `error`; returns the trailers to go with that: a report, if it is time
-        for one.
+    def answered(self, error: InferenceError | None = None, *, count: int = 1) -> Trailers:
+        """`count` requests were answered, or failed with `error`; returns the trailers to go with one of them: a
+        report, if it is time for one.
 
         Failures that are not the node's own do not count: they take next to no time, and would be taken for speed.
         """
         failed = error is not None and error.blame in _ERRORS
         with self._lock:
             if error is None or failed:
-                self._answered += 1
-                self._failed += failed
+                self._answered += count
+                self._failed += failed * count
             now = time.monotonic()
             if now < self._report_at:
                 return ()

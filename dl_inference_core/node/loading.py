@@ -19,12 +19,12 @@ from dl_inference_core import children
 from dl_inference_core.config import NamedModel, PluginOptions, validated
 from dl_inference_core.errors import InferenceError, ModelError, causes, text_of
 from dl_inference_core.files import decode
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.backend import Backend
 from dl_inference_core.node.batching import BatchingConfig
 from dl_inference_core.node.handling import Handler, check_function
 from dl_inference_core.node.model_files import is_ignored
 from dl_inference_core.node.processor import Processor
-from dl_inference_core.node.queue import QueueLimits
 from dl_inference_core.node.reclaiming import take_variables
 from dl_inference_core.node.sources import Sources, load_module
 from dl_inference_core.node.version import Instance, Loaded, unload

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import enum
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotFound, ModelNotReady
-from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.wire import messages, openinference, tfserving_models
-from dl_inference_core.wire.protocol import (
-    METADATA,
-    MULTI_INFERENCE,
-    READY,
-    SIGNATURES,
-    TRANSFORMS,
-    VERSIONS,
-    Protocol,
-    RoutingKey,
-)
+from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, READY, SIGNATURES, TRANSFORMS, VERSIONS, Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 if TYPE_CHECKING:
     from dl_inference_core.node.backend import Signature, TensorSpec
@@ -153,10 +142,11 @@ class ServedModel:
             exchange.reply(_QUESTIONS[protocol.name](self, exchange, key))
             return
         try:
-            request = _queued(exchange, protocol)
+            version = self._pick(key)
+            request = version.receive(exchange, protocol)
             exchange.on_cancel(request.end)
-            while not self._pick(key).submit(request):
-                pass  # the version was closed meanwhile; the model has published others, or none
+            while not version.submit(request):  # closed meanwhile: the model has published others, or none
+                version, request.template = self._pick(key), None  # what it knew of the request holds for no other
         except InferenceError as error:
             error.trailers = self._meter.answered(error)
             raise
@@ -273,17 +263,6 @@ class ServedModel:
             f"Servable not found for request: Specific({self.name}, {version}); "
             f'model "{self.name}" has no version {version}; it has {have}'
         )
-
-
-def _queued(exchange: Exchange, protocol: Protocol) -> QueuedRequest:
-    """Raises:
-    BadRequest: the message says nonsense of its place in the queue.
-    """
-    if protocol.read_queueing is None:
-        return QueuedRequest(exchange, protocol)
-    asked = protocol.read_queueing(exchange.message)
-    expires_at = time.monotonic() + asked.timeout_s if asked.timeout_s else math.inf
-    return QueuedRequest(exchange, protocol, asked_priority=asked.priority, expires_at=expires_at)
 
 
 _QUESTIONS: Mapping[str, Callable[[ServedModel, Exchange, RoutingKey], bytes]] = {

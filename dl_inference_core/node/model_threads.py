@@ -13,9 +13,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from dl_inference_core import children
 from dl_inference_core.coroutines import call_soon
@@ -48,12 +48,9 @@ class ModelThread:
         reported: `spent[1]` of the batch that the watchdog has reported as stuck; the watchdog writes it.
     """
 
-    def __init__(
-        self, number: int, queue: RequestQueue, run: RunBatch, following: QueuedRequest | Task | None = None
-    ) -> None:
+    def __init__(self, number: int, queue: RequestQueue, run: RunBatch) -> None:
         """Args:
         run: must not raise.
-        following: what it does first.
         """
         self.number = number
         self.spent = (0.0, math.inf)
@@ -61,12 +58,10 @@ class ModelThread:
         self.reported = math.nan
         self._queue = queue
         self._run = run
-        self._next = following
-        self._ends = False
         self._gathers = False
         self._given_up = False
         self._lock = threading.Lock()
-        """Held to take an item and to give the thread up: a thread that was given up takes none."""
+        """Held to take requests and to give the thread up: a thread that was given up takes none."""
         self._thread: threading.Thread | None = None
 
     def start(self, name: str, ended: Callable[[], None]) -> None:
@@ -84,35 +79,27 @@ class ModelThread:
         self._thread = threading.Thread(target=work, name=name, daemon=True)
         self._thread.start()
 
-    def take(self, until: float, enough: int) -> QueuedRequest | None:
-        """Another request for the current batch. Where none waits, waits until `until`, by `time.monotonic`, or for
-        `enough` requests. A task, or a request that shares no batch, is next after this batch, and completes it."""
-        request = self._take()
-        while request is None and self._wait_for_more(until, enough):
-            request = self._take()
-        return request
-
-    def _take(self) -> QueuedRequest | None:
+    def take(self, most: int) -> list[QueuedRequest]:
+        """Up to `most` of the requests that wait, for the current batch."""
         with self._lock:
-            if self._given_up or self._ends or self._next is not None:
-                return None
-            try:
-                item = self._queue.take(wait=False)
-            except StopIteration:
-                self._ends = True
-                return None
-            if _shares_batches(item):
-                self.requests.append(item)
-                return item
-            self._next = item
-            return None
+            taken = [] if self._given_up else self._queue.take_more(most)
+            self.requests += taken
+            return taken
 
-    def _wait_for_more(self, until: float, enough: int) -> bool:
-        """Returns whether it is worth to look for another request."""
+    def put_back(self, requests: Sequence[QueuedRequest]) -> None:
+        """Leave `requests`, the last ones that were taken, to the next batch: nothing was done for them."""
+        with self._lock:
+            if requests and not self._given_up:
+                del self.requests[-len(requests) :]
+                self._queue.put_back(requests)
+
+    def wait_for_more(self, until: float, enough: int) -> bool:
+        """Wait until `until`, by `time.monotonic`, or for `enough` requests. Returns whether it is worth to look for
+        another request: False if the batch is not to be held any longer."""
         since = time.monotonic()
         seconds, began = self.spent
         with self._lock:
-            if self._given_up or self._ends or self._next is not None or since >= until:
+            if self._given_up or since >= until:
                 return False
             self.spent = seconds + since - began, math.inf  # waiting is not work
         more = self._queue.wait_for_more(min(until, since + _LONGEST_SLEEP_S), enough)
@@ -129,8 +116,7 @@ class ModelThread:
     def _work(self) -> bool:
         """Returns whether it came to the end of the queue; False where it was given up."""
         seconds = 0.0
-        while (item := self._following()) is not None:
-            self._queue.begin_batch(self.number, 1)
+        while (item := self._next()) is not None:
             self.spent = seconds, time.monotonic()
             if isinstance(item, Task):
                 item.run()
@@ -151,29 +137,20 @@ class ModelThread:
                 self._queue.end_batch(self.number, taken, requests, took_s)
         return True
 
-    def _following(self) -> QueuedRequest | Task | None:
-        item, self._next = self._next, None
-        if item is not None:
-            return item
-        if self._ends:
-            return None
-        if self._queue.holds:
-            self._queue.gathering.acquire()
-            self._gathers = True
+    def _next(self) -> QueuedRequest | Task | None:
+        """What to work on; None if there will be nothing more."""
         try:
-            item = self._queue.take(wait=True)
+            item = self._queue.take(self.number)
         except StopIteration:
-            item = None
-        if not _shares_batches(item):
-            with self._lock:
-                self._stop_gathering()
+            return None
+        self._gathers = self._queue.holds and isinstance(item, QueuedRequest) and item.shares_batches
         return item
 
     def _stop_gathering(self) -> None:
         """With the lock."""
         if self._gathers:
             self._gathers = False
-            self._queue.gathering.release()
+            self._queue.stop_gathering()
 
     @property
     def runs(self) -> bool:
@@ -207,14 +184,7 @@ class ModelThread:
             self._given_up = True
             self._stop_gathering()
             self._queue.end_batch(self.number, len(self.requests))
-            if self._ends:  # it has taken a token that ends one thread
-                self._queue.close(1)
-            following, self._next = self._next, None
-        return ModelThread(self.number, self._queue, self._run, following)
-
-
-def _shares_batches(item: QueuedRequest | Task | None) -> TypeGuard[QueuedRequest]:
-    return isinstance(item, QueuedRequest) and bool(item.protocol.codec_at)
+        return ModelThread(self.number, self._queue, self._run)
 
 
 class ModelThreads:
@@ -309,7 +279,7 @@ class ModelThreads:
             call_soon(loop, lambda: None if ended.done() else ended.set_result(None))
 
         self._at_end = end
-        self._queue.close(len(self._threads))
+        self._queue.close()
         # Cancelling the caller must not cancel what the last thread does.
         await asyncio.shield(ended)
 

@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.execution import Execution, fail_request
 from dl_inference_core.node.model_threads import ModelThread, ModelThreads
-from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue
 from dl_inference_core.node.reclaiming import Remains
 from dl_inference_core.node.rehearsal import rehearse
 from dl_inference_core.node.sources import Sources
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from dl_inference_core.node.batching import Batching
     from dl_inference_core.node.handling import Handler
     from dl_inference_core.node.load import LoadMeter, Work
+    from dl_inference_core.transport import Exchange
+    from dl_inference_core.wire.protocol import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +156,17 @@ class LoadedVersion:
     def stuck(self) -> bool:
         """Whether none of the threads can answer requests. Any thread."""
         return self._watchdog.stuck
+
+    def receive(self, exchange: Exchange, protocol: Protocol) -> QueuedRequest:
+        """`exchange` as a request for this version. Any thread.
+
+        Raises:
+            BadRequest: as `Execution.receive`.
+        """
+        execution = self._execution
+        if execution is None:  # closed meanwhile
+            return QueuedRequest(exchange, protocol, protocol.queueing(exchange.message))
+        return execution.receive(exchange, protocol)
 
     def submit(self, request: QueuedRequest) -> bool:
         """Queue `request`, which is answered or failed in its turn. False says that the version was closed before. Any

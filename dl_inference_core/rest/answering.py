@@ -1,46 +1,29 @@
-"""What every REST API here shares: models of this process alone, bodies read in pieces, deadlines, errors as JSON."""
+"""What every REST API here shares: models of this process alone, inferences, preflights, errors as JSON."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import logging
 import re
-import time
-import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 from urllib.parse import unquote
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-
 from dl_inference_core.dispatcher import Dispatcher
-from dl_inference_core.errors import (
-    BadRequest,
-    Code,
-    DeadlineExceeded,
-    InferenceError,
-    MessageTooLarge,
-    ModelNotFound,
-    ModelNotReady,
-)
+from dl_inference_core.errors import BadRequest, Code, InferenceError, MessageTooLarge, ModelNotFound, ModelNotReady
+from dl_inference_core.http_exchange import HttpExchange, Refused, is_among
 from dl_inference_core.introspection import Readiness
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.routing import Routes, Table, Upstream
-from dl_inference_core.transport import HttpApp, Message, Metadata
+from dl_inference_core.transport import Message, Metadata, Trailers, UnaryExchange
 from dl_inference_core.wire.protocol import VERSIONS, Protocol
 
 _log = logging.getLogger(__name__)
 
-_LOOK_AFTER_S = 0.02
-_LINGER_S = 0.5
-_MOST_DISCARDED = 10
-"""Times the limit of a body."""
-_GZIP = 16 + zlib.MAX_WBITS
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+Write: TypeAlias = Callable[[Message], bytes]
+"""Makes the body of an HTTP answer of a model's answer. May raise an InferenceError."""
+
 _CORS = MappingProxyType(
     {
         "access-control-allow-origin": "*",
@@ -66,18 +49,6 @@ _STATUS = {
     Code.UNAVAILABLE: 503,
     Code.UNAUTHENTICATED: 401,
 }
-
-
-class Refused(BadRequest):
-    """A request for which HTTP has a status of its own.
-
-    Attributes:
-        status: that status.
-    """
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Local(Routes):
@@ -151,85 +122,91 @@ class Local(Routes):
         return True
 
 
-def _described(error: InferenceError, status: int) -> Any:
-    """As TensorFlow Serving has it."""
-    return {"error": str(error)}
+class Api(ABC):
+    """One REST API: its URLs, and the form of its answers and errors. Any thread.
 
+    Questions about models are answered on the caller's thread. The answer of a model is written, and replied, on the
+    model's thread.
 
-class Rest:
-    """Turns HTTP requests into calls of models and back. Event loop only."""
-
-    def __init__(self, local: Local, dispatcher: Dispatcher, *, body_bytes: int, timeout_s: float | None) -> None:
-        """Args:
+    Attributes:
         dispatcher: of the whole process.
-        body_bytes: of the largest request body, as it comes and after decompression.
-        timeout_s: what a request may take, from its headers to its answer; None is no limit.
+        paths: of its requests, as `HttpService.paths` has it.
+    """
+
+    paths: ClassVar[tuple[str, ...]]
+
+    def __init__(self, local: Local, dispatcher: Dispatcher, *, cors: bool = False) -> None:
+        """Args:
+        cors: whether pages of other origins may read the answers, and the errors.
         """
+        self.dispatcher = dispatcher
         self._local = local
-        self._dispatcher = dispatcher
-        self._body_bytes = body_bytes
-        self._timeout_s = timeout_s
+        self._headers = {"content-type": "application/json", **(_CORS if cors else {})}
 
-    def app(
-        self,
-        answer: Callable[[Request], Awaitable[bytes]],
-        *,
-        cors: bool = False,
-        describe: Callable[[InferenceError, int], Any] = _described,
-    ) -> HttpApp:
-        """An application that answers each request with the JSON that `answer` returns, or with what an API makes of
-        the error that it raises, and the status that belongs to that error. It answers preflights (OPTIONS) itself.
-
-        Args:
-            cors: whether pages of other origins may read the answers, and the errors.
-            describe: an error and its HTTP status → what is sent as JSON.
-        """
-
-        async def respond(scope: Any, receive: Any, send: Any) -> None:
-            request = Request(scope, receive)
-            try:
-                body = _preflight(request) if request.method == "OPTIONS" else await answer(request)
-                response = Response(body, media_type="application/json")
-            except ClientDisconnect:
-                return
-            except InferenceError as error:
-                response = _refusal(error, describe)
-                error.with_traceback(None)  # a handler that raises one object again and again would keep the message
-            except Exception as error:
-                _log.exception("%s %s failed", request.method, scope["path"])
-                response = _refusal(InferenceError(f"unexpected {type(error).__name__}"), describe)
-            response.headers.update(_CORS if cors else _NO_HEADERS)
-            await response(scope, receive, send)
-
-        return respond
-
-    async def infer(self, request: Request, protocol: Protocol, metadata: Metadata = ()) -> bytes:
-        """The answer of the model that `protocol.read_key` or `metadata` names to the request's body.
+    @abstractmethod
+    def begin(self, exchange: HttpExchange) -> None:
+        """Answer a request other than a preflight, now or later.
 
         Raises:
-            InferenceError: any failure.
-            ClientDisconnect: the client has left; the call is cancelled.
+            InferenceError: it has not begun.
         """
-        start = time.monotonic()
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                body = await self._body(request)
-                deadline = None if self._timeout_s is None else start + self._timeout_s
-                given = request.headers.get("x-request-id")
-                exchange = LocalExchange(
-                    request.scope["path"],
-                    body,
-                    (*metadata, ("x-request-id", given)) if given else metadata,
-                    deadline,
-                    service=self._dispatcher,
-                )
-                self._dispatcher.begin(exchange, protocol, self._local)
-                return bytes(await _while_there(request, exchange.outcome()))
-        except TimeoutError:
-            raise DeadlineExceeded(f"the request took longer than {self._timeout_s} s") from None
 
-    async def ask(self, question: Protocol, body: bytes, metadata: Metadata = ()) -> bytes:
-        """The answer to a question about a model, one of `protocol.QUESTIONS`.
+    @abstractmethod
+    def describe(self, error: InferenceError, status: int) -> Any:
+        """What is sent as JSON of an error and its HTTP status."""
+
+    def begin_http(self, exchange: HttpExchange) -> None:
+        """As `HttpService` has it."""
+        self.attempt(exchange, self._preflight if exchange.verb == "OPTIONS" else self.begin)
+
+    def attempt(self, exchange: HttpExchange, function: Callable[[HttpExchange], None]) -> None:
+        """Call `function`, and fail the exchange with what it raises."""
+        try:
+            function(exchange)
+        except InferenceError as error:
+            self.fail_http(exchange, error)
+        except Exception as error:
+            _log.exception("%s %s failed", exchange.verb, exchange.path)
+            self.fail_http(exchange, InferenceError(f"unexpected {type(error).__name__}"))
+
+    def _preflight(self, exchange: HttpExchange) -> None:
+        """Answer a browser that asks, before it sends a request from a page of another origin, whether it may.
+
+        Raises:
+            BadRequest: no page of the web asks.
+        """
+        if not re.search("https?://", exchange.headers.get("origin", "")):
+            raise BadRequest(
+                "Origin header is missing in CORS preflight; expected the page's, http://... or https://..."
+            )
+        self.answer(exchange, b"")
+
+    def answer(self, exchange: HttpExchange, body: bytes) -> None:
+        """Reply with JSON."""
+        exchange.reply(200, self._headers, body)
+
+    def fail_http(self, exchange: HttpExchange, error: InferenceError) -> None:
+        """As `HttpService` has it."""
+        status = _STATUS.get(error.code, 500)
+        if isinstance(error, Refused):
+            status = error.status
+        elif isinstance(error, MessageTooLarge):
+            status = 413
+        # In ASCII: what a client sent, and an error repeats, need not be encodable.
+        exchange.reply(status, self._headers, json.dumps(self.describe(error, status)).encode())
+        error.with_traceback(None)  # a handler that raises one object again and again would keep the message
+
+    def infer(self, http: HttpExchange, protocol: Protocol, metadata: Metadata = (), write: Write = bytes) -> None:
+        """Reply with what `write` makes of the answer of the model that `protocol.read_key` or `metadata` names. The
+        client's leaving is that of the inference."""
+        given = http.headers.get("x-request-id")
+        metadata = (*metadata, ("x-request-id", given)) if given else metadata
+        exchange = _Exchange(http.path, http.body, metadata, self, http, write)
+        self.dispatcher.begin(exchange, protocol, self._local)
+        http.on_cancel(exchange.leave)
+
+    def ask(self, http: HttpExchange, question: Protocol, body: bytes, write: Write, metadata: Metadata = ()) -> None:
+        """Reply with what `write` makes of the answer to a question about a model, one of `protocol.QUESTIONS`.
 
         Args:
             body: the question's message.
@@ -237,7 +214,7 @@ class Rest:
         Raises:
             InferenceError: any failure.
         """
-        exchange = LocalExchange(question.node_method, body, metadata)
+        exchange = _Exchange(question.node_method, body, metadata, self, http, write)
         try:
             upstream, key = self._local.find_for(exchange, question)
         except ModelNotFound as error:
@@ -247,98 +224,68 @@ class Rest:
             model = question.read_key(body).model
             raise ModelNotFound(f"Could not find any versions of model {str(model)[:100]}; {why}") from error
         upstream.begin(exchange, question, key)
-        return bytes(await exchange.outcome())
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, decompressed; no more of it is held than the limit and one piece.
 
-        Raises:
-            MessageTooLarge: as soon as that is known.
-            Refused: a content encoding that is not known.
-            BadRequest: the body is not in its encoding.
-        """
-        encoding = request.headers.get("content-encoding", "identity").strip().lower()
-        if encoding not in ("identity", "gzip"):
-            raise Refused(f"content encoding {encoding[:100]} is not known; expected gzip or none", 415)
-        announced = request.headers.get("content-length", "")
-        if announced.isdecimal() and (len(announced) > 18 or int(announced) > self._body_bytes):
-            await self._discard(request)
-            raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
-        async for part in request.stream():
-            size += len(part)
-            if size > self._body_bytes:
-                parts.clear()
-                await self._discard(request)
-                raise self._too_large()
-            parts.append(part)
-        body = b"".join(parts)
-        return body if encoding == "identity" else await asyncio.to_thread(self._decompressed, body)
+class _Exchange(UnaryExchange):
+    """What a model is asked for the sake of an HTTP exchange, which it ends with itself."""
 
-    async def _discard(self, request: Request) -> None:
-        """Take the rest of a body, within bounds: a client that is cut off while it sends may see no answer."""
-        if "expect" in request.headers:  # it sends nothing before it is told to
-            return
-        left = _MOST_DISCARDED * self._body_bytes
-        more = True
-        with contextlib.suppress(TimeoutError):
-            while more and left > 0:
-                async with asyncio.timeout(_LINGER_S):
-                    event = await request.receive()
-                left -= len(event.get("body", b""))
-                more = event.get("more_body", False)
+    __slots__ = ("_api", "_http", "_open", "_write")
 
-    def _decompressed(self, body: bytes) -> bytes:
-        decompressing = zlib.decompressobj(_GZIP)
+    def __init__(
+        self, method: str, message: bytes, metadata: Metadata, api: Api, http: HttpExchange, write: Write
+    ) -> None:
+        super().__init__(method, message, metadata, http.deadline)
+        self._api = api
+        self._http = http
+        self._write = write
+        self._open = [True]
+        """Empty once it has ended. The thread that pops the item has ended it: `pop` is atomic."""
+
+    def _end(self, code: Code) -> bool:
         try:
-            plain = decompressing.decompress(body, self._body_bytes + 1)
-        except zlib.error as error:
-            raise BadRequest(f"the body is not gzip, which its content encoding says it is: {error}") from None
-        if len(plain) > self._body_bytes:
-            raise self._too_large()
-        if not decompressing.eof or decompressing.unused_data:
-            raise BadRequest(
-                "the body is not gzip, which its content encoding says it is: it does not end where it ends"
-            )
-        return plain
+            self._open.pop()
+        except IndexError:
+            return False
+        self._api.dispatcher.ended(self, code)
+        return True
 
-    def _too_large(self) -> MessageTooLarge:
-        return MessageTooLarge(f"the request's body is too large; expected at most {self._body_bytes} bytes")
+    def leave(self) -> None:
+        """End it: the client has left, or the deadline has passed."""
+        self._end(Code.CANCELLED)
 
+    def reply(self, message: Message, trailers: Trailers = ()) -> None:
+        if self._end(Code.OK):
+            self._api.attempt(self._http, lambda http: self._api.answer(http, self._write(message)))
 
-async def _while_there(request: Request, answering: Awaitable[Message]) -> Message:
-    """The result of `answering`, which is cancelled when the client leaves.
+    def fail(self, error: InferenceError) -> None:
+        if self._end(error.code):
+            self._api.fail_http(self._http, error)
 
-    Raises:
-        ClientDisconnect: it has.
-    """
-    task = asyncio.ensure_future(answering)
-    leaving: asyncio.Future[None] | None = None
-    try:
-        await asyncio.wait((task,), timeout=_LOOK_AFTER_S)
-        if not task.done():
-            leaving = asyncio.ensure_future(_until_left(request))
-            await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        task.cancel()
-        if leaving is not None:
-            leaving.cancel()
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        self._http.on_cancel(callback)
 
 
-async def _until_left(request: Request) -> None:
-    # Some servers tell when the client leaves, others only whether it has.
-    while (await request.receive())["type"] != "http.disconnect":  # noqa: ASYNC110
-        await asyncio.sleep(_LOOK_AFTER_S)
+class Rest:
+    """The HTTP service of this process: `HttpService` for several APIs. Any thread."""
 
+    def __init__(self, *apis: Api, body_bytes: int, timeout_s: float | None) -> None:
+        """Args:
+        body_bytes: of the largest request body, as it comes and after decompression.
+        timeout_s: what a request may take, from its headers to its answer; None is no limit.
+        """
+        self.paths = tuple(path for api in apis for path in api.paths)
+        self.body_bytes = body_bytes
+        self.timeout_s = timeout_s
+        self._apis = apis
 
-def raw_path(request: Request) -> str:
-    """The path of the URL, still percent-encoded."""
-    raw: bytes = request.scope["raw_path"]
-    return raw.partition(b"?")[0].decode("latin-1")
+    def begin_http(self, exchange: HttpExchange) -> None:
+        self._api_of(exchange).begin_http(exchange)
+
+    def fail_http(self, exchange: HttpExchange, error: InferenceError) -> None:
+        self._api_of(exchange).fail_http(exchange, error)
+
+    def _api_of(self, exchange: HttpExchange) -> Api:
+        return next(api for api in self._apis if is_among(exchange.path, api.paths))
 
 
 def decoded(quoted: str, what: str) -> str:
@@ -351,24 +298,3 @@ def decoded(quoted: str, what: str) -> str:
         return unquote(quoted, errors="strict")
     except UnicodeDecodeError:
         raise BadRequest(f"Failed to decode {what}: {quoted[:200]}; expected UTF-8, percent-encoded") from None
-
-
-def _preflight(request: Request) -> bytes:
-    """The answer to a browser that asks, before it sends a request from a page of another origin, whether it may.
-
-    Raises:
-        BadRequest: no page of the web asks.
-    """
-    if not re.search("https?://", request.headers.get("origin", "")):
-        raise BadRequest("Origin header is missing in CORS preflight; expected the page's, http://... or https://...")
-    return b""
-
-
-def _refusal(error: InferenceError, describe: Callable[[InferenceError, int], Any]) -> Response:
-    status = _STATUS.get(error.code, 500)
-    if isinstance(error, Refused):
-        status = error.status
-    elif isinstance(error, MessageTooLarge):
-        status = 413
-    # In ASCII: what a client sent, and an error repeats, need not be encodable.
-    return Response(json.dumps(describe(error, status)), status, media_type="application/json")

@@ -6,23 +6,27 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotReady
+from dl_inference_core.http_exchange import HttpExchange, Refused
 from dl_inference_core.introspection import Readiness
-from dl_inference_core.rest.answering import Refused, Rest, decoded, raw_path
+from dl_inference_core.rest.answering import Api, Local, decoded
 from dl_inference_core.rest.documents import checked_object, form_fields, multipart_fields, parsed
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol, RoutingKey, task_of
+from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey, task_of
 
 if TYPE_CHECKING:
+    from dl_inference_core.dispatcher import Dispatcher
     from dl_inference_core.transport import Message, Metadata
     from dl_inference_core.wire.codecs import Codec
 
@@ -44,6 +48,9 @@ _METHODS = MappingProxyType(
 """By the end of a path the HTTP methods that it takes."""
 _PATH = re.compile(rf"(?:/seldon(?:/[^/]+)?/(?P<deployment>[^/]+))?(?P<end>{'|'.join(map(re.escape, _METHODS))})")
 
+_LARGE = 64 * 1024
+"""Bytes of a body from which on another thread reads it than the transport's: of so many 1.2 ms."""
+
 _PAYLOADS = ("data", "binData", "strData", "jsonData", "customData")
 _MOST_SHOWN = 100
 _REASONS = {
@@ -63,7 +70,7 @@ class Document:
         key: its `taskId`; None if it has none.
     """
 
-    _request: Request
+    _exchange: HttpExchange
     content: dict[str, Any] = field(default_factory=dict)
     key: str | int | None = None
 
@@ -101,14 +108,14 @@ class Document:
     def _read(self, body: bytes) -> dict[str, Any]:
         """The message in a multipart form, in the form's or the URL's field `json`, or in the body itself: seldon-core
         looks for it in this order."""
-        content_type = self._request.headers.get("content-type", "")
+        content_type = self._exchange.headers.get("content-type", "")
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
             return dict(_in_form(name, value) for name, value in multipart_fields(body, content_type))
         # A client that says nothing of its body, as curl -d does not, calls it a form.
         is_form = kind == "application/x-www-form-urlencoded" and not body.lstrip().startswith(b"{")
         given = form_fields(body).get("json", "") if is_form else ""
-        given = given or form_fields(self._request.scope["query_string"]).get("json", "")
+        given = given or form_fields(self._exchange.query.encode("latin-1")).get("json", "")
         return checked_object(_parsed(given.encode() if given else body))
 
 
@@ -125,13 +132,8 @@ class _Prediction(Protocol):
         return cast("Codec", DocumentCodec(self.document))
 
 
-def routes(rest: Rest, readiness: Readiness, *, cors: bool = False) -> tuple[BaseRoute, ...]:
-    """What seldon-core's server for one model answers, and the same below `/seldon/NAME` and `/seldon/NAMESPACE/NAME`.
-
-    Args:
-        cors: whether pages of other origins may read the answers.
-    """
-    seldon = Seldon(rest, readiness, cors=cors)
+def pages(readiness: Readiness) -> tuple[BaseRoute, ...]:
+    """What seldon-core's server answers to those who watch it."""
 
     async def ping(_: Request) -> Response:
         return PlainTextResponse("pong")
@@ -142,25 +144,21 @@ def routes(rest: Rest, readiness: Readiness, *, cors: bool = False) -> tuple[Bas
     async def ready(_: Request) -> Response:
         return PlainTextResponse("ready") if readiness.ready else PlainTextResponse("not ready", 503)
 
-    roots = [path for path in _METHODS if not path.startswith("/api/")]
-    return (
-        Mount("/seldon", seldon),
-        Mount("/api", seldon),
-        *(Route(path, seldon) for path in roots),
-        Route("/health/ping", ping),
-        Route("/live", live),
-        Route("/ready", ready),
-    )
+    return Route("/health/ping", ping), Route("/live", live), Route("/ready", ready)
 
 
-class Seldon:
-    """Answers the requests for models, and about them: an ASGI application. Event loop only."""
+class Seldon(Api):
+    """Answers the requests for models, and about them: what seldon-core's server for one model answers, and the same
+    below `/seldon/NAME` and `/seldon/NAMESPACE/NAME`."""
 
-    def __init__(self, rest: Rest, readiness: Readiness, *, cors: bool = False) -> None:
-        self._rest = rest
+    paths = ("/seldon/", "/api/", *(path for path in _METHODS if not path.startswith("/api/")))
+
+    def __init__(self, local: Local, dispatcher: Dispatcher, readiness: Readiness, *, cors: bool = False) -> None:
+        super().__init__(local, dispatcher, cors=cors)
         self._readiness = readiness
-        self._app = rest.app(self.answer, cors=cors, describe=_described)
-        self._answers: dict[str, Callable[[Request, Metadata], Awaitable[bytes]]] = {
+        # One thread: several would only take the interpreter from each other.
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read JSON")
+        self._begin: dict[str, Callable[[HttpExchange, Metadata], None]] = {
             "predict": self._predict,
             "predictions": self._predict,
             "transform-input": self._transform,
@@ -169,16 +167,8 @@ class Seldon:
             "status": self._health,
         }
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._app(scope, receive, send)
-
-    async def answer(self, request: Request) -> bytes:
-        """The answer's JSON.
-
-        Raises:
-            InferenceError: any failure.
-        """
-        path, method = raw_path(request), request.method
+    def begin(self, exchange: HttpExchange) -> None:
+        path, verb = exchange.path, exchange.verb
         found = _PATH.fullmatch(path)
         if found is None:
             raise Refused(
@@ -186,14 +176,23 @@ class Seldon:
                 f"one of {', '.join(_METHODS)}",
                 404,
             )
-        if method not in (taken := _METHODS[found["end"]]):
-            raise Refused(f"{method} {path[:200]}: expected {' or '.join(taken)}", 405)
+        if verb not in (taken := _METHODS[found["end"]]):
+            raise Refused(f"{verb} {path[:200]}: expected {' or '.join(taken)}", 405)
         deployment = decoded(found["deployment"] or "", "deployment name")
         metadata = ((PROTOCOLS["seldon"].key_metadata, deployment),) if deployment else ()
-        return await self._answers[found["end"].rpartition("/")[2]](request, metadata)
+        begin = self._begin[found["end"].rpartition("/")[2]]
+        if len(exchange.body) > _LARGE:
+            self._reading.submit(self.attempt, exchange, lambda _: begin(exchange, metadata))
+        else:
+            begin(exchange, metadata)
 
-    async def _predict(self, request: Request, metadata: Metadata) -> bytes:
-        document = Document(request)
+    def describe(self, error: InferenceError, status: int) -> Any:
+        """A message of Seldon's that says FAILURE."""
+        reason = _REASONS.get(error.code, error.code.name)
+        return {"status": {"code": status, "info": str(error), "reason": reason, "status": "FAILURE"}}
+
+    def _predict(self, exchange: HttpExchange, metadata: Metadata) -> None:
+        document = Document(exchange)
         seldon = PROTOCOLS["seldon"]
         prediction = _Prediction(
             name="rest_seldon",
@@ -204,38 +203,32 @@ class Seldon:
             key_expected=seldon.key_expected,
             document=document,
         )
-        return await self._rest.infer(request, prediction, metadata)
+        self.infer(exchange, prediction, metadata)
 
-    async def _transform(self, request: Request, metadata: Metadata) -> bytes:
+    def _transform(self, exchange: HttpExchange, metadata: Metadata) -> None:
         """The message itself, as by gRPC."""
-        document = Document(request)
-        which = "input" if raw_path(request).endswith("input") else "output"
+        document = Document(exchange)
+        which = "input" if exchange.path.endswith("input") else "output"
         transform = next(each for each in TRANSFORMS if each.name == f"seldon_transform_{which}")
-        await self._rest.infer(request, replace(transform, read_key=document.read_key), metadata)
-        try:
-            return json.dumps(document.content).encode()
-        except RecursionError:  # writing takes more of Python's stack than reading
-            raise _too_deep() from None
 
-    async def _metadata(self, request: Request, metadata: Metadata) -> bytes:
+        def write(_: Message) -> bytes:
+            try:
+                return json.dumps(document.content).encode()
+            except RecursionError:  # writing takes more of Python's stack than reading
+                raise _too_deep() from None
+
+        self.infer(exchange, replace(transform, read_key=document.read_key), metadata, write)
+
+    def _metadata(self, exchange: HttpExchange, metadata: Metadata) -> None:
         question = replace(
             METADATA,
             read_key=lambda _: RoutingKey(None),
             key_metadata=PROTOCOLS["seldon"].key_metadata,
             key_expected="the name of a model in the URL, /seldon/NAME/metadata",
         )
-        answer = messages.parse_answer(messages.ModelMetadataResponse, await self._rest.ask(question, b"", metadata))
-        return json.dumps(
-            {
-                "name": answer.name,
-                "versions": list(answer.versions),
-                "platform": answer.platform,
-                "inputs": [_tensor(each) for each in answer.inputs],
-                "outputs": [_tensor(each) for each in answer.outputs],
-            }
-        ).encode()
+        self.ask(exchange, question, b"", _described, metadata)
 
-    async def _health(self, request: Request, metadata: Metadata) -> bytes:
+    def _health(self, exchange: HttpExchange, metadata: Metadata) -> None:
         """seldon-core's answer for a model that defines none.
 
         Raises:
@@ -243,7 +236,7 @@ class Seldon:
         """
         if not self._readiness.ready:
             raise ModelNotReady("no model is ready")
-        return json.dumps({"meta": {}, "strData": "healthy"}).encode()
+        self.answer(exchange, json.dumps({"meta": {}, "strData": "healthy"}).encode())
 
 
 def object_in(content: dict[str, Any], name: str, what: str) -> dict[str, Any]:
@@ -303,11 +296,17 @@ def _too_deep() -> BadRequest:
     return BadRequest("JSON Parse error: the document is nested too deeply")
 
 
+def _described(message: Message) -> bytes:
+    answer = messages.parse_answer(messages.ModelMetadataResponse, message)
+    described = {
+        "name": answer.name,
+        "versions": list(answer.versions),
+        "platform": answer.platform,
+        "inputs": [_tensor(each) for each in answer.inputs],
+        "outputs": [_tensor(each) for each in answer.outputs],
+    }
+    return json.dumps(described).encode()
+
+
 def _tensor(described: Any) -> dict[str, Any]:
     return {"name": described.name, "datatype": described.datatype, "shape": list(described.shape)}
-
-
-def _described(error: InferenceError, status: int) -> Any:
-    """A message of Seldon's that says FAILURE."""
-    reason = _REASONS.get(error.code, error.code.name)
-    return {"status": {"code": status, "info": str(error), "reason": reason, "status": "FAILURE"}}

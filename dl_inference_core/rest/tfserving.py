@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from google.protobuf import json_format
-from starlette.requests import Request
-from starlette.routing import BaseRoute, Mount
 
-from dl_inference_core.errors import BadRequest, Code
-from dl_inference_core.rest.answering import Rest, decoded, raw_path
+from dl_inference_core.errors import BadRequest, Code, InferenceError
+from dl_inference_core.http_exchange import HttpExchange
+from dl_inference_core.rest.answering import Api, decoded
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol, RoutingKey
+from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 if TYPE_CHECKING:
+    from dl_inference_core.transport import Message
     from dl_inference_core.wire.codecs import Codec
 
 # Matched before percent-decoding, so that a name may hold "/" and ":". A path without a model would ask for the status
@@ -41,44 +42,38 @@ class _Inference(Protocol):
         return cast("Codec", CODECS[self.verb](self.key))
 
 
-def routes(rest: Rest, *, cors: bool = False) -> tuple[BaseRoute, ...]:
-    """Everything below `/v1`.
+class TfServing(Api):
+    """Answers the requests below `/v1`."""
 
-    Args:
-        cors: whether pages of other origins may read the answers.
-    """
-    return (Mount("/v1", app=rest.app(TfServing(rest).answer, cors=cors)),)
+    paths = ("/v1/",)
 
-
-class TfServing:
-    """Answers the requests below `/v1`. Event loop only."""
-
-    def __init__(self, rest: Rest) -> None:
-        self._rest = rest
-
-    async def answer(self, request: Request) -> bytes:
-        """The answer's JSON.
-
-        Raises:
-            InferenceError: any failure.
-        """
-        path, method = raw_path(request), request.method
-        if method == "POST" and (found := _VERB.fullmatch(path)):
-            return await self._infer(request, _key_in(found), found["verb"])
-        if method in ("GET", "HEAD") and (found := _QUESTION.fullmatch(path)):
+    def begin(self, exchange: HttpExchange) -> None:
+        path, verb = exchange.path, exchange.verb
+        if verb == "POST" and (found := _VERB.fullmatch(path)):
+            self._infer(exchange, _key_in(found), found["verb"])
+        elif verb in ("GET", "HEAD") and (found := _QUESTION.fullmatch(path)):
             if not found["model"]:
                 raise BadRequest("Missing model name in request.")
-            question = self._metadata if found["metadata"] else self._status
-            return await question(_key_in(found))
-        raise BadRequest(
-            f"Malformed request: {method} {path[:200]}; expected POST and "
-            "/v1/models/MODEL[/versions/NUMBER|/labels/LABEL] with :predict, :classify or :regress, or GET and the "
-            "same with /metadata or nothing"
-        )
+            spec = _spec(_key_in(found))
+            if found["metadata"]:
+                asked = messages.GetModelMetadataRequest(model_spec=spec, metadata_field=["signature_def"])
+                self.ask(exchange, SIGNATURES, asked.SerializeToString(), _metadata)
+            else:
+                asked = messages.GetModelStatusRequest(model_spec=spec)
+                self.ask(exchange, VERSIONS, asked.SerializeToString(), _status)
+        else:
+            raise BadRequest(
+                f"Malformed request: {verb} {path[:200]}; expected POST and "
+                "/v1/models/MODEL[/versions/NUMBER|/labels/LABEL] with :predict, :classify or :regress, or GET and the "
+                "same with /metadata or nothing"
+            )
 
-    async def _infer(self, request: Request, key: RoutingKey, verb: str) -> bytes:
-        return await self._rest.infer(
-            request,
+    def describe(self, error: InferenceError, status: int) -> Any:
+        return {"error": str(error)}
+
+    def _infer(self, exchange: HttpExchange, key: RoutingKey, verb: str) -> None:
+        self.infer(
+            exchange,
             _Inference(
                 name=f"rest_{verb}",
                 node_method="",
@@ -89,37 +84,33 @@ class TfServing:
             ),
         )
 
-    async def _status(self, key: RoutingKey) -> bytes:
-        asked = messages.GetModelStatusRequest(model_spec=_spec(key))
-        answer = messages.parse_answer(
-            messages.GetModelStatusResponse, await self._rest.ask(VERSIONS, asked.SerializeToString())
-        )
-        state = messages.GetModelStatusResponse.DESCRIPTOR.fields_by_name["model_version_status"].message_type
-        names = state.fields_by_name["state"].enum_type.values_by_number
-        return _dumped(
-            {
-                "model_version_status": [
-                    {
-                        "version": str(each.version),
-                        "state": names[each.state].name,
-                        "status": {
-                            "error_code": Code(each.status.error_code).name,
-                            "error_message": each.status.error_message,
-                        },
-                    }
-                    for each in answer.model_version_status
-                ]
-            }
-        )
 
-    async def _metadata(self, key: RoutingKey) -> bytes:
-        asked = messages.GetModelMetadataRequest(model_spec=_spec(key), metadata_field=["signature_def"])
-        answer = messages.parse_answer(
-            messages.GetModelMetadataResponse, await self._rest.ask(SIGNATURES, asked.SerializeToString())
-        )
-        signatures = messages.SignatureDefMap()
-        answer.metadata["signature_def"].Unpack(signatures)
-        return _dumped({"model_spec": _printed(answer.model_spec), "metadata": {"signature_def": _printed(signatures)}})
+def _status(message: Message) -> bytes:
+    answer = messages.parse_answer(messages.GetModelStatusResponse, message)
+    state = messages.GetModelStatusResponse.DESCRIPTOR.fields_by_name["model_version_status"].message_type
+    names = state.fields_by_name["state"].enum_type.values_by_number
+    return _dumped(
+        {
+            "model_version_status": [
+                {
+                    "version": str(each.version),
+                    "state": names[each.state].name,
+                    "status": {
+                        "error_code": Code(each.status.error_code).name,
+                        "error_message": each.status.error_message,
+                    },
+                }
+                for each in answer.model_version_status
+            ]
+        }
+    )
+
+
+def _metadata(message: Message) -> bytes:
+    answer = messages.parse_answer(messages.GetModelMetadataResponse, message)
+    signatures = messages.SignatureDefMap()
+    answer.metadata["signature_def"].Unpack(signatures)
+    return _dumped({"model_spec": _printed(answer.model_spec), "metadata": {"signature_def": _printed(signatures)}})
 
 
 def _key_in(found: re.Match[str]) -> RoutingKey:

@@ -29,7 +29,7 @@ from dl_inference_core.tensors import (
     json_kind,
 )
 from dl_inference_core.wire.arrays import BFLOAT16, STRING, from_strings, native
-from dl_inference_core.wire.protocol import RoutingKey
+from dl_inference_core.wire.routing_keys import RoutingKey
 from dl_inference_core.wire.tfserving_examples import CLASSIFY, REGRESS, ExamplesCodec, encode_example
 
 _FEW = 64

@@ -42,7 +42,10 @@ pytest.register_assert_rewrite(
     *(f"dl_inference_core.testing.{name}" for name in ("plugin", "fakes", "balancer", "backend", "handler")),
     *(
         f"dl_inference_core.testing.{name}"
-        for name in ("loopback", "transport_exchanges", "transport_servers", "transport_tls", "transport")
+        for name in (
+            *("loopback", "transport_exchanges", "transport_servers", "transport_tls", "transport_http"),
+            "transport",
+        )
     ),
 )
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, ModelError
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node.backend import Backend, Model, Signature, TensorSpec
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor
+from dl_inference_core.testing.memory import MemoryExchange
 
-EXCHANGE = LocalExchange("/inference.GRPCInferenceService/ModelInfer")
+EXCHANGE = MemoryExchange("/inference.GRPCInferenceService/ModelInfer")
 """An exchange for balancers, where nothing depends on which."""
 
 

@@ -28,6 +28,7 @@ from dl_inference_core.transport import (
     Server,
     Transport,
 )
+from dl_inference_core.wire.routing_keys import KeyFields
 
 ECHO = "/conformance.Test/Echo"
 HOLD = "/conformance.Test/Hold"
@@ -108,8 +109,10 @@ class DirectService:
 
     private_trailers = frozenset({"x-private"})
 
-    def __init__(self, begin: Callable[[Exchange], object], *, streaming: bool = False) -> None:
-        self.methods = {ECHO: Method(streaming=streaming)}
+    def __init__(
+        self, begin: Callable[[Exchange], object], *, streaming: bool = False, key: KeyFields | None = None
+    ) -> None:
+        self.methods = {ECHO: Method(streaming=streaming, key=key)}
         self.endings: list[tuple[str, Code]] = []
         self._begin = begin
         self._loop = asyncio.get_running_loop()

@@ -1,28 +1,153 @@
-"""Exchanges without sockets that are forwarded over any `Connection`, on an event loop of real or virtual time."""
+"""Exchanges without sockets, which are forwarded over any `Connection`, on an event loop of real or virtual time."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, InferenceError
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.routing import Upstream
-from dl_inference_core.transport import Answer, Attempt, Connection, Done, Extras, Message, Metadata, Timer, Trailers
+from dl_inference_core.transport import (
+    Answer,
+    Attempt,
+    Connection,
+    Done,
+    Extras,
+    Message,
+    Metadata,
+    Service,
+    Timer,
+    Trailers,
+    UnaryExchange,
+    with_added,
+)
 from dl_inference_core.wire.protocol import Protocol, well_formed
 
 
-class MemoryExchange(LocalExchange):
-    """Its attempts are tasks of the running event loop that await `Connection.call`."""
+class MemoryExchange(UnaryExchange):
+    """A unary exchange without a socket. Its attempts are tasks of the running event loop that await `Connection.call`.
 
-    __slots__ = ("_attempts",)
+    Attributes:
+        answer: how it was answered; None before, and where it has failed.
+        error: how it has failed; None before, where it was answered, and once `outcome` has raised it.
+    """
+
+    __slots__ = (
+        "_attempts",
+        "_left",
+        "_lock",
+        "_on_cancel",
+        "_on_end",
+        "_open",
+        "_service",
+        "_told",
+        "answer",
+        "error",
+    )
 
     def __init__(
-        self, method: str, message: Message = b"", metadata: Metadata = (), deadline: float | None = None
+        self,
+        method: str,
+        message: Message = b"",
+        metadata: Metadata = (),
+        deadline: float | None = None,
+        *,
+        service: Service | None = None,
     ) -> None:
+        """Args:
+        service: is told when it has ended.
+        """
         super().__init__(method, message, metadata, deadline)
+        self._service = service
+        self.answer: Answer | None = None
+        self.error: InferenceError | None = None
+        self._open = [True]
+        """Empty once it has ended. The thread that pops the item has ended it: `pop` is atomic."""
+        self._told = False
+        """Whether the service knows that it has ended."""
+        self._left = False
+        self._lock = threading.Lock()
+        """Of `_left` and `_on_cancel`."""
+        self._on_cancel: list[Callable[[], object]] = []
+        self._on_end: Callable[[], object] | None = None
         self._attempts: list[MemoryAttempt] = []
+
+    async def outcome(self) -> Message:
+        """The answer's bytes. Cancelling it is the client's leaving.
+
+        Raises:
+            InferenceError: it has failed.
+        """
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        self._on_end = lambda: loop.call_soon_threadsafe(settle)
+        if self._told:
+            settle()
+        try:
+            await ended
+        except asyncio.CancelledError:
+            self.leave()
+            raise
+        if self.error is not None:
+            error, self.error = self.error, None  # its traceback will lead here
+            try:
+                raise error
+            finally:
+                del error
+        assert self.answer is not None
+        return self.answer.message
+
+    def leave(self) -> None:
+        """End it as a client does that leaves."""
+        if not self._end():
+            return
+        with self._lock:
+            self._left = True
+            callbacks, self._on_cancel = self._on_cancel, []
+        self._ended(Code.CANCELLED)
+        for callback in callbacks:
+            callback()
+
+    def _end(self) -> bool:
+        try:
+            return self._open.pop()
+        except IndexError:
+            return False
+
+    def _ended(self, code: Code) -> None:
+        for attempt in self._attempts:
+            attempt.cancel()
+        with self._lock:
+            self._on_cancel = []  # callbacks lead back here: the message would be garbage
+        if self._service is not None:
+            self._service.ended(self, code)
+        self._told = True
+        if self._on_end is not None:
+            self._on_end()
+
+    def reply(self, message: Message, trailers: Trailers = ()) -> None:
+        if self._end():
+            self.answer = Answer(message, trailers)
+            self._ended(Code.OK)
+
+    def fail(self, error: InferenceError) -> None:
+        if self._end():
+            self.error = error
+            self._ended(error.code)
+
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        with self._lock:
+            if not self._left:
+                self._on_cancel.append(callback)
+                return
+        threading.Thread(target=callback, daemon=True).start()  # never inside this call
 
     def forward(
         self,
@@ -38,7 +163,8 @@ class MemoryExchange(LocalExchange):
         assert extras is None
 
         async def call() -> Answer:
-            answer = await connection.call(method, self.message, metadata=metadata, timeout_s=timeout_s)
+            sent = with_added(self.metadata, metadata)
+            answer = await connection.call(method, self.message, metadata=sent, timeout_s=timeout_s)
             if not well_formed(answer.message) and (answer.message or not allow_empty):
                 raise AnswerMalformed("the answer is not a protobuf message")
             return answer
@@ -53,11 +179,6 @@ class MemoryExchange(LocalExchange):
         """Let go of it."""
         if attempt in self._attempts:
             self._attempts.remove(attempt)
-
-    def _ended(self, code: Code) -> None:
-        for attempt in self._attempts:
-            attempt.cancel()
-        super()._ended(code)
 
 
 class MemoryAttempt(Attempt):

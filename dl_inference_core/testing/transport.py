@@ -1,5 +1,5 @@
 """The suite for transports, over real sockets: calls here; exchanges and forwarding in `transport_exchanges`,
-servers in `transport_servers`, TLS in `transport_tls`."""
+servers in `transport_servers`, TLS in `transport_tls`, HTTP in `transport_http`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,14 @@ from dl_inference_core.testing.loopback import (
     warm,
 )
 from dl_inference_core.testing.transport_exchanges import ExchangeConformance
+from dl_inference_core.testing.transport_http import HttpConformance
+from dl_inference_core.testing.transport_routing import RoutingConformance
 from dl_inference_core.testing.transport_servers import ServerConformance
 from dl_inference_core.testing.transport_tls import TlsConformance
 from dl_inference_core.transport import Answer, Exchange, Limits, Message, Transport
 
 
-class TransportConformance(ExchangeConformance, ServerConformance, TlsConformance):
+class TransportConformance(ExchangeConformance, RoutingConformance, ServerConformance, TlsConformance, HttpConformance):
     """What every transport must keep, over real sockets on the loopback interface::
 
     class TestGrpcioTransport(TransportConformance):

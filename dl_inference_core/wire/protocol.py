@@ -1,4 +1,4 @@
-"""Which protocol a method path speaks, where its routing key stands, and which codec reads the rest.
+"""Which protocol a method path speaks, and which functions and codec read its messages.
 
 A gateway needs no more than this module: the key and the bytes. It imports neither numpy nor a codec.
 """
@@ -10,53 +10,27 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
-from dl_inference_core.errors import BadRequest, ModelNotFound
+from dl_inference_core.errors import BadRequest
 from dl_inference_core.wire import codecs, limits, messages
+from dl_inference_core.wire.routing_keys import (
+    OPENINFERENCE_FIELDS,
+    SELDON_FIELDS,
+    TFSERVING_FIELDS,
+    KeyFields,
+    RoutingKey,
+    read_multi_inference_key,
+    read_openinference_key,
+    read_seldon_key,
+    read_status_key,
+    read_tfserving_key,
+    read_transform_key,
+)
 
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dl_inference_core.transport import Message
     from dl_inference_core.wire.codecs import Codec
-
-
-class RoutingKey(typing.NamedTuple):
-    """Which model a request is for, as the request says it.
-
-    Attributes:
-        model: the name of a model; a task id if the request gives a number; None if the request names no model and its
-            protocol allows that.
-        version: the version asked for: a number, or Open Inference's text; None or "" is the newest version.
-        label: the label of the version asked for, where `version` is None; "" if the request gives no label.
-    """
-
-    model: str | int | None
-    version: int | str | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeyFields:
-    """Where a routing key stands in a request, as paths of field numbers: for a reader that is not in Python.
-
-    Attributes:
-        model: of a string; where `map_key` is set, of a `map<string, google.protobuf.Value>`.
-        version: of a string or a google.protobuf.Int64Value; () if the requests have no version.
-        version_is_text: whether the version is a string.
-        label: of a string, in a oneof with the version; () if the requests have no label.
-        map_key: the key under which the map names the model by a string or a whole number.
-    """
-
-    model: tuple[int, ...]
-    version: tuple[int, ...] = ()
-    version_is_text: bool = False
-    label: tuple[int, ...] = ()
-    map_key: str = ""
-
-
-_MODEL_SPEC = KeyFields(model=(1, 1), version=(1, 2), label=(1, 4))
-_MODEL_NAME = KeyFields(model=(1,), version=(2,), version_is_text=True)
-_TASK_ID = KeyFields(model=(2, 2), map_key="taskId")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +46,10 @@ class Queueing:
     timeout_s: float = 0.0
 
 
+NO_QUEUEING = Queueing()
+"""What a request says that says nothing about it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protocol:
     """One wire protocol.
@@ -82,8 +60,7 @@ class Protocol:
         read_key: the routing key of a request's bytes. Reads nothing else. Raises BadRequest: the bytes are malformed;
             the model is empty, of another kind, or missing where the protocol requires it. Raises ModelNotFound:
             GetModelStatus asks for the empty name.
-        key_fields: where the key stands. Another reader may find it there, but only `read_key` says that it is wrong or
-            missing. None: only `read_key` can read it.
+        key_fields: where the key stands, for transports that read it themselves; None where only `read_key` can.
         codec_at: where in `dl_inference_core.wire` its codec is, "module" or "module:attribute"; "" for a question
             about a model, which one that is served here answers in its own way.
         key_metadata: the metadata that may name the model of a request whose bytes hold no key; "" if the bytes always
@@ -104,72 +81,20 @@ class Protocol:
     allow_empty: bool = False
     read_queueing: Callable[[bytes | memoryview], Queueing] | None = None
 
+    def queueing(self, body: Message) -> Queueing:
+        """What a request says about its place in a model's queue.
+
+        Raises:
+            BadRequest: as `read_queueing`.
+        """
+        return NO_QUEUEING if self.read_queueing is None else self.read_queueing(body)
+
     @property
     def codec(self) -> Codec:
         """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
         return codecs.find(self.codec_at)
 
 
-# From here on protobuf is given the field of the key alone, so that `messages.parse` has little to count. Parsing the
-# envelope takes 1 µs at 600 B and 23 µs at 600 KB; `messages.fields` and then the envelope take 2 µs throughout.
-_LARGE = limits.SMALL
-
-
-# The first words are TensorFlow Serving's.
-_NO_SPEC = "Missing ModelSpec: model_spec is missing; expected the name of a model in model_spec.name"
-_NO_NAME = "ModelSpec has no name specified. model_spec.name is missing or empty; expected the name of a model"
-
-
-def _parse_key(envelope: Any, body: Message, whole: Any, *numbers: int) -> Any:
-    if len(body) >= _LARGE and (fields := messages.fields(body, *numbers)) is not None:
-        return messages.parse(envelope, fields, whole)
-    return messages.parse(envelope, body, whole)
-
-
-def _read_tfserving_key(body: Message) -> RoutingKey:
-    key = _parse_key(messages.PredictKey, body, messages.PredictRequest, 1)
-    if not key.model_spec.name:
-        raise BadRequest(_NO_NAME if key.HasField("model_spec") else _NO_SPEC)
-    return _key_of(key.model_spec)
-
-
-def _key_of(spec: Any) -> RoutingKey:
-    return RoutingKey(spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label)
-
-
-def _read_status_key(body: Message) -> RoutingKey:
-    """Raises:
-    ModelNotFound: the name is empty: TensorFlow Serving looks even that one up.
-    """
-    key = messages.parse(messages.PredictKey, body, messages.GetModelStatusRequest)
-    if not key.HasField("model_spec"):
-        raise BadRequest(_NO_SPEC)
-    if not key.model_spec.name:
-        raise ModelNotFound("Could not find any versions of model ; model_spec.name is empty")
-    return _key_of(key.model_spec)
-
-
-def _read_multi_inference_key(body: Message) -> RoutingKey:
-    """The key of the first task, which says the version for all tasks."""
-    tasks = _parse_key(messages.MultiInferenceKey, body, messages.MultiInferenceRequest, 1).tasks
-    names = {task.model_spec.name for task in tasks}
-    if len(names) > 1 and "" in names:
-        raise BadRequest("Found ModelSpec with an empty model name.")
-    if len(names) > 1:
-        raise BadRequest("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
-    if not names or "" in names:
-        raise BadRequest(_NO_NAME)
-    return _key_of(tasks[0].model_spec)
-
-
-def _read_openinference_key(body: Message) -> RoutingKey:
-    key = _parse_key(messages.ModelInferKey, body, messages.ModelInferRequest, 1, 2)
-    if not key.model_name:
-        raise BadRequest("model_name is missing or empty; expected the name of a model")
-    return RoutingKey(key.model_name, key.model_version)
-
-
-_NO_QUEUEING = Queueing()
 _SEARCHED = 1024
 _PARAMETERS = 4
 """The field of a ModelInferRequest that holds its parameters."""
@@ -184,10 +109,10 @@ def _read_openinference_queueing(body: bytes | memoryview) -> Queueing:
     if len(body) < _SEARCHED:
         body = bytes(body)
         if b"priority" not in body and b"timeout" not in body:
-            return _NO_QUEUEING
+            return NO_QUEUEING
     fields = messages.fields(body, _PARAMETERS)
     if not fields and fields is not None:
-        return _NO_QUEUEING
+        return NO_QUEUEING
     parameters = messages.parse(messages.ModelInferRequest, body if fields is None else fields).parameters
     priority = timeout_us = 0
     if "priority" in parameters:
@@ -206,77 +131,11 @@ def _read_parameter(parameter: Any, name: str, kinds: tuple[str, ...]) -> int:
     raise BadRequest(f'parameter "{name}" is {given}; expected a whole number of 0 or more in {" or ".join(kinds)}')
 
 
-def _read_seldon_key(body: Message) -> RoutingKey:
-    tags = _parse_key(messages.SeldonKey, body, messages.SeldonMessage, 2).meta.tags
-    return RoutingKey(read_task(tags["taskId"]) if "taskId" in tags else None)
-
-
-def _read_transform_key(body: Message) -> RoutingKey:
-    """As `_read_seldon_key`; refuses a message without a payload, which is not an answer either."""
-    if messages.parse(messages.SeldonMessage, body).WhichOneof("data_oneof") is None:
-        raise BadRequest("the message has no payload; expected data, binData, strData, jsonData or customData")
-    return _read_seldon_key(body)
-
-
-def read_task(value: Any) -> str | int:
-    """The task that a `taskId` (a google.protobuf.Value) names: an id if it is a number, or a string as it is.
-
-    Raises:
-        BadRequest: as `task_of`; or nothing is set in it.
-    """
-    match value.WhichOneof("kind"):
-        case "string_value":
-            return task_of(value.string_value)
-        case "number_value":
-            return task_of(value.number_value)
-        case "bool_value":
-            return task_of(value.bool_value)
-        case "null_value":
-            return task_of(None)
-        case "struct_value":
-            return task_of({})
-        case "list_value":
-            return task_of([])
-        case _:
-            raise _no_task("empty")
-
-
-def task_of(value: Any) -> str | int:
-    """The task that a `taskId`, as Python has JSON, names.
-
-    Raises:
-        BadRequest: an empty string; a number that is not whole, or above 2**53, where doubles skip some; another
-            kind.
-    """
-    match value:
-        case str() if value:
-            return value
-        case bool():
-            given = "a bool"
-        case int() | float():
-            if abs(value) <= 2**53 and value == int(value):
-                return int(value)
-            given = f"the number {value!r:.100}"
-        case str():
-            given = "an empty string"
-        case None:
-            given = "null"
-        case list():
-            given = "a list"
-        case _:
-            given = "an object"
-    raise _no_task(given)
-
-
-def _no_task(given: str) -> BadRequest:
-    return BadRequest(f'meta.tags["taskId"] is {given}; expected a whole number or a non-empty string')
-
-
 def well_formed(body: bytes) -> bool:
     """Whether `body` is a sequence of protobuf fields, and not an empty one. Looks at the top level only."""
     if not body:
         return False
-    if len(body) >= _LARGE and messages.fields(body, 0) is not None:
+    if len(body) >= limits.SMALL and messages.fields(body, 0) is not None:
         return True
     try:
         messages.parse(messages.Nothing, body)
@@ -301,29 +160,29 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             Protocol(
                 name="tfserving",
                 node_method=f"{_TENSORFLOW}/Predict",
-                read_key=_read_tfserving_key,
-                key_fields=_MODEL_SPEC,
+                read_key=read_tfserving_key,
+                key_fields=TFSERVING_FIELDS,
                 codec_at="tfserving",
             ),
             Protocol(
                 name="tfserving_classify",
                 node_method=f"{_TENSORFLOW}/Classify",
-                read_key=_read_tfserving_key,
-                key_fields=_MODEL_SPEC,
+                read_key=read_tfserving_key,
+                key_fields=TFSERVING_FIELDS,
                 codec_at="tfserving_examples:CLASSIFY",
             ),
             Protocol(
                 name="tfserving_regress",
                 node_method=f"{_TENSORFLOW}/Regress",
-                read_key=_read_tfserving_key,
-                key_fields=_MODEL_SPEC,
+                read_key=read_tfserving_key,
+                key_fields=TFSERVING_FIELDS,
                 codec_at="tfserving_examples:REGRESS",
             ),
             Protocol(
                 name="seldon",
                 node_method="/seldon.protos.Model/Predict",
-                read_key=_read_seldon_key,
-                key_fields=_TASK_ID,
+                read_key=read_seldon_key,
+                key_fields=SELDON_FIELDS,
                 codec_at="seldon",
                 key_metadata=_DEPLOYMENT,
                 key_expected=_SELDON_EXPECTED,
@@ -331,8 +190,8 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
             Protocol(
                 name="openinference",
                 node_method=f"{_OPEN_INFERENCE}/ModelInfer",
-                read_key=_read_openinference_key,
-                key_fields=_MODEL_NAME,
+                read_key=read_openinference_key,
+                key_fields=OPENINFERENCE_FIELDS,
                 codec_at="openinference",
                 read_queueing=_read_openinference_queueing,
             ),
@@ -346,7 +205,7 @@ _WPAI = "/com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService"
 MULTI_INFERENCE = Protocol(
     name="tfserving_multi_inference",
     node_method=f"{_TENSORFLOW}/MultiInference",
-    read_key=_read_multi_inference_key,
+    read_key=read_multi_inference_key,
 )
 """Several of a model's signatures asked at once."""
 
@@ -354,7 +213,7 @@ TRANSFORMS: tuple[Protocol, ...] = tuple(
     Protocol(
         name=f"seldon_transform_{which}",
         node_method=f"/seldon.protos.Generic/Transform{which.capitalize()}",
-        read_key=_read_transform_key,
+        read_key=read_transform_key,
         key_metadata=_DEPLOYMENT,
         key_expected=_SELDON_EXPECTED,
     )
@@ -389,30 +248,30 @@ RAW_OUTPUTS = ("x-dl-inference-outputs", "raw")
 METADATA = Protocol(
     name="openinference_metadata",
     node_method=f"{_OPEN_INFERENCE}/ModelMetadata",
-    read_key=_read_openinference_key,
-    key_fields=_MODEL_NAME,
+    read_key=read_openinference_key,
+    key_fields=OPENINFERENCE_FIELDS,
 )
 """`ModelMetadataRequest` has the model's name where `ModelInferRequest` has it."""
 
 SIGNATURES = Protocol(
     name="tfserving_metadata",
     node_method=f"{_TENSORFLOW}/GetModelMetadata",
-    read_key=_read_tfserving_key,
-    key_fields=_MODEL_SPEC,
+    read_key=read_tfserving_key,
+    key_fields=TFSERVING_FIELDS,
 )
 
 VERSIONS = Protocol(
     name="tfserving_status",
     node_method="/tensorflow.serving.ModelService/GetModelStatus",
-    read_key=_read_status_key,
-    key_fields=_MODEL_SPEC,
+    read_key=read_status_key,
+    key_fields=TFSERVING_FIELDS,
 )
 
 READY = Protocol(
     name="openinference_ready",
     node_method=f"{_OPEN_INFERENCE}/ModelReady",
-    read_key=_read_openinference_key,
-    key_fields=_MODEL_NAME,
+    read_key=read_openinference_key,
+    key_fields=OPENINFERENCE_FIELDS,
     allow_empty=True,
 )
 """`ModelReadyRequest` has the model's name and version where `ModelInferRequest` has them."""

@@ -31,7 +31,7 @@ from dl_inference_core.wire.arrays import (
     varint,
 )
 from dl_inference_core.wire.ndarrays import read_numbers, take_numbers, write_numbers
-from dl_inference_core.wire.protocol import read_task
+from dl_inference_core.wire.routing_keys import read_task
 
 # Field numbers of what is written straight to bytes: SeldonMessage, DefaultData, Tensor.
 _DATA = 3

@@ -22,10 +22,10 @@ from dl_inference_core.config import Config, JoinConfig, RegistryConfig, validat
 from dl_inference_core.errors import Code, ConfigError
 from dl_inference_core.gateway.registry import Registry
 from dl_inference_core.gateway.sharing import Share
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.plugins import Plugins
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import free_port
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire import messages
 
 Lab = Any  # tests/conftest.py
@@ -354,7 +354,7 @@ class Worker:
     async def hears(self, request: Any) -> None:
         name = type(request).__name__.removesuffix("Request")
         metadata = (("authorization", f"Bearer {TOKEN}"),)
-        exchange = LocalExchange(name, request.SerializeToString(), metadata)
+        exchange = MemoryExchange(name, request.SerializeToString(), metadata)
         self.registry.methods()[f"{messages.REGISTRY}/{name}"](exchange)
         await exchange.outcome()
 

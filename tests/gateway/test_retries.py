@@ -15,7 +15,8 @@ from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.transport import Answer, Message
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import PROTOCOLS, RoutingKey
+from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 Lab = Any  # tests/conftest.py
 

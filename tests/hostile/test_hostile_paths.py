@@ -14,19 +14,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dl_inference_core import admin
+from dl_inference_core import admin, asgi
 from dl_inference_core.client import build
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import Code, InferenceError
 from dl_inference_core.http_server import HttpServer
 from dl_inference_core.introspection import Introspection, Readiness
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.rest import tfserving
 from dl_inference_core.rest.answering import Local, Rest
+from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.routing import Routes
 from dl_inference_core.testing import FakeBackend
+from dl_inference_core.testing.memory import MemoryExchange
+from dl_inference_core.transport import Http
 from dl_inference_core.wire import messages
 
 X = np.array([1.0, 2.0], np.float32)
@@ -66,7 +67,7 @@ class Node:
     port: int
 
     async def call(self, method: str, body: bytes) -> bytes:
-        exchange = LocalExchange(method, body)
+        exchange = MemoryExchange(method, body)
         self.dispatcher.begin_all([exchange])
         return bytes(await exchange.outcome())
 
@@ -87,8 +88,9 @@ async def serving(root: Path) -> AsyncIterator[Node]:
     metrics, readiness = Metrics(), Readiness(serving=True)
     routes = Routes(repository)
     dispatcher = Dispatcher(routes, metrics, unary=Introspection(routes, readiness).unary())
-    rest = Rest(Local(repository, None, readiness), dispatcher, body_bytes=100_000, timeout_s=20.0)
-    server = await HttpServer.start(admin.app(metrics, readiness, *tfserving.routes(rest)), "127.0.0.1", 0)
+    rest = Rest(TfServing(Local(repository, None, readiness), dispatcher), body_bytes=100_000, timeout_s=20.0)
+    app = asgi.with_exchanges(Http(service=rest, app=admin.app(metrics, readiness)))
+    server = await HttpServer.start(app, "127.0.0.1", 0)
     try:
         yield Node(dispatcher, server.port)
     finally:

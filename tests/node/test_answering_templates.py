@@ -12,12 +12,16 @@ import pytest
 
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.load import LoadMeter
+from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.repository import Repository
+from dl_inference_core.node.version import LoadedVersion
 from dl_inference_core.tensors import Form, Request, Response
 from dl_inference_core.testing import FakeBackend
-from dl_inference_core.testing.memory import answered
+from dl_inference_core.testing.memory import MemoryExchange, answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
+OIP = PROTOCOLS["openinference"]
 BATCHING = pytest.mark.parametrize("toml", ["", "[batching]\nenabled = false"])
 TIMES = 5
 
@@ -26,12 +30,12 @@ class Asked:
     """A model "m" that is asked."""
 
     def __init__(self, repository: Repository) -> None:
-        self._served = repository.models["m"]
+        self.served = repository.models["m"]
 
     async def __call__(self, protocol: str, **request: Any) -> Response:
         spoken = PROTOCOLS[protocol]
         body = spoken.codec.encode_request(Request(model="m", **request))
-        return spoken.codec.decode_response(await answered(self._served, spoken, body))
+        return spoken.codec.decode_response(await answered(self.served, spoken, body))
 
 
 @asynccontextmanager
@@ -158,3 +162,52 @@ async def test_a_shape_that_does_not_fit_is_refused_every_time(tmp_path: Path, t
         for _ in range(TIMES):
             with pytest.raises(BadRequest, match="does not take shape"):
                 await ask("openinference", payload=payload, form=Form.TENSORS_RAW)
+
+
+async def test_a_known_request_says_its_place_in_the_queue(tmp_path: Path) -> None:
+    async with asked(tmp_path, Handler, "", X) as ask:
+        for number in range(TIMES):
+            for priority in (1, 2):
+                request = Request(
+                    payload={"x": np.full((1, 2), number + 0.5)},
+                    form=Form.TENSORS_RAW,
+                    model="m",
+                    id=str(number),
+                    parameters={"priority": priority, "timeout": 30_000_000 + priority},
+                )
+                body = OIP.codec.encode_request(request)
+                await answered(ask.served, OIP, body)
+                received = ask.served.loaded[1].receive(MemoryExchange("/m", body), OIP)
+                assert received.asked_priority == priority
+                assert received.expires_at - received.queued_at == pytest.approx(30 + priority / 1e6)
+            assert number == 0 or received.template is not None
+
+
+async def test_a_version_that_is_closed_passes_on_what_a_request_says_of_its_place() -> None:
+    version = LoadedVersion("m", 1, LoadMeter())
+    body = OIP.codec.encode_request(Request(payload={}, form=Form.TENSORS, model="m", parameters={"priority": 2}))
+    assert version.receive(MemoryExchange("/m", body), OIP).asked_priority == 2
+    await version.close()
+
+
+async def test_what_a_version_that_closed_knew_of_a_request_is_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next version may take other inputs."""
+    async with asked(tmp_path, Handler, "", X) as ask:
+        version, templates = ask.served.loaded[1], []
+        submit = version.submit
+
+        def closed_once(request: QueuedRequest) -> bool:
+            templates.append(request.template)
+            return len(templates) > 1 and submit(request)
+
+        for _ in range(TIMES):
+            await ask("openinference", payload={"x": np.full((1, 2), 0.5)}, form=Form.TENSORS_RAW)
+        monkeypatch.setattr(version, "submit", closed_once)
+        answer = await ask("openinference", payload={"x": np.full((1, 2), 1.5)}, form=Form.TENSORS_RAW)
+        assert isinstance(answer.payload, Mapping)
+        assert answer.payload["x"].tolist() == [[1.5, 1.5]]
+        first, second = templates
+        assert first is not None
+        assert second is None

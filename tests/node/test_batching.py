@@ -625,6 +625,42 @@ async def test_threads_do_not_share_out_what_is_held(tmp_path: Path) -> None:
         assert it.model.sizes == [4, 4]
 
 
+async def test_what_waits_behind_a_slow_preprocess_is_left_to_a_thread_that_is_free(tmp_path: Path) -> None:
+    go = threading.Event()
+
+    class Slow(Handler):
+        shares_calls = True
+
+        def preprocess(self, request: Request) -> Any:
+            inputs = super().preprocess(request)
+            assert inputs["x"][0, 0] >= 0 or go.wait(20)
+            return inputs
+
+    async with scene(tmp_path, "threads = 2", handler=Slow) as it:
+        it.model.hold.clear()
+        busy = []
+        for number in range(2):
+            busy.append(asyncio.create_task(it.ask(number)))
+            await asyncio.to_thread(it.model.entered.acquire)
+        asked = [asyncio.create_task(it.ask(number)) for number in (2, -1, 3, 4, 5)]
+        await it.queued(5)
+        it.model.hold.set()
+        try:
+            async with asyncio.timeout(10):
+                assert await asyncio.gather(*asked[2:]) == [[6], [8], [10]]
+            assert not asked[1].done()
+        finally:
+            go.set()
+        assert await asyncio.gather(*busy, *asked[:2]) == [[0], [2], [4], [-2]]
+
+
+async def test_requests_of_many_rows_that_a_batch_has_no_room_for_are_answered_by_the_next(tmp_path: Path) -> None:
+    async with scene(tmp_path, "[batching]\nmax_rows = 4") as it:
+        asked = [it.ask(*([number] * 3)) for number in range(1, 6)]
+        assert await it.together(*asked) == [[2 * number] * 3 for number in range(1, 6)]
+        assert it.model.sizes == [1, *[3] * 5]
+
+
 async def test_a_padding_that_an_input_cannot_hold_harms_no_other(tmp_path: Path) -> None:
     toml = "[batching.buckets.x]\nto = [4]\nvalue = -1"
     async with scene(tmp_path, toml, shape=None) as it:

@@ -65,6 +65,16 @@ def test_a_lone_request_is_answered_with_a_report(clock: Clock) -> None:
         assert answered(meter) is not None
 
 
+def test_answers_that_go_back_together_count_each(clock: Clock) -> None:
+    meter = LoadMeter(100)
+    told = None
+    for _ in range(20):
+        clock.now += 0.1
+        told = orca.read(meter.answered(count=5))
+    assert told is not None
+    assert told.qps == pytest.approx(50, rel=0.1)
+
+
 def test_no_reports(clock: Clock) -> None:
     meter = LoadMeter(0)
     for _ in range(5):

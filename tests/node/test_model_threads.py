@@ -7,45 +7,57 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from dl_inference_core.local_exchange import LocalExchange
+import pytest
+
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.model_threads import ModelThread, ModelThreads
-from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
 
 
 class Rig:
-    """Threads that work on each request until `let`, and take together what waits then."""
+    """Threads that work on each request until `let`, and take together what waits then. The model works on the batch
+    whose first request is `stays` until `let` once more."""
 
     def __init__(self, threads: int = 1, *, holds: bool = False) -> None:
         self.queue = RequestQueue("m/1", BatchCost(), lambda request, error: None)
         self.queue.configure(QueueLimits(), 8, holds=holds)
         self.done: list[bytes] = []
         self.began: list[bytes] = []
+        self.stays: bytes | None = None
         self._gates: dict[bytes, threading.Event] = {}
         self.threads = ModelThreads("m/1", self.queue, self._run)
         self.threads.grow(threads)
 
     def put(self, name: bytes, protocol: Protocol = PROTOCOLS["openinference"]) -> weakref.ref[QueuedRequest]:
         self._gates[name] = threading.Event()
-        request = QueuedRequest(LocalExchange("/m", name), protocol)
+        request = QueuedRequest(MemoryExchange("/m", name), protocol)
         assert self.queue.put(request)
         return weakref.ref(request)
+
+    def gate(self, name: bytes) -> threading.Event:
+        """What a request waits for."""
+        return self._gates[name]
 
     def let(self, *names: bytes) -> None:
         for name in names:
             self._gates[name].set()
 
     def _run(self, first: QueuedRequest, thread: ModelThread) -> int:
-        request: QueuedRequest | None = first
+        requests = [first]
         batch = []
-        while request is not None:
-            name = bytes(request.exchange.message)
+        while requests:
+            name = bytes(requests[0].exchange.message)
             self.began.append(name)
             assert self._gates[name].wait(20)
             batch.append(name)
-            request = thread.take(0.0, 1)
+            requests = thread.take(1)
         thread.begin_model(len(batch), len(batch))
+        if batch[0] == self.stays:
+            self._gates[batch[0]].clear()
+            assert self._gates[batch[0]].wait(20)
         self.done += batch
         return len(batch)
 
@@ -104,4 +116,60 @@ async def test_what_shares_no_batch_keeps_no_other_thread_from_gathering() -> No
     rig.let(b"other")
     await until(lambda: rig.done == [b"other"])
     rig.let(b"several signatures")
+    await rig.threads.close(lambda: None)
+
+
+@pytest.mark.parametrize("holds", [False, True])
+async def test_what_shares_no_batch_goes_to_the_next_thread_that_is_free(holds: bool) -> None:
+    """Not to one that comes across it while it gathers a batch, and then works on that."""
+    rig = Rig(2)
+    rig.put(b"first")
+    await until(lambda: rig.began == [b"first"])
+    rig.put(b"second")
+    await until(lambda: rig.began == [b"first", b"second"])
+    rig.queue.holds = holds
+    rig.stays = b"first"
+    ran = threading.Event()
+    rig.queue.put_task(Task(ran.set))
+    rig.put(b"several signatures", MULTI_INFERENCE)
+    rig.let(b"several signatures")
+    rig.let(b"first")
+    await until(lambda: not rig.gate(b"first").is_set())
+    rig.let(b"second")
+    await until(lambda: ran.is_set() and b"several signatures" in rig.done)
+    assert rig.done == [b"second", b"several signatures"]
+    rig.let(b"first")
+    await rig.threads.close(lambda: None)
+
+
+async def test_a_task_is_run_beside_a_batch_that_is_held() -> None:
+    rig = Rig(2, holds=True)
+    rig.put(b"held")
+    await until(lambda: rig.began == [b"held"])
+    ran = threading.Event()
+    rig.queue.put_task(Task(ran.set))
+    await until(ran.is_set)
+    rig.put(b"mate")
+    rig.let(b"held", b"mate")
+    await until(lambda: rig.done == [b"held", b"mate"])
+    await rig.threads.close(lambda: None)
+
+
+async def test_requests_that_a_thread_puts_back_are_worked_on_by_another() -> None:
+    rig = Rig(2)
+    rig.put(b"first")
+    await until(lambda: rig.began == [b"first"])
+    rig.put(b"second")
+    await until(lambda: rig.began == [b"first", b"second"])
+    busy, _ = rig.threads
+    rig.put(b"third")
+    rig.put(b"fourth")
+    rig.let(b"third", b"fourth")
+    taken = busy.take(5)
+    assert [request.exchange.message for request in taken] == [b"third", b"fourth"]
+    busy.put_back(taken[1:])
+    assert [request.exchange.message for request in busy.requests] == [b"first", b"third"]
+    rig.let(b"second")
+    await until(lambda: rig.done == [b"second", b"fourth"])
+    rig.let(b"first")
     await rig.threads.close(lambda: None)

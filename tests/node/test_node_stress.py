@@ -23,7 +23,6 @@ import pytest
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import BadRequest, Code, InferenceError
 from dl_inference_core.grpcio_transport import GrpcioTransport
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.backend import Model
 from dl_inference_core.node.handling import Handler
@@ -35,6 +34,7 @@ from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Form, Request
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import official
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.transport import Exchange, Limits, Metadata
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS
@@ -123,7 +123,7 @@ Call = Callable[[str, bytes, Metadata, float | None], Awaitable[bytes]]
 async def in_memory(service: Counting) -> AsyncIterator[Call]:
     async def call(method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> bytes:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        exchange = LocalExchange(method, message, metadata, deadline, service=service)
+        exchange = MemoryExchange(method, message, metadata, deadline, service=service)
         service.begin_all((exchange,))
         return bytes(await exchange.outcome())
 
@@ -258,8 +258,8 @@ async def stress(
         "model threads that have not ended",
     )
     for queue in node.queues():
-        assert (queue.waiting(), queue._in_hand, queue._free_at) == (0, 0, {})
-        assert not queue.gathering.locked()
+        assert (queue.waiting(), queue._in_hand, queue._admission._free_at) == (0, 0, {})
+        assert not queue.gathering
     assert not node.meter._work
     assert len(asyncio.all_tasks()) == 1
     return [weakref.ref(each) for each in (*node.versions, *node.queues())]

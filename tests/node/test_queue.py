@@ -14,19 +14,20 @@ from typing import Any
 import pytest
 
 from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node import load
+from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
-from dl_inference_core.node.queue import QueuedRequest, QueueLimits, RequestQueue, Task
-from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
+from dl_inference_core.testing.memory import MemoryExchange
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Queueing
 
 OIP = PROTOCOLS["openinference"]
 
 
-def queued(message: bytes = b"", deadline_s: float | None = None, **more: Any) -> QueuedRequest:
+def queued(message: bytes = b"", deadline_s: float | None = None, **asked: Any) -> QueuedRequest:
     deadline = None if deadline_s is None else time.monotonic() + deadline_s
-    return QueuedRequest(LocalExchange("/m", message, deadline=deadline), OIP, **more)
+    return QueuedRequest(MemoryExchange("/m", message, deadline=deadline), OIP, Queueing(**asked))
 
 
 class Rig:
@@ -38,8 +39,9 @@ class Rig:
         self.queue = RequestQueue("m/1", self.cost, lambda *refused: self.refused.append(refused), lambda: delay_s)
         self.queue.configure(QueueLimits(**limits))
 
-    def take(self) -> Any:
-        return self.queue.take(wait=False)
+    def take_all(self) -> list[QueuedRequest]:
+        """Every request that waits."""
+        return self.queue.take_more(sys.maxsize)
 
 
 async def test_tasks_come_first_and_requests_in_order() -> None:
@@ -51,7 +53,9 @@ async def test_tasks_come_first_and_requests_in_order() -> None:
     rig.queue.put_task(task)
     assert rig.queue.put(requests[2])
     assert rig.queue.waiting() == 3
-    assert [rig.take() for _ in range(5)] == [task, *requests, None]
+    assert rig.queue.take(0) is task
+    assert [rig.queue.take(0), *rig.take_all()] == requests
+    assert rig.queue.waiting() == 0
     assert all(request.taken for request in requests)
 
 
@@ -59,11 +63,12 @@ async def test_a_closed_queue_takes_no_request_and_ends_its_threads_after_what_w
     rig = Rig()
     request = queued()
     rig.queue.put(request)
-    rig.queue.close(1)
+    rig.queue.close()
     assert not rig.queue.put(queued())
-    assert rig.take() is request
-    with pytest.raises(StopIteration):
-        rig.take()
+    assert rig.queue.take(0) is request
+    for thread in range(2):
+        with pytest.raises(StopIteration):
+            rig.queue.take(thread)
 
 
 async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_threads_do() -> None:
@@ -83,11 +88,11 @@ async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_t
                 thread.start()
             while len(put) < 20:  # noqa: ASYNC110 - threads put
                 await asyncio.sleep(0)
-            rig.queue.close(1)
+            rig.queue.close()
             taken = []
             with contextlib.suppress(StopIteration):
                 while True:
-                    taken.append(rig.queue.take(wait=True))
+                    taken.append(rig.queue.take(0))
             for thread in threads:
                 thread.join()
             assert len(taken) == len(put)
@@ -122,7 +127,7 @@ async def test_requests_whose_clients_have_left_make_room() -> None:
         rig.queue.put(third)
     first.end()
     assert rig.queue.put(third)
-    assert [rig.take(), rig.take()] == [second, third]
+    assert rig.take_all() == [second, third]
 
 
 async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None:
@@ -138,12 +143,82 @@ async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None
             rig.queue.put(queued())
     last = queued()
     assert rig.queue.put(last)
-    assert [rig.take(), rig.take(), rig.take()] == [waiting[-1], last, None]
+    assert rig.take_all() == [waiting[-1], last]
+
+
+async def test_places_of_clients_that_have_left_are_given_away_before_that_of_one_that_waits() -> None:
+    """To a request of a higher priority, which finds the queue full."""
+    rig = Rig(max_requests=2, priorities=2)
+    left, waits, high = queued(), queued(), queued(priority=1)
+    rig.queue.put(left)
+    rig.queue.put(waits)
+    left.end()
+    assert rig.queue.put(high)
+    assert rig.refused == []
+    assert rig.take_all() == [high, waits]
+
+
+async def test_a_batch_takes_nothing_from_behind_what_shares_none() -> None:
+    rig = Rig()
+    first, last = queued(), queued()
+    several = QueuedRequest(MemoryExchange("/m", b""), MULTI_INFERENCE)
+    for request in (first, several, last):
+        rig.queue.put(request)
+    assert rig.queue.take(0) is first
+    assert rig.take_all() == []
+    assert rig.queue.take(1) is several
+    assert rig.take_all() == [last]
+    rig.queue.put(queued())
+    rig.queue.put_task(Task(lambda: None))
+    assert rig.take_all() == []
+
+
+async def test_a_batch_takes_no_more_than_it_asks_for_whatever_their_priorities() -> None:
+    rig = Rig(priorities=2)
+    low, high = [queued() for _ in range(3)], [queued(priority=1) for _ in range(2)]
+    for request in (*low, *high):
+        rig.queue.put(request)
+    assert rig.queue.take_more(1) == high[:1]
+    assert rig.queue.take_more(2) == [high[1], low[0]]
+    assert rig.queue.waiting() == 2
+    assert rig.take_all() == low[1:]
+
+
+async def test_what_is_put_back_waits_in_its_place() -> None:
+    rig = Rig(priorities=2, max_requests=4)
+    high, low = [queued(priority=1) for _ in range(3)], queued()
+    for request in (*high[:2], low):
+        rig.queue.put(request)
+    taken = rig.take_all()
+    assert taken == [*high[:2], low]
+    rig.queue.put_back(taken[1:])
+    assert not any(request.taken for request in taken[1:])
+    assert rig.queue.waiting() == 2
+    rig.queue.put(high[2])
+    rig.queue.put(queued())
+    with pytest.raises(Overloaded, match="4 requests wait"):
+        rig.queue.put(queued())
+    assert rig.take_all()[:3] == [high[1], high[2], low]
+
+
+async def test_what_is_put_back_waits_no_longer_than_it_may() -> None:
+    """Though its time passed while it was taken."""
+    rig = Rig()
+    late = queued(timeout_s=0.02)
+    rig.queue.put(late)
+    taken = rig.take_all()
+    await asyncio.sleep(0.05)
+    assert rig.refused == []
+    rig.queue.put_back(taken)
+    async with asyncio.timeout(10):
+        while not rig.refused:  # noqa: ASYNC110 - a timer
+            await asyncio.sleep(0.005)
+    assert rig.refused[0][0] is late
 
 
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
     rig = Rig()
-    late = queued(expires_at=time.monotonic() + 0.02)
+    late = queued(timeout_s=0.02)
     rig.queue.put(late)
     async with asyncio.timeout(10):
         while not rig.refused:  # noqa: ASYNC110 - a timer
@@ -151,11 +226,10 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
     ((request, error),) = rig.refused
     assert request is late
     assert str(error).startswith("Request timeout expired: ")
-    taken = queued(b"message", expires_at=time.monotonic() + 1000)
+    taken = queued(b"message", timeout_s=1000)
     rig.queue.put(taken)
     await asyncio.sleep(0)
-    while rig.take() is not None:
-        pass
+    rig.take_all()
     gone = weakref.ref(taken)
     del taken, request, late, rig
     gc.collect()
@@ -167,7 +241,7 @@ async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest
     loop, delays = asyncio.get_running_loop(), []
     monkeypatch.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
     rig = Rig()
-    request = queued(expires_at=time.monotonic() + 3600)
+    request = queued(timeout_s=3600)
     rig.queue.put(request)
     await asyncio.sleep(0)
     assert delays == [1.0]
@@ -176,7 +250,7 @@ async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest
 async def test_a_request_is_refused_in_time_after_several_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dl_inference_core.node.queue._LONGEST_TIMER_S", 0.01)
     rig = Rig()
-    request = queued(expires_at=time.monotonic() + 0.1)
+    request = queued(timeout_s=0.1)
     rig.queue.put(request)
     async with asyncio.timeout(10):
         while not rig.refused:  # noqa: ASYNC110 - a timer

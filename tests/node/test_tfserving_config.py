@@ -18,13 +18,13 @@ from tensorflow_serving.config import model_server_config_pb2
 
 from dl_inference_core.config import ModelsConfig, NamedModel
 from dl_inference_core.errors import BadRequest, Code, ConfigError, InferenceError, PermissionDenied, ReloadFailed
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.node import tfserving_config
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.model_config import NamedModels
 from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.testing import FakeBackend, FakeModel
+from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire import messages
 
 FILE = Path("/etc/tf/models.config")
@@ -202,16 +202,16 @@ async def serving(named: NamedModels, backend: FakeBackend | None = None) -> Asy
         await repository.close()
 
 
-def request(*models: tuple[str, Path | str], **more: Any) -> LocalExchange:
+def request(*models: tuple[str, Path | str], **more: Any) -> MemoryExchange:
     """What the official client would send."""
     message = model_management_pb2.ReloadConfigRequest()
     message.config.model_config_list.SetInParent()
     for name, path in models:
         message.config.model_config_list.config.add(name=name, base_path=str(path), **more)
-    return LocalExchange("/tensorflow.serving.ModelService/HandleReloadConfigRequest", message.SerializeToString())
+    return MemoryExchange("/tensorflow.serving.ModelService/HandleReloadConfigRequest", message.SerializeToString())
 
 
-async def refusal(named: NamedModels, call: LocalExchange) -> InferenceError:
+async def refusal(named: NamedModels, call: MemoryExchange) -> InferenceError:
     with pytest.raises(InferenceError) as caught:
         await named.reload(call)
     return caught.value
@@ -255,9 +255,9 @@ async def test_what_cannot_be_changes_nothing(tmp_path: Path) -> None:
         for call, said in (
             (request(("b", "relative")), "Expected model to have an absolute path or URI; got base_path()=relative"),
             (request(("b", tmp_path), ("b", tmp_path)), "Illegal to list model b multiple times in config list"),
-            (LocalExchange("", nothing), "Only ModelConfigList is currently supported"),
-            (LocalExchange("", custom), "Only ModelConfigList is currently supported"),
-            (LocalExchange("", b"\xff"), "the bytes are malformed"),
+            (MemoryExchange("", nothing), "Only ModelConfigList is currently supported"),
+            (MemoryExchange("", custom), "Only ModelConfigList is currently supported"),
+            (MemoryExchange("", b"\xff"), "the bytes are malformed"),
         ):
             error = await refusal(named, call)
             assert isinstance(error, BadRequest)

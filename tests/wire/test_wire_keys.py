@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, ModelNotFound
-from dl_inference_core.wire import codecs, messages, openinference, protocol, tfserving, tfserving_examples
+from dl_inference_core.wire import codecs, messages, openinference, tfserving, tfserving_examples
 from dl_inference_core.wire import seldon as seldon_codec
 from dl_inference_core.wire.protocol import (
     METHODS,
@@ -24,9 +24,9 @@ from dl_inference_core.wire.protocol import (
     TRANSFORMS,
     VERSIONS,
     Queueing,
-    RoutingKey,
     well_formed,
 )
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 PADDING = b"\x7a" + b"\xff\xff\x03" + b"p" * 65_535  # field 15, unknown to all: makes a body large enough for the walk
 ENVELOPES = [
@@ -90,6 +90,36 @@ def test_each_protocol_finds_its_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     assert OPENINFERENCE_AS_REQUESTED.codec is openinference.AS_REQUESTED
     own = (MULTI_INFERENCE, *QUESTIONS, *TRANSFORMS)
     assert not any(p.codec_at for p in own), "these a model answers in its own way"
+
+
+def fields_at(descriptor: Any, path: tuple[int, ...]) -> list[Any]:
+    """The fields on a path of field numbers."""
+    found = []
+    for number in path:
+        found.append(descriptor.fields_by_number[number])
+        descriptor = found[-1].message_type
+    return found
+
+
+@pytest.mark.parametrize("protocol", [*METHODS.values(), *QUESTIONS], ids=lambda protocol: protocol.name)
+def test_the_fields_of_a_key_stand_where_the_protocol_has_them(protocol: Any) -> None:
+    service, _, name = protocol.node_method[1:].rpartition("/")
+    message = messages.pool.FindServiceByName(service).methods_by_name[name].input_type
+    fields = protocol.key_fields
+    if fields is None:
+        assert protocol in (MULTI_INFERENCE, *TRANSFORMS), "several models, or a message that must have a payload"
+        return
+    paths = fields.model, fields.version, fields.label
+    names = [".".join(field.name for field in fields_at(message, path)) for path in paths]
+    if message.full_name.startswith("tensorflow"):
+        assert names == ["model_spec.name", "model_spec.version.value", "model_spec.version_label"]
+    elif message.full_name.startswith("inference"):
+        assert names in (["name", "version", ""], ["model_name", "model_version", ""])
+    else:
+        assert names == ["", "", ""]
+    tags = fields_at(message, fields.tags)
+    assert [field.name for field in tags] == (["meta", "tags"] if protocol.name == "seldon" else [])
+    assert fields.task == ("taskId" if tags else "")
 
 
 @pytest.mark.parametrize("padding", [b"", PADDING])
@@ -284,8 +314,7 @@ def test_repeated_keys_follow_protobuf() -> None:
     assert PROTOCOLS["seldon"].read_key(seldon(taskId=1) + PADDING + seldon(x=3) + seldon(taskId=2)).model == 2
 
 
-def test_many_small_fields_and_endless_varints_are_left_to_protobuf(monkeypatch: Any) -> None:
-    monkeypatch.setattr(protocol, "_LARGE", 0)
+def test_many_small_fields_and_endless_varints_are_left_to_protobuf() -> None:
     assert messages.fields(b"\x38\x01" * 1_000_000, 1) is None
     assert messages.fields(b"\x0a" + b"\xff" * 1_000_000, 1) is None
     assert messages.fields(b"\x38" + b"\xff" * 1_000_000, 1) is None

@@ -177,12 +177,12 @@ def test_a_number_of_one_byte_is_not_taken_for_its_varint(name: str, number: int
 
 
 def test_what_is_used_is_kept() -> None:
-    """More ids of one length than there are places."""
+    """More names of one length than there are places."""
     codec = PROTOCOLS["openinference"].codec
     templates = Templates(codec, "m", 1)
     payload = {"x": np.arange(4, dtype=np.float32)}
     bodies = [
-        codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", id=f"{number:02}"))
+        codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", outputs=(f"{number:02}",)))
         for number in range(12)
     ]
     for _ in range(20):
@@ -236,7 +236,7 @@ def test_equal_numbers_in_two_tensors_are_told_apart_later() -> None:
     assert request.payload["b"].tolist() == [[0, 0, 0, 0]]
 
 
-def test_ids_that_are_never_the_same_are_soon_learnt_no_more() -> None:
+def test_requests_that_are_never_the_same_are_soon_learnt_no_more() -> None:
     codec = PROTOCOLS["openinference"].codec
     asked = 0
 
@@ -254,9 +254,67 @@ def test_ids_that_are_never_the_same_are_soon_learnt_no_more() -> None:
     for number in range(4000):
         payload = {"x": numbers + number}
         templates.decode_request(
-            codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", id=str(number)))
+            codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", outputs=(str(number),)))
         )
     assert 4000 < asked < 4000 + 80
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("openinference", Form.TENSORS_RAW),
+        ("openinference", Form.TENSORS),
+        ("as requested", Form.TENSORS),
+        ("seldon", Form.TENSOR),
+        ("seldon", Form.TFTENSOR),
+    ],
+)
+def test_ids_that_are_never_the_same_are_known_and_come_back(name: str, form: Form) -> None:
+    codec = CODECS[name]
+    templates = Templates(codec, "m", 1)
+    outputs = {"y": np.array([[0.5, 7.25]])}
+    for number in range(20):
+        numbers = np.array([[1.25, -3.5]]) * (number + 1)
+        payload: Any = numbers if name == "seldon" else {"x": numbers}
+        body = codec.encode_request(Request(payload=payload, form=form, model="m", id=f"request-{number:08}"))
+        assert knows(templates, body) is (number > 0)
+        request, template = templates.decode_request(body)
+        assert meaning(read_by(templates), body) == meaning(codec.decode_request, body)
+        response = Response(payload=outputs, model="m", version=1, tags=request.tags, id=f"request-{number:08}")
+        answer = templates.encode_response(outputs, request, template)
+        assert meaning(codec.decode_response, answer) == meaning(
+            codec.decode_response, codec.encode_response(response, request)
+        )
+    assert template is not None
+    assert list(template.answers.values()) != [None]
+
+
+@pytest.mark.parametrize("id_", ["x", "m", "7", "~~~", "000", "żółw", "\x00", "a" * 126, "a" * 300])
+@pytest.mark.parametrize(("name", "form"), [("openinference", Form.TENSORS_RAW), ("seldon", Form.TENSOR)])
+def test_an_id_may_stand_elsewhere_too(name: str, form: Form, id_: str) -> None:
+    """As the name of the model or of an input, as a length, or as the id that is tried."""
+    codec = CODECS[name]
+    templates = Templates(codec, "m", 1)
+    payload: Any = np.array([1.25, -3.5]) if name == "seldon" else {"x": np.array([1.25, -3.5])}
+    for other in (id_, id_, *(letter * len(id_) for letter in "a~0é"), id_):
+        body = codec.encode_request(Request(payload=payload, form=form, model="m", id=other))
+        assert meaning(read_by(templates), body) == meaning(codec.decode_request, body)
+        request, template = templates.decode_request(body)
+        expected = Response(payload=payload, model="m", version=1, id=other)
+        for _ in range(2):
+            assert meaning(codec.decode_response, templates.encode_response(payload, request, template)) == meaning(
+                codec.decode_response, codec.encode_response(expected, request)
+            )
+
+
+@pytest.mark.parametrize("id_", [b"\xff\xfe\xfd", b"\xc3\xa9a", b"\x00\x01\x02"])
+def test_an_id_that_is_not_text_is_refused_of_a_known_request_too(id_: bytes) -> None:
+    codec = PROTOCOLS["openinference"].codec
+    templates = Templates(codec, "m", 1)
+    payload = {"x": np.array([1.25, -3.5])}
+    body = codec.encode_request(Request(payload=payload, form=Form.TENSORS_RAW, model="m", id="abc"))
+    for changed in (body, body, body.replace(b"abc", id_)):
+        assert meaning(read_by(templates), changed) == meaning(codec.decode_request, changed)
 
 
 def test_who_writes_in_a_requests_tags_writes_in_no_other() -> None:

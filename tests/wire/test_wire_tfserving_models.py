@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, RoutingKey
+from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS
+from dl_inference_core.wire.routing_keys import RoutingKey
 from dl_inference_core.wire.tfserving_models import (
     DescribedSignature,
     check_metadata_request,

@@ -13,7 +13,7 @@ from dl_inference_balancers.candidates import Trusting
 from dl_inference_balancers.weighted import DynamicWeightedRoundRobin
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Node, Outcome
-from dl_inference_core.transport import Exchange, Message
+from dl_inference_core.transport import Exchange
 
 _PRIME = (1 << 61) - 1
 
@@ -98,16 +98,14 @@ class RendezvousHash(Trusting[int]):
         self._keyless.forget(node)
 
     def _first(self, node: Node) -> int:
-        return _number(node.address.encode())
+        return _number(_digest(node.address.encode()))
 
-    def _key(self, exchange: Exchange) -> Message | None:
+    def _key(self, exchange: Exchange) -> bytes | None:
+        """The digest of what is hashed."""
         if self.options.key == "request":
-            return exchange.message
-        wanted = self.options.key_metadata
-        for name, value in exchange.metadata:
-            if name == wanted:
-                return value.encode() if isinstance(value, str) else value
-        return None
+            return exchange.hash_message()
+        value = exchange.find_metadata(self.options.key_metadata)
+        return None if value is None else _digest(value.encode() if isinstance(value, str) else value)
 
     def _take(self, nodes: Sequence[Node]) -> None:
         super()._take(nodes)
@@ -123,6 +121,10 @@ class RendezvousHash(Trusting[int]):
         return next(nodes[i] for i in by_height if nodes[i].in_flight < math.ceil(each * weights[i]))
 
 
-def _number(data: Message) -> int:
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
+
+
+def _number(digest: bytes) -> int:
     """From 1 to `_PRIME` - 1."""
-    return int.from_bytes(blake2b(data, digest_size=16).digest()) % (_PRIME - 1) + 1
+    return int.from_bytes(digest) % (_PRIME - 1) + 1

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.gateway.balancing import Outcome
-from dl_inference_core.local_exchange import LocalExchange
 from dl_inference_core.testing import EXCHANGE, BalancerConformance, FakeNode
 from dl_inference_core.testing.balancer import Simulation
+from dl_inference_core.testing.memory import MemoryExchange
 
 KEYS = 2000
 
 
-def keyed(key: object, name: str = "x-routing-key") -> LocalExchange:
-    return LocalExchange(EXCHANGE.method, metadata=(("other", "1"), (name, str(key))))
+def keyed(key: object, name: str = "x-routing-key") -> MemoryExchange:
+    return MemoryExchange(EXCHANGE.method, metadata=(("other", "1"), (name, str(key))))
 
 
 class TestRendezvousHash(BalancerConformance):
@@ -28,7 +28,7 @@ class TestRendezvousHash(BalancerConformance):
     weighs = True
     learns = True
 
-    def exchange(self, number: int) -> LocalExchange:
+    def exchange(self, number: int) -> MemoryExchange:
         return keyed(number)
 
 
@@ -39,8 +39,8 @@ class TestRendezvousHashOfRequests(BalancerConformance):
     weighs = True
     learns = True
 
-    def exchange(self, number: int) -> LocalExchange:
-        return LocalExchange(EXCHANGE.method, memoryview(b"%d" % number))
+    def exchange(self, number: int) -> MemoryExchange:
+        return MemoryExchange(EXCHANGE.method, memoryview(b"%d" % number))
 
 
 class TestRendezvousHashWithoutKeys(BalancerConformance):
@@ -71,10 +71,10 @@ def test_the_same_key_has_the_same_node_in_every_process_and_order() -> None:
     script = (
         "from dl_inference_balancers.hashing import RendezvousHash as R\n"
         "from dl_inference_core.testing import EXCHANGE, FakeNode\n"
-        "from dl_inference_core.local_exchange import LocalExchange\n"
+        "from dl_inference_core.testing.memory import MemoryExchange\n"
         "nodes = [FakeNode(f'10.0.0.{i}:8500') for i in range(1, 5)]\n"
         "for key in range(40):\n"
-        "    exchange = LocalExchange('/m', metadata=(('x-routing-key', str(key)),))\n"
+        "    exchange = MemoryExchange('/m', metadata=(('x-routing-key', str(key)),))\n"
         "    print(R(R.Options()).choose(nodes, exchange).address)\n"
     )
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
@@ -166,12 +166,12 @@ def test_keys_of_a_failing_node_go_where_they_would_go_without_it_and_come_back(
 def test_the_key_is_the_entry_that_is_named_or_the_request() -> None:
     nodes = nodes_of([1] * 20)
     by_name = make(key_metadata="user-bin")
-    call = LocalExchange(EXCHANGE.method, metadata=(("user-bin", b"\xff\x00"),))
+    call = MemoryExchange(EXCHANGE.method, metadata=(("user-bin", b"\xff\x00"),))
     assert len({by_name.choose(nodes, call) for _ in range(20)}) == 1
     assert len({by_name.choose(nodes, keyed("a")) for _ in range(20)}) == 20
     by_request = make(key="request")
     chosen = {
-        by_request.choose(nodes, LocalExchange(EXCHANGE.method, kind(b"some"), (("x", str(number)),)))
+        by_request.choose(nodes, MemoryExchange(EXCHANGE.method, kind(b"some"), (("x", str(number)),)))
         for number, kind in enumerate((bytes, memoryview, bytes))
     }
     assert len(chosen) == 1

@@ -25,7 +25,7 @@ from dl_inference_core.errors import (
     NodeUnreachable,
     from_status,
 )
-from dl_inference_core.transport import Answer, HttpApp, Limits, Message, Metadata, Service, Timer, Trailers
+from dl_inference_core.transport import Answer, Http, Limits, Message, Metadata, Service, Timer, Trailers
 from dl_inference_native import _native
 
 # A class of Rust cannot derive from one of Python, and one of Python that derives from both costs more to make.
@@ -93,7 +93,7 @@ class NativeTransport(seam.Transport):
         *,
         share_port: bool = False,
         tls: ServerTls | None = None,
-        http: HttpApp | None = None,
+        http: Http | None = None,
     ) -> seam.Server:
         if tls is not None:
             raise NotImplementedError("this spike has no TLS")

@@ -1,6 +1,6 @@
 from dl_inference_core.tensors import Request, Response
 from dl_inference_core.wire.codecs import Codec as CoreCodec
-from dl_inference_core.wire.protocol import KeyFields
+from dl_inference_core.wire.routing_keys import KeyFields
 
 class Codec:
     def __new__(cls, at: str, core: CoreCodec) -> Codec: ...

@@ -2,25 +2,21 @@
 
 use crate::walk::{Fields, NotPlain, Plain, SMALL, Value, once, text};
 
-/// Where a routing key stands in a request, as paths of field numbers. It names every field on the way that the
-/// reference's reader declares, so that both judge the same fields.
+/// `dl_inference_core.wire.routing_keys.KeyFields`: where a routing key stands in a request, as paths of field numbers
+/// from the outermost message inwards. They name every field on the way that the reference's reader declares, so that
+/// both judge the same fields. An empty path is of a field that the requests do not have.
 #[derive(Debug, Clone, Default)]
 pub struct KeyFields {
-    /// A string; or, where `map_key` is set, a `map<string, google.protobuf.Value>`.
+    /// Of a string.
     pub model: Vec<u32>,
-    pub version: Option<VersionPath>,
-    /// A string, in a oneof with the version.
-    pub label: Option<Vec<u32>>,
-    /// The key of the map under which the model is named by a string or a whole number.
-    pub map_key: Option<String>,
-}
-
-#[derive(Debug, Clone)]
-pub enum VersionPath {
-    /// A string.
-    Text(Vec<u32>),
-    /// A google.protobuf.Int64Value.
-    Int64Value(Vec<u32>),
+    /// As deep as `model`, of a string; deeper, of the number in a google.protobuf.Int64Value.
+    pub version: Vec<u32>,
+    /// Of a string, in a oneof with the version.
+    pub label: Vec<u32>,
+    /// Of a `map<string, google.protobuf.Value>`, where `model` is empty.
+    pub tags: Vec<u32>,
+    /// The key under which that map names the model by a string or a whole number.
+    pub task: String,
 }
 
 /// Which model a request is for, as the request says it.
@@ -57,22 +53,22 @@ pub fn find_key<'a>(fields: &KeyFields, body: &'a [u8]) -> Option<Key<'a>> {
 }
 
 fn find<'a>(fields: &KeyFields, body: &'a [u8]) -> Plain<Key<'a>> {
-    let model = match &fields.map_key {
-        None => Model::Name(text(at(body, &fields.model)?.ok_or(NotPlain)?)?),
-        Some(key) => task(body, &fields.model, key)?,
+    let model = if fields.tags.is_empty() {
+        Model::Name(text(at(body, &fields.model)?.ok_or(NotPlain)?)?)
+    } else {
+        task(body, &fields.tags, &fields.task)?
     };
     if model == Model::Name("") {
         return Err(NotPlain);
     }
-    let version = match &fields.version {
+    let version = match fields.version.split_last() {
         None => None,
-        Some(VersionPath::Text(path)) => Some(Version::Text(text(at(body, path)?.unwrap_or_default())?)),
-        Some(VersionPath::Int64Value(path)) => at(body, path)?.map(int64).transpose()?.map(Version::Number),
+        Some((number, outer)) if fields.version.len() > fields.model.len() => {
+            at(body, outer)?.map(|message| int64(message, *number)).transpose()?.map(Version::Number)
+        }
+        Some(_) => Some(Version::Text(text(at(body, &fields.version)?.unwrap_or_default())?)),
     };
-    let label = match &fields.label {
-        None => None,
-        Some(path) => at(body, path)?.map(text).transpose()?,
-    };
+    let label = if fields.label.is_empty() { None } else { at(body, &fields.label)?.map(text).transpose()? };
     if label.is_some() && version.is_some() {
         return Err(NotPlain); // the last one counts
     }
@@ -105,12 +101,12 @@ fn at<'a>(body: &'a [u8], path: &[u32]) -> Plain<Option<&'a [u8]>> {
     Ok(Some(message))
 }
 
-/// The number in a google.protobuf.Int64Value.
-pub fn int64(message: &[u8]) -> Plain<i64> {
+/// The number in a google.protobuf.Int64Value, whose only field has this `number`.
+pub fn int64(message: &[u8], number: u32) -> Plain<i64> {
     let (mut fields, mut found) = (Fields::new(message), None);
     while let Some(field) = fields.next()? {
         match (field.number, field.value) {
-            (1, Value::Varint(value)) => once(&mut found, value as i64)?,
+            (known, Value::Varint(value)) if known == number => once(&mut found, value as i64)?,
             _ => return Err(NotPlain),
         }
     }

@@ -13,6 +13,6 @@ pub mod tfserving;
 pub mod walk;
 pub mod write;
 
-pub use key::{Key, KeyFields, Model, Version, VersionPath, find_key};
+pub use key::{Key, KeyFields, Model, Version, find_key};
 pub use tensor::{Dtype, Output, Shape, Tensor, Values};
 pub use walk::{NotPlain, well_formed};

@@ -42,7 +42,7 @@ fn read_spec<'a>(message: &'a [u8], request: &mut Request<'a>, cost: &mut Cost) 
     while let Some(field) = fields.next()? {
         match (field.number, field.value) {
             (1, Value::Delimited(bytes)) => once(&mut name, text(bytes)?)?,
-            (2, Value::Delimited(bytes)) => once(&mut version, int64(bytes)?)?,
+            (2, Value::Delimited(bytes)) => once(&mut version, int64(bytes, 1)?)?,
             (3, Value::Delimited(bytes)) => once(&mut signature, text(bytes)?)?,
             (4, Value::Delimited(bytes)) => once(&mut label, text(bytes)?)?,
             (1..=4, _) => return Err(NotPlain),

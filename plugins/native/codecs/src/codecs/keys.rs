@@ -1,29 +1,17 @@
 //! Routing keys.
 
-use dl_inference_wire::{Key, KeyFields, Model, Version, VersionPath, find_key};
+use dl_inference_wire::{Key, KeyFields, Model, Version, find_key};
 use pyo3::prelude::*;
 use pyo3::types::{PyInt, PyString, PyTuple};
 
-/// `dl_inference_core.wire.protocol.KeyFields`.
+/// `dl_inference_core.wire.routing_keys.KeyFields`.
 #[derive(FromPyObject)]
-struct Paths {
+struct Fields {
     model: Vec<u32>,
     version: Vec<u32>,
-    version_is_text: bool,
     label: Vec<u32>,
-    map_key: String,
-}
-
-impl From<Paths> for KeyFields {
-    fn from(paths: Paths) -> Self {
-        let version = if paths.version_is_text { VersionPath::Text } else { VersionPath::Int64Value };
-        KeyFields {
-            model: paths.model,
-            version: (!paths.version.is_empty()).then(|| version(paths.version)),
-            label: (!paths.label.is_empty()).then_some(paths.label),
-            map_key: (!paths.map_key.is_empty()).then_some(paths.map_key),
-        }
-    }
+    tags: Vec<u32>,
+    task: String,
 }
 
 /// Reads routing keys of one kind of request. Any thread.
@@ -33,8 +21,9 @@ pub struct KeyReader(KeyFields);
 #[pymethods]
 impl KeyReader {
     #[new]
-    fn new(fields: Paths) -> Self {
-        KeyReader(fields.into())
+    fn new(fields: Fields) -> Self {
+        let Fields { model, version, label, tags, task } = fields;
+        KeyReader(KeyFields { model, version, label, tags, task })
     }
 
     /// Model, version and label of a request; None if only the core's reader can tell them.

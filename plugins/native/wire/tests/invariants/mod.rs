@@ -1,24 +1,17 @@
 //! What holds of any bytes; for the test with random bytes and for the fuzzer.
 
-use dl_inference_wire::{
-    KeyFields, Model, Tensor, Version, VersionPath, find_key, openinference, seldon, tfserving, well_formed,
-};
+use dl_inference_wire::{KeyFields, Model, Tensor, Version, find_key, openinference, seldon, tfserving, well_formed};
 
 pub fn name_and_text() -> KeyFields {
-    KeyFields { model: vec![1], version: Some(VersionPath::Text(vec![2])), ..KeyFields::default() }
+    KeyFields { model: vec![1], version: vec![2], ..KeyFields::default() }
 }
 
 pub fn model_spec() -> KeyFields {
-    KeyFields {
-        model: vec![1, 1],
-        version: Some(VersionPath::Int64Value(vec![1, 2])),
-        label: Some(vec![1, 4]),
-        ..KeyFields::default()
-    }
+    KeyFields { model: vec![1, 1], version: vec![1, 2, 1], label: vec![1, 4], ..KeyFields::default() }
 }
 
 pub fn task_id() -> KeyFields {
-    KeyFields { model: vec![2, 2], map_key: Some("taskId".into()), ..KeyFields::default() }
+    KeyFields { tags: vec![2, 2], task: "taskId".into(), ..KeyFields::default() }
 }
 
 /// Returns how many of the three protocols take `body` for a plain request.
