@@ -32,6 +32,7 @@ from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.routing import Routes
 from dl_inference_core.transport import Connection, Http, HttpApp, Limits, Server, Transport, room_for
+from dl_inference_core.wire import codecs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +84,9 @@ class App:
         self.repository: Repository | None = None
         self._named: NamedModels | None = None
         self._backend_options: dict[str, dict[str, Any]] = {}
+        self.codecs = plugins.choose_codecs(config.codec)
+        """The name of the set of codecs in use, and why."""
+        codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
         if config.models.any:
             folder = config_file.parent if config_file is not None else Path()
             self.repository = repository = self._build_repository(folder)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dl_inference_core.gateway.balancing import Balancer
     from dl_inference_core.node.handling import Handler
     from dl_inference_core.transport import Transport
+    from dl_inference_core.wire.codecs import Codecs
 
 
 @hookimpl
@@ -32,3 +33,10 @@ def dl_inference_register_transports() -> list[type[Transport]]:
     from dl_inference_core.grpcio_transport import GrpcioTransport
 
     return [GrpcioTransport]
+
+
+@hookimpl
+def dl_inference_register_codecs() -> list[type[Codecs]]:
+    from dl_inference_core.wire.codecs import CoreCodecs
+
+    return [CoreCodecs]

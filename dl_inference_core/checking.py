@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 async def check(app: App, config: Config) -> list[dict[str, Any]]:
-    """Load all that `app`, made of `config`, would serve. Returns rows as of `App.describe`, and one for each TLS
-    section.
+    """Load all that `app`, made of `config`, would serve. Returns rows as of `App.describe`, one for each TLS section,
+    and one for the codecs of models.
 
     Raises:
         ConfigError, PluginError: as `App.load`.
@@ -22,6 +22,9 @@ async def check(app: App, config: Config) -> list[dict[str, Any]]:
     await app.load()
     rehearsed = await _rehearse(app)
     rows = [*app.describe(), *_tls(config)]
+    if app.repository is not None:
+        name, why = app.codecs
+        rows.append({"kind": "codec", "name": name, "ok": True, "detail": why})
     for row in rows:
         ok, note = rehearsed.get(row["name"], (True, "")) if row["kind"] == "model" and row["ok"] else (True, "")
         if not ok:

@@ -363,6 +363,8 @@ def plugins(as_json: bool) -> None:
                     click.echo(click.wrap_text(line, 120, " " * 14, " " * 14))
         if plugin.error:
             click.echo(f"  broken    {plugin.error}")
+    transport, codec = installed.choose_transport("auto")[0], installed.choose_codecs("auto")[0]
+    click.echo(f'"auto" in a config is the transport {transport} and the codec {codec} here')
 
 
 def _lines(provided: Provided) -> Iterator[str]:

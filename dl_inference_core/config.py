@@ -366,6 +366,10 @@ class Config(_Section):
     run here"""
     transport_options: dict[str, Any] = {}
     """the network stack's own options"""
+    codec: str = "auto"
+    """what takes the messages of requests apart and writes those of answers, by the name of an installed set of codecs:
+    "python" is the core's own; "auto" takes the set with the highest priority that can run here. All have the same
+    results"""
     message_bytes: int = Field(default=10 * 1024 * 1024, ge=1024, lt=2**31)
     """bytes of the largest message, in either direction; over it RESOURCE_EXHAUSTED"""
     connections: int = Field(default=10_000, ge=0, lt=2**31)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dl_inference_core.node.backend import Backend
     from dl_inference_core.node.handling import Handler
     from dl_inference_core.transport import Transport
+    from dl_inference_core.wire.codecs import Codecs
 
 GROUP = "dl_inference_core"
 
@@ -51,3 +52,8 @@ def dl_inference_register_balancers() -> Sequence[type[Balancer]]:  # type: igno
 @hookspec
 def dl_inference_register_transports() -> Sequence[type[Transport]]:  # type: ignore[empty-body]
     """Transports: how bytes come in and go out."""
+
+
+@hookspec
+def dl_inference_register_codecs() -> Sequence[type[Codecs]]:  # type: ignore[empty-body]
+    """Codecs: what takes the messages of requests apart, and writes those of answers."""

@@ -30,6 +30,7 @@ class Kind(enum.Enum):
     HANDLERS = "handler"
     BALANCERS = "balancer"
     TRANSPORTS = "transport"
+    CODECS = "codec"
 
     @property
     def hook(self) -> str:
@@ -47,6 +48,7 @@ _INTERFACES = {
     Kind.HANDLERS: "dl_inference_core.node.handling.Handler",
     Kind.BALANCERS: "dl_inference_core.gateway.balancing.Balancer",
     Kind.TRANSPORTS: "dl_inference_core.transport.Transport",
+    Kind.CODECS: "dl_inference_core.wire.codecs.Codecs",
 }
 
 _CORE = "dl-inference-core"
@@ -261,24 +263,31 @@ class Plugins:
             raise PluginError(f'{where}: {owner} cannot make the {kind.value} "{name}": {_reason(error)}') from error
 
     def choose_transport(self, name: str) -> tuple[str, str]:
-        """The transport to serve with, and why. "auto" is the one with the highest `Transport.priority` of those that
-        can run here.
+        """The transport to serve with, and why; as `_choose`."""
+        return self._choose(Kind.TRANSPORTS, name)
+
+    def choose_codecs(self, name: str) -> tuple[str, str]:
+        """The set of codecs to use, and why; as `_choose`."""
+        return self._choose(Kind.CODECS, name)
+
+    def _choose(self, kind: Kind, name: str) -> tuple[str, str]:
+        """What of `kind` to use, and why. "auto" is the one with the highest `priority` of those that can run here.
 
         Raises:
-            PluginError: as `get`; or the transport that is named cannot run here.
+            PluginError: as `get`; or the one that is named cannot run here.
         """
         if name != "auto":
-            if missing := _missing(self.get(Kind.TRANSPORTS, name, "transport")):
-                raise PluginError(f'the transport "{name}" cannot run here: {missing}')
+            if missing := _missing(self.get(kind, name, kind.value)):
+                raise PluginError(f'the {kind.value} "{name}" cannot run here: {missing}')
             return name, "as configured"
         skipped = [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
-        ranked = sorted(self.classes(Kind.TRANSPORTS).items(), key=lambda item: item[1].priority, reverse=True)
-        for candidate, transport in ranked:
-            if missing := _missing(transport):
+        ranked: list[tuple[str, Any]] = list(self.classes(kind).items())
+        for candidate, cls in sorted(ranked, key=lambda item: item[1].priority, reverse=True):
+            if missing := _missing(cls):
                 skipped.append(f"{candidate} cannot run here: {missing}")
             else:
-                return candidate, "; ".join(skipped) or "the installed transport with the highest priority"
-        raise PluginError(f"no transport can run here: {'; '.join(skipped)}")
+                return candidate, "; ".join(skipped) or f"the installed {kind.value} with the highest priority"
+        raise PluginError(f"no {kind.value} can run here: {'; '.join(skipped)}")
 
     def provided(self, kind: Kind, name: str) -> Provided:
         """What is said of the class of that kind and name, one of `classes`. Where its options cannot be told, that is
@@ -360,10 +369,10 @@ def _without_hooks(where: str, module: Any) -> str:
     return f"{where} has no hooks; expected one or more of {known}, decorated with dl_inference_core.hookspecs.hookimpl"
 
 
-def _missing(transport: type[Any]) -> str:
-    """What a transport lacks to run here; "" if nothing."""
+def _missing(cls: type[Any]) -> str:
+    """What a transport or a set of codecs lacks to run here; "" if nothing."""
     try:
-        return str(transport.missing())
+        return str(cls.missing())
     except KeyboardInterrupt:  # Ctrl-C
         raise
     except BaseException as error:

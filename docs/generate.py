@@ -66,6 +66,7 @@ rest_cors = false
 workers = 1
 transport = "grpcio"
 transport_options = { reconnect_ms = 100 }
+codec = "auto"
 message_bytes = 10485760
 connections = 10000
 streams = 1024

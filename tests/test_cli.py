@@ -66,6 +66,7 @@ def test_plugins_are_listed_for_people_and_for_scripts() -> None:
     assert "  balancer  round_robin\n              Cyclic over the usable nodes, " in result.output
     assert "              options: choices = 2, bias = 1.0\n" in result.output
     assert max(map(len, result.output.splitlines())) <= 120
+    assert re.search(r'\n"auto" in a config is the transport \w+ and the codec \w+ here\n$', result.output)
     rows = json.loads(run("plugins", "--json").output)
     core = next(row for row in rows if row["name"] == "core")
     assert core["provides"]["transports"] == ["grpcio"]
@@ -98,6 +99,7 @@ WRONG = {
     "an unknown balancer": (ROUTE + 'balancer = "none"\n', 'route m: balancer names the balancer "none"'),
     "unknown balancer options": (ROUTE + 'balancer = "round_robin"\nbalancer_options = {x=1}\n', 'unknown key "x"'),
     "an unknown transport": ('transport = "none"\n' + ROUTE, 'transport names the transport "none"'),
+    "an unknown codec": ('codec = "none"\n' + ROUTE, 'codec names the codec "none"'),
     "unknown transport options": ("transport_options = {x=1}\n" + ROUTE, 'unknown key "x"'),
     "an unknown host": ('host = "no.such.host.invalid"\n' + ROUTE, "cannot listen on no.such.host.invalid:8500"),
 }
@@ -259,7 +261,7 @@ def test_check_says_that_a_label_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "models" / "m" / "model.toml").write_text("version_labels = {stable = 1, canary = 2}\n")
     result = run("check", tmp_path / "models", "--json")
     assert result.exit_code == 2
-    good, bad = json.loads(result.stdout)
+    good, bad = (row for row in json.loads(result.stdout) if row["kind"] == "model")
     assert (good["name"], good["ok"]) == ("m/1", True)
     assert (bad["name"], bad["ok"]) == ("m", False)
     assert bad["detail"].startswith('version_labels: "canary" is version 2; expected versions that are loaded')

@@ -28,7 +28,7 @@ from dl_inference_core.wire.routing_keys import RoutingKey, task_of
 if TYPE_CHECKING:
     from dl_inference_core.dispatcher import Dispatcher
     from dl_inference_core.transport import Message, Metadata
-    from dl_inference_core.wire.protocol import Codec
+    from dl_inference_core.wire.codecs import Codec
 
 # What seldon-core's own server answers at its root, and an ingress behind the name of a deployment.
 _BOTH, _POST, _GET = ("GET", "POST"), ("POST",), ("GET", "HEAD")

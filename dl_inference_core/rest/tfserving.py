@@ -18,7 +18,7 @@ from dl_inference_core.wire.routing_keys import RoutingKey
 
 if TYPE_CHECKING:
     from dl_inference_core.transport import Message
-    from dl_inference_core.wire.protocol import Codec
+    from dl_inference_core.wire.codecs import Codec
 
 # Matched before percent-decoding, so that a name may hold "/" and ":". A path without a model would ask for the status
 # of every model; TensorFlow Serving knows the path and refuses it.

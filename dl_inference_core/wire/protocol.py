@@ -5,14 +5,13 @@ A gateway needs no more than this module: the key and the bytes. It imports neit
 
 from __future__ import annotations
 
-import importlib
 import typing
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
 from dl_inference_core.errors import BadRequest
-from dl_inference_core.wire import limits, messages
+from dl_inference_core.wire import codecs, limits, messages
 from dl_inference_core.wire.routing_keys import (
     OPENINFERENCE_FIELDS,
     SELDON_FIELDS,
@@ -30,34 +29,8 @@ from dl_inference_core.wire.routing_keys import (
 if typing.TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dl_inference_core.tensors import Request, Response
     from dl_inference_core.transport import Message
-
-    class Codec(typing.Protocol):
-        """What every codec module offers. Arrays that come out of it may be read-only."""
-
-        def decode_request(self, body: bytes) -> Request:
-            """Raises:
-            BadRequest: `body` is malformed, or asks for what is not served.
-            """
-
-        def encode_response(self, response: Response, request: Request) -> bytes:
-            """The answer to `request`, in its form where that can hold it.
-
-            Raises:
-                BadRequest: this form of the protocol would change a value that another form or protocol can hold.
-                TypeError: the protocol cannot hold the payload.
-            """
-
-        def encode_request(self, request: Request) -> bytes:
-            """Raises:
-            TypeError: the protocol cannot hold the payload.
-            """
-
-        def decode_response(self, body: bytes) -> Response:
-            """Raises:
-            BadRequest: `body` is malformed.
-            """
+    from dl_inference_core.wire.codecs import Codec
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +92,7 @@ class Protocol:
     @property
     def codec(self) -> Codec:
         """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
-        module, _, attribute = self.codec_at.partition(":")
-        found: Any = importlib.import_module(f"dl_inference_core.wire.{module}")
-        return cast("Codec", getattr(found, attribute) if attribute else found)
+        return codecs.find(self.codec_at)
 
 
 _SEARCHED = 1024

@@ -21,7 +21,7 @@ from dl_inference_core.errors import InferenceError
 from dl_inference_core.tensors import Payload, Request, Response, Tensor
 
 if TYPE_CHECKING:
-    from dl_inference_core.wire.protocol import Codec
+    from dl_inference_core.wire.codecs import Codec
 
 _LARGE = 32_768
 """Bytes from which on it is the numbers that cost."""

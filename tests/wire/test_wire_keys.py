@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, ModelNotFound
-from dl_inference_core.wire import messages, openinference, tfserving, tfserving_examples
+from dl_inference_core.wire import codecs, messages, openinference, tfserving, tfserving_examples
 from dl_inference_core.wire import seldon as seldon_codec
 from dl_inference_core.wire.protocol import (
     METHODS,
@@ -77,7 +78,8 @@ def test_methods_name_every_path_that_infers() -> None:
     assert METHODS[TIS_PREDICT].name == "openinference"
 
 
-def test_each_protocol_finds_its_codec() -> None:
+def test_each_protocol_finds_its_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codecs._Chosen, "codecs", codecs.CoreCodecs(PluginOptions()))
     assert {name: p.codec for name, p in PROTOCOLS.items()} == {
         "tfserving": tfserving,
         "tfserving_classify": tfserving_examples.CLASSIFY,
