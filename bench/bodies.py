@@ -7,7 +7,7 @@ import numpy as np
 from dl_inference_core.client import build
 
 COUNT = 64
-"""Bodies of one load. A cache of whole messages, or a template that takes no other values, gains little from them."""
+"""Bodies of one load. A cache of whole messages gains nothing from them."""
 MOST_ROWS = 4
 _ID_BYTES = 16
 """Of an id, as of a UUID."""

@@ -205,7 +205,7 @@ class GrpcioExchange(UnaryExchange):
     @classmethod
     def reply_all(cls, replies: Sequence[Reply]) -> None:
         if replies:
-            first = replies[0].exchange
+            first = replies[0][0]
             assert isinstance(first, GrpcioExchange)
             first.on_loop(super().reply_all, replies)
 

@@ -17,8 +17,8 @@ from dl_inference_core.gateway.balancing import Outcome
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.tensors import Response
 from dl_inference_core.testing.fakes import EXCHANGE, FakeNode
-from dl_inference_core.wire.templates import Templates
 
 AT_ONCE = 32
 """Requests that a transport hands over in one call where many have come."""
@@ -111,7 +111,7 @@ def _calls(app: App, share: float) -> Parts:
     nodes = route.pool.usable()
     messages = loads.make_requests(_count(_ALONE, share))
     following = cycle(messages)
-    codec, read_key = Templates(loads.PROTOCOL.codec, loads.MODEL, 1), loads.PROTOCOL.read_key
+    codec, read_key = loads.PROTOCOL.codec, loads.PROTOCOL.read_key
     success = Outcome.SUCCESS  # a look-up of it takes a sixth of the unit
 
     def choose() -> None:
@@ -125,8 +125,8 @@ def _calls(app: App, share: float) -> Parts:
         nodes[0].attempts.successes += 1
 
     def transcode() -> None:
-        request, template = codec.decode_request(next(following))
-        codec.encode_response(request.payload, request, template)
+        request = codec.decode_request(next(following))
+        codec.encode_response(Response(payload=request.payload, model=loads.MODEL, version=1), request)
 
     for name, function, full in (
         ("unit", choose, _CALLS),

@@ -93,7 +93,7 @@ deadlines, health, retries, and the limits on requests in flight (process and no
 parts of it, called alone. The transport reads the routing key, as a native one does. With a transport that leaves that
 to the core, reading the key comes on top.
 Node: begin_all, queue, model thread, answers; CPU of the whole process. The model returns its inputs. The codec, called
-alone on the same requests with the templates that it has learnt, is taken off. A batch takes {MAX_BATCH} rows at most;
+alone on the same requests, is taken off. A batch takes {MAX_BATCH} rows at most;
 with {IN_FLIGHT} requests in flight it had {{batch_rows:.1f}} on average.
 The transport of the benchmark is in memory. A service that does nothing measures it, and it is taken off; with a second
 thread that does nothing but answer, it shows the least that a model thread costs."""

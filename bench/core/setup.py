@@ -23,7 +23,7 @@ from dl_inference_core.node.backend import Signature, TensorSpec
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor
 from dl_inference_core.testing.fakes import FakeBackend, FakeModel
-from dl_inference_core.transport import Exchange, Limits, Method, Reply, Trailers, Transport
+from dl_inference_core.transport import Exchange, Limits, Method, Trailers, Transport
 
 BALANCER = "dynamic_weighted_round_robin"
 NODES = 4
@@ -156,4 +156,4 @@ class Hopping(_Service):
 
 
 def _echo(exchanges: Sequence[Exchange]) -> None:
-    type(exchanges[0]).reply_all([Reply(exchange, exchange.message) for exchange in exchanges])
+    type(exchanges[0]).reply_all([(exchange, exchange.message, ()) for exchange in exchanges])

@@ -60,7 +60,7 @@ class CoreExchange(UnaryExchange):
 
     @classmethod
     def reply_all(cls, replies: Sequence[Reply]) -> None:
-        first = replies[0].exchange
+        first = replies[0][0]
         assert isinstance(first, CoreExchange)
         first._transport.end([(exchange, message, None) for exchange, message, _ in replies])
 

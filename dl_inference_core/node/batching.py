@@ -86,23 +86,21 @@ class Part:
     """What one request brings into a batch.
 
     Attributes:
-        template: of the request's message, if it matches one.
         rows: 0 if it can share none.
         cut: by output the dimension and the length to which it is cut.
     """
 
     queued: Any
     request: Request
-    template: Any
     inputs: Mapping[str, Any]
     key: Key
     rows: int
     cut: Mapping[str, tuple[int, int]]
 
     @classmethod
-    def alone(cls, queued: Any, request: Request, template: Any, inputs: Any) -> Part:
+    def alone(cls, queued: Any, request: Request, inputs: Any) -> Part:
         """That of a request which shares no call of the model."""
-        return cls(queued, request, template, inputs, (queued,), 0, {})
+        return cls(queued, request, inputs, (queued,), 0, {})
 
 
 class Batching:
@@ -150,9 +148,9 @@ class Batching:
         """Whether inputs of several lengths share batches: then parts with the same shapes may have different keys."""
         return bool(self._buckets)
 
-    def part(self, queued: Any, request: Request, inputs: Any, template: Any = None) -> Part:
+    def part(self, queued: Any, request: Request, inputs: Any) -> Part:
         """What a request brings, whose `inputs` are what the handler made of it."""
-        alone = Part.alone(queued, request, template, inputs)
+        alone = Part.alone(queued, request, inputs)
         signature = request.signature or DEFAULT_SIGNATURE
         if self.signatures is not None and signature not in self.signatures:
             return alone
@@ -175,7 +173,7 @@ class Batching:
                 key += (name, value.dtype, tuple(row))
         except (AttributeError, TypeError, ValueError):  # no array, or one without dimensions
             return alone
-        return Part(queued, request, template, inputs, tuple(key), rows, cut) if rows else alone
+        return Part(queued, request, inputs, tuple(key), rows, cut) if rows else alone
 
     def _bucketed(self, inputs: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, tuple[int, int]]]:
         padded = dict(inputs)
@@ -199,7 +197,7 @@ class Batching:
         by_key: dict[Key, list[Part]] = {}
         key: Key | None = None
         for part in parts:
-            if part.key is not key:  # those of one template have the same
+            if part.key is not key:  # those of one kind have the same
                 key = part.key
                 alike = by_key.setdefault(key, [])
             alike.append(part)

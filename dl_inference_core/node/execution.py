@@ -10,7 +10,9 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
 
 from dl_inference_core import children
 from dl_inference_core.errors import (
@@ -27,10 +29,9 @@ from dl_inference_core.node.handler_inputs import check_answer, inputs_of, kind_
 from dl_inference_core.node.handling import narrow
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.suspects import Suspects, client_of
-from dl_inference_core.transport import Reply
+from dl_inference_core.tensors import Method, Request, Response
 from dl_inference_core.wire import tfserving_examples
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol, Queueing
-from dl_inference_core.wire.templates import Template, Templates
+from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
 
 if TYPE_CHECKING:
     from dl_inference_core.metrics import Metrics
@@ -38,10 +39,15 @@ if TYPE_CHECKING:
     from dl_inference_core.node.load import LoadMeter
     from dl_inference_core.node.model_threads import ModelThread
     from dl_inference_core.node.version import Instance
-    from dl_inference_core.tensors import Request
-    from dl_inference_core.transport import Exchange
+    from dl_inference_core.transport import Exchange, Reply
+    from dl_inference_core.wire.codecs import Codec
 
 _log = logging.getLogger(__name__)
+
+_Kind: TypeAlias = "tuple[Any, ...]"
+_MOST_KINDS = 256
+"""Kinds of requests that are known at one time: the models of one version have a few, with up to 64 numbers of rows."""
+_PREDICT = Method.PREDICT  # CPython 3.11 takes 0.1 µs to look up a member of an enumeration
 
 
 def fail_request(meter: LoadMeter, request: QueuedRequest, error: InferenceError) -> None:
@@ -64,7 +70,7 @@ class Completions:
         if not request.ended:
             request.ended = True
             exchange = request.exchange
-            self._replies[type(exchange)].append(Reply(exchange, message))
+            self._replies[type(exchange)].append((exchange, message, ()))
 
     def fail(self, request: QueuedRequest, error: InferenceError) -> None:
         """As `fail_request`."""
@@ -75,28 +81,28 @@ class Completions:
         replies, self._replies = self._replies, defaultdict(list)
         for exchanges, together in replies.items():
             if trailers := self._meter.answered(count=len(together)):
-                together[0] = together[0]._replace(trailers=trailers)
+                exchange, message, _ = together[0]
+                together[0] = exchange, message, trailers
             exchanges.reply_all(together)
 
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of all requests of one template: a `Template`'s notes.
+    """What is known of all requests of one kind: with the same signature, and tensors of the same names, dtypes and
+    shapes.
 
     Attributes:
-        queueing: their place in the queue.
         inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not.
         key, rows: as of their `Part`; `rows` is 0 where that is not known.
     """
 
-    queueing: Queueing
     inputs: tuple[str, ...]
     key: Key = ()
     rows: int = 0
 
 
 class Execution:
-    """Runs requests on the instances of one version. Model threads only, but for `receive`."""
+    """Runs requests on the instances of one version. Model threads only."""
 
     def __init__(
         self,
@@ -118,20 +124,9 @@ class Execution:
         self._meter = meter
         self._metrics = metrics
         self._suspects = Suspects()
-        self._codecs: dict[str, Templates] = {}
+        self._codecs: dict[str, Codec] = {}
+        self._known: dict[_Kind, _Known] = {}
         self._complained = False
-
-    def receive(self, exchange: Exchange, protocol: Protocol) -> QueuedRequest:
-        """`exchange` as a request for the queue. Any thread.
-
-        Raises:
-            BadRequest: the message says nonsense of its place in the queue.
-        """
-        codec = self._codecs.get(protocol.codec_at)
-        template = None if codec is None else codec.find(exchange.message)
-        known: _Known | None = None if template is None else template.notes
-        asked = protocol.queueing(exchange.message) if known is None else known.queueing
-        return QueuedRequest(exchange, protocol, asked, template)
 
     def run(self, first: QueuedRequest, thread: ModelThread) -> int:
         """Answer `first` and the requests that share its batch, which it takes from `thread`. Returns how many came to
@@ -261,12 +256,12 @@ class Execution:
                 request.call = queued
                 codec = self._codec(PROTOCOLS[f"tfserving_{request.method.name.lower()}"])
                 stage = "preprocess"
-                part = Part.alone(queued, request, None, self._inputs(instance, request))
+                part = Part.alone(queued, request, self._inputs(instance, request))
                 outputs = self._outputs(instance, part)
                 stage = "postprocess"
                 payload = instance.handler.postprocess(outputs, request)
                 stage = "encoding the answer"
-                answers.append(_encode(codec, instance.model, request, None, payload))
+                answers.append(self._encode(codec, instance.model, request, payload))
             encoded = tfserving_examples.encode_multi_inference(requests, answers)
         except BaseException as error:
             completions.fail(queued, self._failed(stage, error))
@@ -291,26 +286,23 @@ class Execution:
             return None
         stage = "decoding a request"
         try:
-            codec = self._codec(queued.protocol)
-            request, template = codec.decode_request(queued.exchange.message, queued.template)
+            request = self._codec(queued.protocol).decode_request(queued.exchange.message)
             request.call = queued
-            known: _Known | None = None if template is None else template.notes
             stage = "preprocess"
+            kind = _kind_of(request) if instance.handler.takes_what_fits else None
+            known = None if kind is None else self._known.get(kind)
             if known is not None and known.inputs:
                 payload: Any = request.payload
                 inputs: Any = {name: payload[name] for name in known.inputs}
                 if known.rows:
-                    part = Part(queued, request, template, inputs, known.key, known.rows, {})
+                    part = Part(queued, request, inputs, known.key, known.rows, {})
                     return self._kept_apart(part) if self._suspects.any else part
             else:
                 inputs = self._inputs(instance, request)
             stage = "batching"
-            if batching is None:
-                part = Part.alone(queued, request, template, inputs)
-            else:
-                part = batching.part(queued, request, inputs, template)
-            if template is not None and known is None:
-                template.notes = self._note(instance, batching, part)
+            part = Part.alone(queued, request, inputs) if batching is None else batching.part(queued, request, inputs)
+            if kind is not None and known is None:
+                self._note(kind, batching, part)
         except BaseException as error:
             completions.fail(queued, self._failed(stage, error))
             return None
@@ -322,22 +314,20 @@ class Execution:
             part.key = (*part.key, client)
         return part
 
-    def _note(self, instance: Instance, batching: Batching | None, part: Part) -> _Known:
-        """What `part` tells of all requests of its template."""
-        queued, takes_what_fits = part.queued, instance.handler.takes_what_fits
-        known = _Known(
-            queueing=queued.protocol.queueing(queued.exchange.message),
-            inputs=unchanged(part.inputs, part.request.payload) if takes_what_fits else (),
-        )
+    def _note(self, kind: _Kind, batching: Batching | None, part: Part) -> None:
+        """Keep what `part` tells of all requests of that kind."""
+        known = _Known(inputs=unchanged(part.inputs, part.request.payload))
         if part.rows and batching is not None and not batching.pads_inputs:
             known.key, known.rows = part.key, part.rows
-        return known
+        if len(self._known) >= _MOST_KINDS:
+            self._known = {}
+        self._known[kind] = known
 
-    def _codec(self, protocol: Protocol) -> Templates:
-        """What decodes requests for this version, and encodes its answers."""
+    def _codec(self, protocol: Protocol) -> Codec:
+        """What decodes requests in `protocol`, and encodes their answers."""
         codec = self._codecs.get(protocol.codec_at)
         if codec is None:
-            codec = Templates(protocol.codec, self._model_name, self._number)
+            codec = protocol.codec
             if type(protocol) is Protocol:  # REST makes a protocol of its own for each request
                 self._codecs[protocol.codec_at] = codec
         return codec
@@ -387,7 +377,7 @@ class Execution:
             payload = instance.handler.postprocess(outputs, part.request)
             stage = "encoding the answer"
             codec = self._codec(part.queued.protocol)
-            answer = _encode(codec, instance.model, part.request, part.template, payload)
+            answer = self._encode(codec, instance.model, part.request, payload)
         except BaseException as error:
             completions.fail(part.queued, self._failed(stage, error))
         else:
@@ -397,20 +387,36 @@ class Execution:
         """What a client is told of `error`, which ended a stage of its request."""
         return as_inference_error(error, f"{self._where}: {stage} failed: ")
 
+    def _encode(self, codec: Codec, model: Model, request: Request, payload: Any) -> bytes:
+        """Raises:
+        BadRequest: the request asks for an output that is not in `payload`.
+        TypeError: the protocol cannot hold `payload`.
+        """
+        check_answer(payload)
+        try:
+            return codec.encode_response(self._response(narrow(payload, request), request), request)
+        except TypeError as error:
+            said = str(error)  # not the error: it leads to this frame, and the request would be garbage
+        try:  # the framework's own tensors, perhaps
+            payload = model.to_numpy(payload)
+            return codec.encode_response(self._response(narrow(payload, request), request), request)
+        except TypeError as error:
+            raise TypeError(f"{error}; postprocess returned {kind_of(payload)}") from error
+        except RecursionError:  # it is nested more deeply than Python recurses
+            raise TypeError(f"{said}; postprocess returned {kind_of(payload)}") from None
 
-def _encode(codec: Templates, model: Model, request: Request, template: Template | None, payload: Any) -> bytes:
-    """Raises:
-    BadRequest: the request asks for an output that is not in `payload`.
-    TypeError: the protocol cannot hold `payload`.
-    """
-    check_answer(payload)
-    try:
-        return codec.encode_response(narrow(payload, request), request, template)
-    except TypeError as error:
-        said = str(error)  # not the error: it leads to this frame, and the request would be garbage
-    try:  # the framework's own tensors, perhaps
-        return codec.encode_response(narrow(model.to_numpy(payload), request), request, template)
-    except TypeError as error:
-        raise TypeError(f"{error}; postprocess returned {kind_of(payload)}") from error
-    except RecursionError:  # it is nested more deeply than Python recurses
-        raise TypeError(f"{said}; postprocess returned {kind_of(payload)}") from None
+    def _response(self, payload: Any, request: Request) -> Response:
+        return Response(payload=payload, model=self._model_name, version=self._number, tags=request.tags, id=request.id)
+
+
+def _kind_of(request: Request) -> _Kind | None:
+    """What the default handler looks at in a request for a prediction; None where it may look at more."""
+    payload = request.payload
+    if type(payload) is not dict or request.layout is not None or request.method is not _PREDICT:
+        return None
+    kind: list[Any] = [id(request.form), request.signature]  # an enumeration's own hash takes 0.2 µs
+    for name, tensor in payload.items():
+        if type(tensor) is not np.ndarray or tensor.dtype.hasobject:
+            return None
+        kind += (name, tensor.dtype, tensor.shape)
+    return tuple(kind)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotFound, ModelNotReady
+from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.wire import messages, openinference, tfserving_models
 from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, READY, SIGNATURES, TRANSFORMS, VERSIONS, Protocol
 from dl_inference_core.wire.routing_keys import RoutingKey
@@ -143,10 +144,10 @@ class ServedModel:
             return
         try:
             version = self._pick(key)
-            request = version.receive(exchange, protocol)
+            request = QueuedRequest(exchange, protocol, protocol.queueing(exchange.message))
             exchange.on_cancel(request.end)
             while not version.submit(request):  # closed meanwhile: the model has published others, or none
-                version, request.template = self._pick(key), None  # what it knew of the request holds for no other
+                version = self._pick(key)
         except InferenceError as error:
             error.trailers = self._meter.answered(error)
             raise

@@ -24,7 +24,6 @@ from dl_inference_core.wire.protocol import NO_QUEUEING, Protocol, Queueing
 
 if TYPE_CHECKING:
     from dl_inference_core.transport import Exchange, Metadata
-    from dl_inference_core.wire.templates import Template
 
 _LONGEST_TIMER_S = 1.0
 """A timer outlives its request by no more: 5,000 requests a second with a timeout of an hour would leave 18 million."""
@@ -38,7 +37,6 @@ class QueuedRequest:
     Attributes:
         protocol: of the exchange's message.
         shares_batches: whether it can share a call of the model. MultiInference cannot: it has one for each signature.
-        template: that its message matches; None if none was known when it came.
         queued_at: when it came, by `time.monotonic`.
         asked_priority: the priority that the request asks for, from 1; 0 is the default.
         priority: its place among the queue's priorities, from 0; set by `RequestQueue.put`.
@@ -60,17 +58,13 @@ class QueuedRequest:
         "shares_batches",
         "size",
         "taken",
-        "template",
     )
 
-    def __init__(
-        self, exchange: Exchange, protocol: Protocol, asked: Queueing = NO_QUEUEING, template: Template | None = None
-    ) -> None:
+    def __init__(self, exchange: Exchange, protocol: Protocol, asked: Queueing = NO_QUEUEING) -> None:
         self.exchange = exchange
         self.protocol = protocol
         self.shares_batches = protocol.codec_at != ""
         self.queued_at = time.monotonic()
-        self.template = template
         self.asked_priority = asked.priority
         self.priority = 0
         self.expires_at = self.queued_at + asked.timeout_s if asked.timeout_s else math.inf

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from dl_inference_core.node.batching import Batching
     from dl_inference_core.node.handling import Handler
     from dl_inference_core.node.load import LoadMeter, Work
-    from dl_inference_core.transport import Exchange
-    from dl_inference_core.wire.protocol import Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,17 +154,6 @@ class LoadedVersion:
     def stuck(self) -> bool:
         """Whether none of the threads can answer requests. Any thread."""
         return self._watchdog.stuck
-
-    def receive(self, exchange: Exchange, protocol: Protocol) -> QueuedRequest:
-        """`exchange` as a request for this version. Any thread.
-
-        Raises:
-            BadRequest: as `Execution.receive`.
-        """
-        execution = self._execution
-        if execution is None:  # closed meanwhile
-            return QueuedRequest(exchange, protocol, protocol.queueing(exchange.message))
-        return execution.receive(exchange, protocol)
 
     def submit(self, request: QueuedRequest) -> bool:
         """Queue `request`, which is answered or failed in its turn. False says that the version was closed before. Any

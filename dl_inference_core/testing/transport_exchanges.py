@@ -52,7 +52,6 @@ from dl_inference_core.transport import (
     Extras,
     Limits,
     Message,
-    Reply,
     Sink,
     Trailers,
     Transport,
@@ -197,7 +196,7 @@ class ExchangeConformance(LoopbackConformance):
         def begin(exchange: Exchange) -> None:
             waiting.append(exchange)
             if len(waiting) == 50:
-                replies = [Reply(each, b"answer to " + bytes(each.message)) for each in waiting]
+                replies = [(each, b"answer to " + bytes(each.message), ()) for each in waiting]
                 threading.Thread(target=type(exchange).reply_all, args=(replies,)).start()
 
         async with fronted(transport, begin) as rig:
@@ -212,7 +211,7 @@ class ExchangeConformance(LoopbackConformance):
         def begin(exchange: Exchange) -> None:
             waiting.append(exchange)
             if len(waiting) == 60:
-                replies = [Reply(each, b"answer to " + bytes(each.message)) for each in waiting]
+                replies = [(each, b"answer to " + bytes(each.message), ()) for each in waiting]
                 threading.Thread(target=type(exchange).reply_all, args=(replies,)).start()
 
         async with fronted(transport, begin) as rig, AsyncExitStack() as stack:

@@ -237,7 +237,7 @@ def test_answers_as_requested(as_requested: Any, make: Any, method: str) -> None
     raw = message("linear", x=("FP32", [2, 3], "fp32_contents", []))
     raw.raw_input_contents.append(X.tobytes())
     expected = make.answer(X, 10)
-    for request in (typed, raw) * 3:  # the later ones by templates
+    for request in (typed, raw) * 3:
         answer = infer(request)
         (y,) = answer.outputs
         if method == "ModelInfer" and request is typed:

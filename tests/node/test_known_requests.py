@@ -1,4 +1,4 @@
-"""A handler sees the same of a request that is known by a template, and what it does to one changes no other."""
+"""A handler sees the same of a request whose kind is known, and what it does to one request changes no other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ import pytest
 
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.node.handling import Handler
-from dl_inference_core.node.load import LoadMeter
-from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.node.version import LoadedVersion
 from dl_inference_core.tensors import Form, Request, Response
 from dl_inference_core.testing import FakeBackend
-from dl_inference_core.testing.memory import MemoryExchange, answered
+from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
@@ -164,50 +161,27 @@ async def test_a_shape_that_does_not_fit_is_refused_every_time(tmp_path: Path, t
                 await ask("openinference", payload=payload, form=Form.TENSORS_RAW)
 
 
-async def test_a_known_request_says_its_place_in_the_queue(tmp_path: Path) -> None:
-    async with asked(tmp_path, Handler, "", X) as ask:
+@BATCHING
+async def test_requests_of_one_kind_in_several_protocols_are_answered_alike(tmp_path: Path, toml: str) -> None:
+    """Numbers without a dtype of their own take the model's; those with a dtype do not."""
+    async with asked(tmp_path, Handler, toml, {"x": ["float32", [None, 2]]}) as ask:
         for number in range(TIMES):
-            for priority in (1, 2):
-                request = Request(
-                    payload={"x": np.full((1, 2), number + 0.5)},
-                    form=Form.TENSORS_RAW,
-                    model="m",
-                    id=str(number),
-                    parameters={"priority": priority, "timeout": 30_000_000 + priority},
-                )
-                body = OIP.codec.encode_request(request)
-                await answered(ask.served, OIP, body)
-                received = ask.served.loaded[1].receive(MemoryExchange("/m", body), OIP)
-                assert received.asked_priority == priority
-                assert received.expires_at - received.queued_at == pytest.approx(30 + priority / 1e6)
-            assert number == 0 or received.template is not None
+            single = np.full((1, 2), number + 0.5, np.float32)
+            for form in (Form.TENSORS_RAW, Form.TENSORS):
+                answer = await ask("openinference", payload={"x": single}, form=form)
+                assert isinstance(answer.payload, Mapping)
+                np.testing.assert_array_equal(answer.payload["x"], single)
+            answer = await ask("seldon", payload=single.astype(np.float64), form=Form.TENSOR)
+            np.testing.assert_array_equal(answer.payload, single)
+            with pytest.raises(BadRequest, match="does not take dtype float64"):
+                await ask("openinference", payload={"x": single.astype(np.float64)}, form=Form.TENSORS_RAW)
 
 
-async def test_a_version_that_is_closed_passes_on_what_a_request_says_of_its_place() -> None:
-    version = LoadedVersion("m", 1, LoadMeter())
-    body = OIP.codec.encode_request(Request(payload={}, form=Form.TENSORS, model="m", parameters={"priority": 2}))
-    assert version.receive(MemoryExchange("/m", body), OIP).asked_priority == 2
-    await version.close()
-
-
-async def test_what_a_version_that_closed_knew_of_a_request_is_forgotten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The next version may take other inputs."""
-    async with asked(tmp_path, Handler, "", X) as ask:
-        version, templates = ask.served.loaded[1], []
-        submit = version.submit
-
-        def closed_once(request: QueuedRequest) -> bool:
-            templates.append(request.template)
-            return len(templates) > 1 and submit(request)
-
-        for _ in range(TIMES):
-            await ask("openinference", payload={"x": np.full((1, 2), 0.5)}, form=Form.TENSORS_RAW)
-        monkeypatch.setattr(version, "submit", closed_once)
-        answer = await ask("openinference", payload={"x": np.full((1, 2), 1.5)}, form=Form.TENSORS_RAW)
-        assert isinstance(answer.payload, Mapping)
-        assert answer.payload["x"].tolist() == [[1.5, 1.5]]
-        first, second = templates
-        assert first is not None
-        assert second is None
+@BATCHING
+async def test_more_kinds_than_are_known_at_one_time_are_answered(tmp_path: Path, toml: str) -> None:
+    async with asked(tmp_path, Handler, toml, X) as ask:
+        for columns in (*range(1, 300), *range(1, 5)):
+            sent = np.arange(columns, dtype=np.float64)[None]
+            answer = await ask("openinference", payload={"x": sent}, form=Form.TENSORS_RAW)
+            assert isinstance(answer.payload, Mapping)
+            np.testing.assert_array_equal(answer.payload["x"], sent)
