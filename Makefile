@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SELDON := .venv-seldon
 EDITABLE := -e '.[uvloop,dev,peers]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e examples/digits
+NATIVE := plugins/native/pyproject.toml $(shell find plugins/native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
+CARGO := $(if $(shell command -v cargo),cd plugins/native && cargo,@echo not without cargo: cargo)
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
 .DEFAULT_GOAL := help
@@ -11,12 +13,20 @@ PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproj
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: .venv/ready ## the environment: core, plugins, the example, development tools
+setup: .venv/native ## the environment: core, plugins, the example, development tools
 
 .venv/ready: constraints.txt $(PROJECTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --constraint constraints.txt torch $(EDITABLE)
+	touch $@
+
+# The native transport, where there is Rust; without it everything goes on with grpcio.
+.venv/native: .venv/ready $(NATIVE)
+	@if command -v cargo > /dev/null; then \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt maturin && \
+	  $(BIN)/python -m pip install --no-build-isolation --no-deps -e plugins/native; \
+	else echo "cargo is not installed: going on with the transport grpcio, without the native one"; fi
 	touch $@
 
 # seldon-core pins protobuf < 4 and numpy < 2, so it lives in an environment of its own.
@@ -31,8 +41,9 @@ demo: .venv/ready ## train, serve and call a model; kill a node under load; TRAN
 demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-test: .venv/ready $(SELDON)/ready ## all tests, a file at a time in each of up to four processes
+test: .venv/native $(SELDON)/ready ## all tests, a file at a time in each of up to four processes
 	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(CARGO) test --quiet --package dl-inference-grpc
 
 test-packages: .venv/ready ## the distributions: wheels that are built
 	$(BIN)/python -m pytest -m packages tests/test_packaging.py
@@ -41,6 +52,8 @@ check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(CARGO) fmt --all --check
+	PYO3_PYTHON=$(abspath $(BIN)/python) $(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
 
 bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs

@@ -1,0 +1,19 @@
+//! What gRPC adds to HTTP/2: frames, statuses, timeouts and metadata. No Python, no sockets, no threads.
+
+mod authority;
+mod budget;
+mod encoding;
+mod frames;
+mod metadata;
+mod protobuf;
+mod status;
+mod timeout;
+
+pub use authority::Authorities;
+pub use budget::{Budget, Charge};
+pub use encoding::{ACCEPTED, Encoding};
+pub use frames::{Deframer, Frame, Message, PREFIX, check_size, message_of};
+pub use metadata::{decode_binary, encode_binary, is_reserved, size_of};
+pub use protobuf::well_formed;
+pub use status::{Code, Failure, status_headers, status_of};
+pub use timeout::{timeout_header, timeout_of};

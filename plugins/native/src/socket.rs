@@ -1,0 +1,267 @@
+//! Sockets of either kind, with and without TLS.
+
+use crate::fork::Ours;
+use dl_inference_grpc::Authorities;
+use socket2::{SockRef, TcpKeepalive};
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio_rustls::TlsStream;
+
+/// The first bytes of a TLS handshake, of a TLS alert, and of HTTP/2.
+const HANDSHAKE: &[u8] = b"\x16\x03";
+const ALERT: &[u8] = b"\x15\x03";
+const HTTP2: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// How long a connection may be silent before TCP asks whether the other side is there.
+const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
+
+/// A listening socket.
+pub enum Listener {
+    Tcp { _ours: Ours, listener: TcpListener },
+    Unix { _ours: Ours, listener: UnixListener },
+}
+
+/// A listening or connected socket on its way to an I/O thread.
+pub enum Moving<T, U> {
+    Tcp(T),
+    Unix(U),
+}
+
+pub type MovingListener = Moving<std::net::TcpListener, std::os::unix::net::UnixListener>;
+pub type MovingStream = Moving<std::net::TcpStream, std::os::unix::net::UnixStream>;
+
+impl Listener {
+    pub fn of(moving: MovingListener) -> io::Result<Listener> {
+        Ok(match moving {
+            Moving::Tcp(listener) => {
+                Listener::Tcp { _ours: Ours::new(&listener), listener: TcpListener::from_std(listener)? }
+            }
+            Moving::Unix(listener) => {
+                Listener::Unix { _ours: Ours::new(&listener), listener: UnixListener::from_std(listener)? }
+            }
+        })
+    }
+
+    pub async fn accept(&self) -> io::Result<MovingStream> {
+        Ok(match self {
+            Listener::Tcp { listener, .. } => Moving::Tcp(listener.accept().await?.0.into_std()?),
+            Listener::Unix { listener, .. } => Moving::Unix(listener.accept().await?.0.into_std()?),
+        })
+    }
+}
+
+/// A connected socket.
+enum Raw {
+    Tcp { _ours: Ours, stream: TcpStream },
+    Unix { _ours: Ours, stream: UnixStream },
+}
+
+/// A connected socket in clear text.
+pub struct Plain {
+    raw: Raw,
+    /// Whether the first bytes must be those of an HTTP/2 server.
+    expects_server: bool,
+}
+
+impl Plain {
+    /// `unacknowledged` is how long what was sent may go without TCP's acknowledgement.
+    pub fn of(moving: MovingStream, unacknowledged: Option<Duration>) -> io::Result<Plain> {
+        let raw = match moving {
+            Moving::Tcp(stream) => {
+                stream.set_nodelay(true)?; // else an answer's trailers wait for the acknowledgement of its data
+                let socket = SockRef::from(&stream);
+                socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEPALIVE))?;
+                #[cfg(target_os = "linux")]
+                socket.set_tcp_user_timeout(unacknowledged)?;
+                Raw::Tcp { _ours: Ours::new(&stream), stream: TcpStream::from_std(stream)? }
+            }
+            Moving::Unix(stream) => Raw::Unix { _ours: Ours::new(&stream), stream: UnixStream::from_std(stream)? },
+        };
+        Ok(Plain { raw, expects_server: false })
+    }
+
+    pub fn is_unix(&self) -> bool {
+        matches!(self.raw, Raw::Unix { .. })
+    }
+
+    /// Has reading fail where the other side is not an HTTP/2 server in clear text.
+    pub fn expect_server(mut self) -> Self {
+        self.expects_server = true;
+        self
+    }
+}
+
+/// What a client speaks, from its first bytes.
+#[derive(Debug, PartialEq)]
+pub enum Spoken {
+    Http2,
+    Tls,
+    /// HTTP/1, or nothing that is known here.
+    Other,
+}
+
+/// Reads as much as tells what the client speaks. What was read is read again from the socket.
+pub async fn sniff(socket: &mut Socket) -> io::Result<Spoken> {
+    let mut begun = Vec::with_capacity(HTTP2.len());
+    let spoken = loop {
+        if begun == HTTP2 {
+            break Spoken::Http2;
+        } else if begun.starts_with(HANDSHAKE) {
+            break Spoken::Tls;
+        } else if !HTTP2.starts_with(&begun) && !HANDSHAKE.starts_with(&begun) {
+            break Spoken::Other;
+        }
+        let missing = HTTP2.len() - begun.len();
+        if (&mut *socket).take(missing as u64).read_buf(&mut begun).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    };
+    socket.read_already = begun;
+    Ok(spoken)
+}
+
+/// A connected socket, perhaps with TLS.
+pub struct Socket {
+    wire: Wire,
+    /// What was read while the protocol was found out.
+    read_already: Vec<u8>,
+    authorities: Option<Box<Authorities>>,
+}
+
+pub enum Wire {
+    Plain(Box<Plain>),
+    Tls(Box<TlsStream<Plain>>),
+}
+
+impl Socket {
+    pub fn new(wire: Wire) -> Socket {
+        Socket { wire, read_already: vec![], authorities: None }
+    }
+
+    /// Takes the authorities by which gRPC's C core names Unix-domain sockets.
+    pub fn with_paths_as_authorities(mut self) -> Socket {
+        self.authorities = Some(Box::default());
+        self
+    }
+}
+
+fn check_server(begun: &[u8]) -> io::Result<()> {
+    if begun.starts_with(ALERT) {
+        return Err(io::Error::other("the node speaks TLS, and this connection does not"));
+    }
+    if begun.starts_with(b"HTTP/1") {
+        return Err(io::Error::other("the node answered with HTTP/1; expected HTTP/2"));
+    }
+    Ok(())
+}
+
+impl AsyncRead for Plain {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let polled = match &mut self.raw {
+            Raw::Tcp { stream, .. } => Pin::new(stream).poll_read(cx, buf),
+            Raw::Unix { stream, .. } => Pin::new(stream).poll_read(cx, buf),
+        };
+        if self.expects_server && matches!(polled, Poll::Ready(Ok(()))) {
+            self.expects_server = false;
+            check_server(buf.filled().get(before..).unwrap_or_default())?;
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for Plain {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.raw {
+            Raw::Tcp { stream, .. } => Pin::new(stream).poll_write(cx, buf),
+            Raw::Unix { stream, .. } => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.raw {
+            Raw::Tcp { stream, .. } => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Raw::Unix { stream, .. } => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.raw {
+            Raw::Tcp { stream, .. } => Pin::new(stream).poll_shutdown(cx),
+            Raw::Unix { stream, .. } => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let again = self.read_already.len().min(buf.remaining());
+        if again > 0 {
+            buf.put_slice(self.read_already.drain(..again).as_slice());
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        ready!(match &mut self.wire {
+            Wire::Plain(plain) => Pin::new(plain).poll_read(cx, buf),
+            Wire::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        })?;
+        if let Some(authorities) = &mut self.authorities {
+            authorities.pass(buf.filled_mut().get_mut(before..).unwrap_or_default());
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.wire {
+            Wire::Plain(plain) => Pin::new(plain).poll_write(cx, buf),
+            Wire::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.wire {
+            Wire::Plain(plain) => Pin::new(plain).poll_write_vectored(cx, bufs),
+            Wire::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.wire {
+            Wire::Plain(plain) => Pin::new(plain).poll_flush(cx),
+            Wire::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.wire {
+            Wire::Plain(plain) => Pin::new(plain).poll_shutdown(cx),
+            Wire::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
