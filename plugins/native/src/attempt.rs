@@ -8,8 +8,8 @@ use crate::node::{NodeHere, Sender, Target};
 use crate::python::convert;
 use bytes::Bytes;
 use dl_inference_grpc::{
-    ACCEPTED, Charge, Code, Failure, Frame, PREFIX, check_size, message_of, size_of, status_of, timeout_header,
-    well_formed,
+    ACCEPTED, Charge, Code, Failure, Frame, PREFIX, check_header_bytes, check_size, message_of, status_of,
+    timeout_header, well_formed,
 };
 use h2::Reason;
 use http::uri::{PathAndQuery, Scheme};
@@ -95,12 +95,7 @@ impl Ask {
     /// Sends the request; again, by a new connection, where a node that says goodbye has not looked at it.
     async fn ask(&self, io: &Io, node: &Rc<NodeHere>, until: Option<Instant>) -> Result<(Frame, HeaderMap), Failure> {
         check_size("Sent", self.frame.len().saturating_sub(PREFIX), self.target.message_bytes)?;
-        let (size, most) = (size_of(&self.metadata), io.common.settings.header_bytes());
-        if size > most {
-            // These are gRPC's own words, by which `errors.from_status` knows the failure.
-            let said = format!("received metadata size exceeds limit ({size} vs. {most})");
-            return Err(Failure::new(Code::RESOURCE_EXHAUSTED, said));
-        }
+        check_header_bytes(&self.metadata, io.common.settings.header_bytes())?;
         let mut sent = 0;
         loop {
             let sender = node.sender(io).await?;
@@ -161,8 +156,9 @@ impl Ask {
             status_of(head.status, head.headers)?;
             return Err(Failure::new(Code::UNKNOWN, format!("the node answered with HTTP {}", head.status)).into());
         }
-        let mut messages = Messages::new(body, &head.headers, self.target.message_bytes, io.charge(), window);
-        let frame = messages.only().await.map_err(failed)?;
+        let mut messages =
+            Messages::new(body, &head.headers, self.target.message_bytes, Code::INTERNAL, io.charge(), window);
+        let frame = messages.at_most_one().await.map_err(failed)?;
         let frame = frame?;
         let trailers = status_of(head.status, messages.trailers().await.map_err(failed)?)?;
         match frame {

@@ -25,31 +25,45 @@ pub struct Messages {
     deframer: Deframer,
     encoding: Encoding,
     limit: usize,
+    malformed: Code,
     window: Rc<Window>,
     since_last: usize,
 }
 
 impl Messages {
-    /// Of a body with such headers; `limit` is of the bytes of a message.
-    pub fn new(body: RecvStream, headers: &HeaderMap, limit: usize, charge: Charge, window: Rc<Window>) -> Self {
-        let deframer = Deframer::new(limit, charge);
-        Messages { body, deframer, encoding: Encoding::of(headers), limit, window, since_last: 0 }
+    /// Of a body with such headers; `limit` is of the bytes of a message. What is malformed fails with the code
+    /// `malformed`.
+    pub fn new(
+        body: RecvStream,
+        headers: &HeaderMap,
+        limit: usize,
+        malformed: Code,
+        charge: Charge,
+        window: Rc<Window>,
+    ) -> Self {
+        let deframer = Deframer::new(limit, malformed, charge);
+        Messages { body, deframer, encoding: Encoding::of(headers), limit, malformed, window, since_last: 0 }
     }
 
     /// The next message; None at the end. An error of HTTP/2 comes as the inner error.
     pub async fn next(&mut self) -> Result<Result<Option<Frame>, Failure>, h2::Error> {
+        self.read("the stream ended within a message").await
+    }
+
+    /// As `next`; `cut_short` says what it means that the body ends within a message.
+    async fn read(&mut self, cut_short: &str) -> Result<Result<Option<Frame>, Failure>, h2::Error> {
         loop {
             match self.deframer.next_message() {
                 Ok(Some(message)) => {
                     self.since_last = 0;
-                    return Ok(message.unpack(self.encoding, self.limit).map(Some));
+                    return Ok(message.unpack(&self.encoding, self.limit).map(Some));
                 }
                 Ok(None) => {}
                 Err(failure) => return Ok(Err(failure)),
             }
             let Some(piece) = self.body.data().await else {
                 let whole = self.deframer.is_empty();
-                return Ok(if whole { Ok(None) } else { Err(Failure::new(Code::INTERNAL, "a message is cut short")) });
+                return Ok(if whole { Ok(None) } else { Err(self.failure(cut_short)) });
             };
             let piece = piece?;
             self.since_last += piece.len();
@@ -61,15 +75,22 @@ impl Messages {
         }
     }
 
-    /// The only message; None where there is none.
-    pub async fn only(&mut self) -> Result<Result<Option<Frame>, Failure>, h2::Error> {
-        let first = match self.next().await? {
+    fn failure(&self, said: &str) -> Failure {
+        Failure::new(self.malformed, said)
+    }
+
+    /// The only message of a call that has one, or none.
+    pub async fn at_most_one(&mut self) -> Result<Result<Option<Frame>, Failure>, h2::Error> {
+        let first = match self.read("expected one message; got part of one").await? {
             Ok(Some(first)) => first,
             other => return Ok(other),
         };
+        if !self.deframer.is_empty() {
+            return Ok(Err(self.failure("expected one message; got more")));
+        }
         Ok(match self.next().await? {
             Ok(None) => Ok(Some(first)),
-            Ok(Some(_)) => Err(Failure::new(Code::INTERNAL, "there is more than one message")),
+            Ok(Some(_)) => Err(self.failure("expected one message; got more")),
             Err(failure) => Err(failure),
         })
     }

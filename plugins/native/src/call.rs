@@ -8,7 +8,7 @@ use crate::listen::ServerHere;
 use crate::python::Exchange;
 use crate::stream::Stream;
 use crate::window::Window;
-use dl_inference_grpc::{ACCEPTED, Code, Failure, Frame, check_size, size_of, status_headers, timeout_of};
+use dl_inference_grpc::{ACCEPTED, Code, Failure, Frame, check_headers, check_size, status_headers, timeout_of};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
@@ -90,24 +91,25 @@ pub async fn run(
     let Some((_, streams)) = service.methods.get(path) else {
         return fail(respond, Failure::new(Code::UNIMPLEMENTED, format!("there is no method {path}")));
     };
-    let (size, most) = (size_of(&head.headers), io.common.settings.header_bytes());
-    if size > most {
-        // These are gRPC's own words, by which `errors.from_status` knows the failure.
-        let said = format!("received metadata size exceeds limit ({size} vs. {most})");
-        return fail(respond, Failure::new(Code::RESOURCE_EXHAUSTED, said));
-    }
-    let deadline = timeout_of(&head.headers).map(|given| Instant::now() + given);
-    let mut messages = Messages::new(body, &head.headers, service.message_bytes, io.charge(), window);
+    let checked = check_headers(&head.headers, io.common.settings.header_bytes());
+    let timeout = match checked.and_then(|()| timeout_of(&head.headers)) {
+        Ok(Some(Duration::ZERO)) => return fail(respond, Failure::deadline()),
+        Ok(timeout) => timeout,
+        Err(failure) => return fail(respond, failure),
+    };
+    let deadline = timeout.map(|given| Instant::now() + given);
+    let (limit, malformed) = (service.message_bytes, Code::INVALID_ARGUMENT);
+    let mut messages = Messages::new(body, &head.headers, limit, malformed, io.charge(), window);
     let mut frame = Frame::none(io.charge());
     if !streams {
         let read = tokio::select! {
-            read = messages.only() => read,
+            read = messages.at_most_one() => read,
             _ = passes(deadline) => Ok(Err(Failure::deadline())),
             _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
         };
         frame = match read {
             Ok(Ok(Some(frame))) => frame,
-            Ok(Ok(None)) => return fail(respond, Failure::new(Code::INTERNAL, "there is no message")),
+            Ok(Ok(None)) => return fail(respond, Failure::new(malformed, "expected one message; got none")),
             Ok(Err(failure)) => return fail(respond, failure),
             Err(error) => return fail(respond, failure_of(&error, "client")),
         };

@@ -96,7 +96,6 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
 
 async fn handshakes(server: &ServerHere, plain: Plain) -> Option<(Coalesce<Socket>, Http2)> {
     let service = &server.service;
-    let is_unix = plain.is_unix();
     let wire = match &service.tls {
         Some(newest) => {
             let stream = TlsAcceptor::from(newest.get()).accept(plain).await.ok()?;
@@ -104,10 +103,7 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<(Coalesce<Socke
         }
         None => Wire::Plain(Box::new(plain)),
     };
-    let mut socket = Socket::new(wire);
-    if is_unix {
-        socket = socket.with_paths_as_authorities();
-    }
+    let mut socket = Socket::of_client(wire);
     match sniff(&mut socket).await.ok()? {
         Spoken::Http2 => {}
         Spoken::Tls => return refuse(socket, CLEAR_TEXT).await,

@@ -84,10 +84,6 @@ impl Plain {
         Ok(Plain { raw, expects_server: false })
     }
 
-    pub fn is_unix(&self) -> bool {
-        matches!(self.raw, Raw::Unix { .. })
-    }
-
     /// Has reading fail where the other side is not an HTTP/2 server in clear text.
     pub fn expect_server(mut self) -> Self {
         self.expects_server = true;
@@ -138,14 +134,14 @@ pub enum Wire {
 }
 
 impl Socket {
+    /// Of a node.
     pub fn new(wire: Wire) -> Socket {
         Socket { wire, read_already: vec![], authorities: None }
     }
 
-    /// Takes the authorities by which gRPC's C core names Unix-domain sockets.
-    pub fn with_paths_as_authorities(mut self) -> Socket {
-        self.authorities = Some(Box::default());
-        self
+    /// Of a client; with whatever authority it names this server.
+    pub fn of_client(wire: Wire) -> Socket {
+        Socket { authorities: Some(Box::default()), ..Socket::new(wire) }
     }
 }
 

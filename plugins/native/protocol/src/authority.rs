@@ -1,6 +1,6 @@
-//! The authority by which gRPC's C core names a Unix-domain socket: its path, percent-encoded ("tmp%2Fsocket"). That is
-//! not an authority of RFC 3986, and h2 refuses a call with it. Here each "%" of such an authority becomes "-", before h2
-//! sees it. Nobody reads the authority of a call.
+//! The authorities of gRPC's C core that h2 refuses: of a Unix-domain socket it is the path, percent-encoded
+//! ("tmp%2Fsocket"), and of several addresses all of them ("10.0.0.1:80,10.0.0.2:80"). Here each "%" of an authority, and
+//! each colon after the first, becomes "-" before h2 sees it. Nobody reads the authority of a call.
 
 /// The bytes before a client's first frame.
 const PREFACE: usize = 24;
@@ -48,14 +48,42 @@ enum Block {
     },
     InValue {
         left: usize,
-        changes: bool,
+        authority: Option<Seen>,
     },
-    /// In the length of a string of 127 bytes or more: the value so far, its shift, and whether it is a name's.
+    /// In the length of a string of 127 bytes or more: the value so far, and its shift.
     Length {
         so_far: usize,
         shift: u32,
-        of_name: bool,
+        of: Of,
     },
+}
+
+/// What a string is.
+#[derive(Debug, Clone, Copy)]
+enum Of {
+    Name,
+    Value(Option<Seen>),
+}
+
+/// Where in an authority the next byte stands.
+#[derive(Debug, Clone, Copy)]
+enum Seen {
+    Host,
+    Brackets,
+    Port,
+}
+
+impl Seen {
+    fn next(self, byte: &mut u8) -> Seen {
+        match (self, *byte) {
+            (Seen::Host, b'[') => return Seen::Brackets,
+            (Seen::Host, b':') => return Seen::Port,
+            (Seen::Brackets, b']') => return Seen::Host,
+            (Seen::Port, b':' | b'[' | b']') | (_, b'%') => *byte = b'-',
+            _ => {}
+        }
+        self
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -67,16 +95,31 @@ enum After {
 impl Authorities {
     /// `bytes` are the next ones of the connection.
     pub fn pass(&mut self, bytes: &mut [u8]) {
-        for byte in bytes {
-            if self.preface < PREFACE {
+        let mut rest = bytes;
+        while let [first, ..] = rest {
+            let passed = if self.preface < PREFACE {
                 self.preface += 1;
+                1
             } else if self.payload == 0 {
-                self.take_head(*byte);
+                self.take_head(*first);
+                1
+            } else if self.passed_over > 0 && !self.padding_next {
+                self.pass_over(rest.len())
             } else {
                 self.payload -= 1;
-                self.take_payload(byte);
-            }
+                self.take_payload(first);
+                1
+            };
+            rest = rest.get_mut(passed..).unwrap_or_default();
         }
+    }
+
+    /// Passes over what is not the header block's, of `most` bytes; returns how many those were.
+    fn pass_over(&mut self, most: usize) -> usize {
+        let passed = self.passed_over.min(most);
+        self.passed_over -= passed;
+        self.payload = self.payload.saturating_sub(passed);
+        passed
     }
 
     fn take_head(&mut self, byte: u8) {
@@ -106,8 +149,6 @@ impl Authorities {
         if self.padding_next {
             self.padding_next = false;
             self.padding = usize::from(*byte);
-        } else if self.passed_over > 0 {
-            self.passed_over -= 1;
         } else if self.payload >= self.padding {
             self.block = self.block.next(byte);
         }
@@ -122,7 +163,7 @@ impl Block {
             Block::Integer(After::Field) => Block::Field,
             Block::Integer(After::Value) => Block::Value { is_authority: false },
             Block::Name => match usize::from(*byte & 0x7f) {
-                127 => Block::Length { so_far: 127, shift: 0, of_name: true },
+                127 => Block::Length { so_far: 127, shift: 0, of: Of::Name },
                 0 => Block::Value { is_authority: false },
                 left => Block::InName { left, equal: (*byte & 0x80 == 0).then_some(0) },
             },
@@ -133,23 +174,24 @@ impl Block {
                     _ => Block::InName { left: left - 1, equal },
                 }
             }
-            Block::Value { is_authority } => match usize::from(*byte & 0x7f) {
-                127 => Block::Length { so_far: 127, shift: 0, of_name: false },
-                0 => Block::Field,
-                left => Block::InValue { left, changes: is_authority && *byte & 0x80 == 0 },
-            },
-            Block::InValue { left, changes } => {
-                if changes && *byte == b'%' {
-                    *byte = b'-';
+            Block::Value { is_authority } => {
+                let authority = (is_authority && *byte & 0x80 == 0).then_some(Seen::Host);
+                match usize::from(*byte & 0x7f) {
+                    127 => Block::Length { so_far: 127, shift: 0, of: Of::Value(authority) },
+                    0 => Block::Field,
+                    left => Block::InValue { left, authority },
                 }
-                if left == 1 { Block::Field } else { Block::InValue { left: left - 1, changes } }
             }
-            Block::Length { so_far, shift, of_name } => {
+            Block::InValue { left, authority } => {
+                let authority = authority.map(|seen| seen.next(byte));
+                if left == 1 { Block::Field } else { Block::InValue { left: left - 1, authority } }
+            }
+            Block::Length { so_far, shift, of } => {
                 let so_far = so_far.saturating_add(usize::from(*byte & 0x7f).checked_shl(shift).unwrap_or(usize::MAX));
-                match (*byte & 0x80 != 0, of_name) {
-                    (true, _) => Block::Length { so_far, shift: shift + 7, of_name },
-                    (false, true) => Block::InName { left: so_far, equal: None },
-                    (false, false) => Block::InValue { left: so_far, changes: false },
+                match of {
+                    _ if *byte & 0x80 != 0 => Block::Length { so_far, shift: shift + 7, of },
+                    Of::Name => Block::InName { left: so_far, equal: None },
+                    Of::Value(authority) => Block::InValue { left: so_far, authority },
                 }
             }
         }
@@ -212,6 +254,25 @@ mod tests {
             let around = |block: &[u8]| [frame(4, 0, b"%%%%%%"), frame(HEADERS, 4, block), frame(0, 1, b"\x41\x01%")];
             assert_eq!(passed(&around(&before)), around(&after).concat());
         }
+    }
+
+    #[test]
+    fn one_port_stays() {
+        for (before, after) in [
+            (&b"10.0.0.1:80,10.0.0.2:80"[..], &b"10.0.0.1:80,10.0.0.2-80"[..]),
+            (b"localhost:80", b"localhost:80"),
+            (b"[::1]:80,[::2]:80", b"[::1]:80,---2--80"),
+        ] {
+            let frames = |value| [frame(HEADERS, 4, &literal(0x41, NAME, value))];
+            assert_eq!(passed(&frames(before)), frames(after).concat());
+        }
+    }
+
+    #[test]
+    fn a_long_authority_changes_too() {
+        let block = |value: u8| [&[0x41, 0x7f, 0x81, 0x01][..], &[value; 127 + 129]].concat();
+        let frames = |value| [frame(HEADERS, 4, &[block(value), literal(0x40, b":path", b"%")].concat())];
+        assert_eq!(passed(&frames(b'%')), frames(b'-').concat());
     }
 
     #[test]

@@ -99,19 +99,20 @@ impl Buf for Frame {
 pub struct Message {
     frame: Bytes,
     compressed: bool,
+    malformed: Code,
     charge: Charge,
 }
 
 impl Message {
     /// The frame of the message, unpacked where it is compressed.
-    pub fn unpack(mut self, encoding: Encoding, limit: usize) -> Result<Frame, Failure> {
+    pub fn unpack(mut self, encoding: &Encoding, limit: usize) -> Result<Frame, Failure> {
         if !self.compressed {
             return Ok(Frame { bytes: self.frame, charge: self.charge });
         }
         let charge = &mut self.charge;
         let packed = self.frame.get(PREFIX..).unwrap_or_default();
         let held = |more| if charge.grow(more) { Ok(()) } else { Err(no_room()) };
-        let bytes = encoding.unpack(packed, limit, held)?;
+        let bytes = encoding.unpack(packed, limit, self.malformed, held)?;
         drop(self.charge.split(usize::MAX));
         self.charge.hold(bytes.len());
         Ok(Frame { bytes, charge: self.charge })
@@ -122,6 +123,7 @@ impl Message {
 #[derive(Debug)]
 pub struct Deframer {
     limit: usize,
+    malformed: Code,
     charge: Charge,
     /// What has come and belongs to no message yet; in `whole` while it is one piece, else in `joined`.
     whole: Bytes,
@@ -129,9 +131,9 @@ pub struct Deframer {
 }
 
 impl Deframer {
-    /// `limit` is of the bytes of a message.
-    pub fn new(limit: usize, charge: Charge) -> Self {
-        Deframer { limit, charge, whole: Bytes::new(), joined: BytesMut::new() }
+    /// `limit` is of the bytes of a message; what is malformed fails with the code `malformed`.
+    pub fn new(limit: usize, malformed: Code, charge: Charge) -> Self {
+        Deframer { limit, malformed, charge, whole: Bytes::new(), joined: BytesMut::new() }
     }
 
     fn held(&self) -> &[u8] {
@@ -166,7 +168,10 @@ impl Deframer {
         let held = self.held();
         let Some((flag, size)) = prefix(held) else { return Ok(None) };
         if flag > 1 {
-            return Err(Failure::new(Code::INTERNAL, format!("a frame begins with {flag}; expected 0 or 1")));
+            return Err(Failure::new(
+                self.malformed,
+                format!("the first byte of a message's frame is 0 or 1; got {flag}"),
+            ));
         }
         check_size("Received", size, self.limit)?;
         let end = PREFIX + size;
@@ -174,7 +179,7 @@ impl Deframer {
             return Ok(None);
         }
         let frame = if self.joined.is_empty() { self.whole.split_to(end) } else { self.joined.split_to(end).freeze() };
-        Ok(Some(Message { frame, compressed: flag == 1, charge: self.charge.split(end) }))
+        Ok(Some(Message { frame, compressed: flag == 1, malformed: self.malformed, charge: self.charge.split(end) }))
     }
 }
 
@@ -208,12 +213,12 @@ mod tests {
         let all = messages.map(frame).concat();
         for step in 1..all.len() {
             let budget = budget();
-            let mut deframer = Deframer::new(300, Charge::new(&budget));
+            let mut deframer = Deframer::new(300, Code::INTERNAL, Charge::new(&budget));
             let mut found = vec![];
             for piece in all.chunks(step) {
                 deframer.push(Bytes::copy_from_slice(piece)).unwrap();
                 while let Some(message) = deframer.next_message().unwrap() {
-                    found.push(message.unpack(Encoding::Identity, 300).unwrap());
+                    found.push(message.unpack(&Encoding::Identity, 300).unwrap());
                 }
             }
             assert!(deframer.is_empty());
@@ -227,15 +232,15 @@ mod tests {
     #[test]
     fn a_message_in_one_piece_is_not_copied() {
         let piece = frame(b"whole");
-        let mut deframer = Deframer::new(10, Charge::new(&budget()));
+        let mut deframer = Deframer::new(10, Code::INTERNAL, Charge::new(&budget()));
         deframer.push(piece.clone()).unwrap();
-        let message = deframer.next_message().unwrap().unwrap().unpack(Encoding::Identity, 10).unwrap();
+        let message = deframer.next_message().unwrap().unwrap().unpack(&Encoding::Identity, 10).unwrap();
         assert_eq!(message.bytes().as_ptr(), piece.as_ptr());
     }
 
     #[test]
     fn a_message_over_the_limit_is_refused_by_its_prefix_alone() {
-        let mut deframer = Deframer::new(4, Charge::new(&budget()));
+        let mut deframer = Deframer::new(4, Code::INTERNAL, Charge::new(&budget()));
         deframer.push(frame(b"large").slice(..PREFIX)).unwrap();
         let refused = deframer.next_message().unwrap_err();
         assert_eq!(refused.code, Code::RESOURCE_EXHAUSTED);
@@ -244,7 +249,7 @@ mod tests {
 
     #[test]
     fn what_is_no_frame_fails() {
-        let mut deframer = Deframer::new(4, Charge::new(&budget()));
+        let mut deframer = Deframer::new(4, Code::INTERNAL, Charge::new(&budget()));
         deframer.push(Bytes::from_static(b"<html>")).unwrap();
         assert_eq!(deframer.next_message().unwrap_err().code, Code::INTERNAL);
     }
@@ -252,7 +257,7 @@ mod tests {
     #[test]
     fn a_message_that_the_budget_has_no_room_for_is_refused() {
         let budget = Budget::new(100);
-        let mut deframer = Deframer::new(1000, Charge::new(&budget));
+        let mut deframer = Deframer::new(1000, Code::INTERNAL, Charge::new(&budget));
         deframer.push(Bytes::from(vec![0; 90])).unwrap();
         assert_eq!(deframer.push(Bytes::from(vec![0; 11])).unwrap_err().code, Code::RESOURCE_EXHAUSTED);
         drop(deframer);
@@ -267,10 +272,10 @@ mod tests {
         let packed = packing.finish().unwrap();
         let mut whole = BytesMut::from(&[1, 0, 0, 0, packed.len() as u8][..]);
         whole.extend_from_slice(&packed);
-        let mut deframer = Deframer::new(1000, Charge::new(&budget));
+        let mut deframer = Deframer::new(1000, Code::INTERNAL, Charge::new(&budget));
         deframer.push(whole.freeze()).unwrap();
         let message = deframer.next_message().unwrap().unwrap();
-        let frame = message.unpack(Encoding::Deflate, 1000).unwrap();
+        let frame = message.unpack(&Encoding::Deflate, 1000).unwrap();
         assert_eq!((frame.size(), budget.used()), (1000, PREFIX + 1000));
     }
 }

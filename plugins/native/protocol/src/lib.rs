@@ -13,7 +13,7 @@ pub use authority::Authorities;
 pub use budget::{Budget, Charge};
 pub use encoding::{ACCEPTED, Encoding};
 pub use frames::{Deframer, Frame, Message, PREFIX, check_size, message_of};
-pub use metadata::{decode_binary, encode_binary, is_reserved, size_of};
+pub use metadata::{check_header_bytes, check_headers, decode_binary, encode_binary, is_reserved};
 pub use protobuf::well_formed;
 pub use status::{Code, Failure, status_headers, status_of};
 pub use timeout::{timeout_header, timeout_of};

@@ -1,13 +1,22 @@
 //! The header `grpc-timeout`.
 
+use crate::status::{Code, Failure};
 use http::{HeaderMap, HeaderValue};
 use std::time::Duration;
 
-/// The time that a client gives a call; None where it gives none, or says it wrongly.
-pub fn timeout_of(headers: &HeaderMap) -> Option<Duration> {
-    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+/// The time that a client gives a call; None where it gives none.
+pub fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Failure> {
+    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let text = value.to_str().unwrap_or_default();
+    parsed(text).map(Some).ok_or_else(|| {
+        let expected = "at most 8 digits and one of H, M, S, m, u and n";
+        Failure::new(Code::INVALID_ARGUMENT, format!("the grpc-timeout \"{text}\" is malformed; expected {expected}"))
+    })
+}
+
+fn parsed(text: &str) -> Option<Duration> {
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if number.len() > 8 || !number.bytes().all(|byte| byte.is_ascii_digit()) {
+    if number.is_empty() || number.len() > 8 || !number.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
     let number: u64 = number.parse().ok()?;
@@ -42,7 +51,7 @@ mod tests {
     fn read(text: &str) -> Option<Duration> {
         let mut headers = HeaderMap::new();
         headers.insert("grpc-timeout", HeaderValue::from_str(text).unwrap());
-        timeout_of(&headers)
+        timeout_of(&headers).ok().flatten()
     }
 
     #[test]
@@ -54,7 +63,12 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_no_timeout() {
+    fn none_is_no_failure() {
+        assert_eq!(timeout_of(&HeaderMap::new()).unwrap(), None);
+    }
+
+    #[test]
+    fn anything_else_is_malformed() {
         for text in ["", "5", "S", "-1S", "+1S", "1 S", "1s", "123456789S", "1.5S"] {
             assert_eq!(read(text), None, "{text}");
         }
