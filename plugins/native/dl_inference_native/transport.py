@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from dl_inference_core import sockets
+from dl_inference_core import children, sockets
 from dl_inference_core import transport as seam
 from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import (
@@ -66,6 +67,12 @@ class _Helpers:
     @staticmethod
     def status_of(error: InferenceError) -> tuple[int, str, Trailers]:
         return int(error.code), seam.shortened(str(error)), tuple(error.trailers)
+
+    @staticmethod
+    def end_child(error: BaseException | None) -> None:
+        """End this process: a service has forked it on an I/O thread, and came back from there."""
+        children.end_child(error)
+        os._exit(1)
 
     @staticmethod
     def raised(error: BaseException) -> InferenceError:

@@ -93,6 +93,8 @@ pub struct Helpers {
     pub raised: Py<PyAny>,
     /// `(code) -> errors.Code`
     pub code_of: Py<PyAny>,
+    /// `(error or None)`: ends this process, which was forked from one that serves.
+    pub end_child: Py<PyAny>,
     /// `time.monotonic`
     pub now: Py<PyAny>,
 }
@@ -129,17 +131,23 @@ fn turn(io: &Io, py: Python<'_>, events: Vec<Event>) {
         match event {
             Event::Begin(call) => begun.push(call),
             Event::Ended { ref call, .. } if !call.has_begun() => late.push(event),
-            event => told(py, tell(io, py, event)),
+            event => told(io, py, tell(io, py, event)),
         }
     }
     begin(io, py, begun);
     for event in late {
-        told(py, tell(io, py, event));
+        told(io, py, tell(io, py, event));
     }
 }
 
-/// What Python raises has nobody to go to.
-fn told(py: Python<'_>, outcome: PyResult<()>) {
+/// Follows each call into Python. What was raised has nobody to go to. Where Python has forked, this thread is a child's
+/// only one: the child ends here, and never comes back to the runtime, which is its parent's.
+fn told(io: &Io, py: Python<'_>, outcome: PyResult<()>) {
+    if !io.outbox.is_of_this_process() {
+        let error = outcome.err().map(|error| error.into_value(py));
+        let _ = io.common.helpers.end_child.call1(py, (error,));
+        std::process::abort(); // `end_child` does not return
+    }
     if let Err(error) = outcome {
         error.write_unraisable(py, None);
     }
@@ -159,7 +167,7 @@ fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
             Ok(exchange)
         };
         let exchanges: PyResult<Vec<_>> = these.iter().map(make).collect();
-        told(py, exchanges.and_then(|exchanges| service.begin_all.call1(py, (exchanges,)).map(drop)));
+        told(io, py, exchanges.and_then(|exchanges| service.begin_all.call1(py, (exchanges,)).map(drop)));
         calls = others;
     }
 }
@@ -187,7 +195,7 @@ fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
         Event::Begin(_) | Event::Forget(_) => Ok(()),
         Event::Ended { call, code, callbacks } => {
             for callback in callbacks {
-                told(py, callback.call0(py).map(drop));
+                told(io, py, callback.call0(py).map(drop));
             }
             let code = helpers.code_of.call1(py, (code.0,))?;
             call.server.service.ended.call1(py, (call.take_exchange(), code)).map(drop)

@@ -79,7 +79,11 @@ pub struct Outbox {
 impl Outbox {
     /// False, and no effect, where the thread has ended, or belongs to the process that this one was forked from.
     pub fn send(&self, command: Command) -> bool {
-        self.process.is_this() && self.sender.send(command).is_ok()
+        self.is_of_this_process() && self.sender.send(command).is_ok()
+    }
+
+    pub fn is_of_this_process(&self) -> bool {
+        self.process.is_this()
     }
 
     pub fn is(&self, other: &Outbox) -> bool {
