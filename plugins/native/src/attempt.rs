@@ -133,13 +133,13 @@ impl Ask {
         mut sender: Sender,
         until: Option<Instant>,
     ) -> Result<(Frame, HeaderMap), Unanswered> {
-        let ended = sender.ended.clone();
+        let writer = sender.writer.clone();
         let failed = |error: h2::Error| {
             // A GOAWAY without an error ends the streams that the node has not looked at. Where it comes with the
             // connection's end, it may end others too.
             let unseen = error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR);
             let refused = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
-            Unanswered { failure: failure_of(&error, "node"), unprocessed: refused || unseen && !ended.get() }
+            Unanswered { failure: failure_of(&error, "node"), unprocessed: refused || unseen && !writer.is_closed() }
         };
         let (answer, mut out) = sender.send.send_request(self.request(until)?, false).map_err(failed)?;
         let window = sender.window.clone();

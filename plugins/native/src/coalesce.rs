@@ -19,6 +19,7 @@ struct Inner<T> {
     stream: T,
     held: Vec<u8>,
     heard: bool,
+    closed: bool,
     /// Whether the stream may hold bytes of its own, as TLS does, and so is to be flushed.
     unflushed: bool,
 }
@@ -35,12 +36,27 @@ impl<T> Clone for Coalesce<T> {
 
 impl<T: AsyncWrite + Unpin> Coalesce<T> {
     pub fn new(stream: T) -> Self {
-        Coalesce(Rc::new(RefCell::new(Inner { stream, held: Vec::new(), heard: true, unflushed: false })))
+        Coalesce(Rc::new(RefCell::new(Inner {
+            stream,
+            held: Vec::new(),
+            heard: true,
+            closed: false,
+            unflushed: false,
+        })))
     }
 
     /// Writes what is held.
     pub fn send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.0.borrow_mut().send(cx)
+    }
+
+    /// Whether the other side has closed the connection, or reading failed.
+    pub fn is_closed(&self) -> bool {
+        self.0.borrow().closed
+    }
+
+    pub fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
     }
 
     /// Whether anything was received since the last call of this.
@@ -111,9 +127,11 @@ impl<T: AsyncWrite + Unpin> Inner<T> {
 impl<T: AsyncRead + Unpin> AsyncRead for Coalesce<T> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let mut inner = self.0.borrow_mut();
-        ready!(Pin::new(&mut inner.stream).poll_read(cx, buf))?;
+        let before = buf.filled().len();
+        let read = ready!(Pin::new(&mut inner.stream).poll_read(cx, buf));
         inner.heard = true;
-        Poll::Ready(Ok(()))
+        inner.closed = read.is_err() || buf.filled().len() == before;
+        Poll::Ready(read)
     }
 }
 

@@ -48,15 +48,14 @@ pub struct Target {
 pub struct Sender {
     pub send: SendRequest<Bytes>,
     pub window: Rc<Window>,
-    /// Whether the connection has ended.
-    pub ended: Rc<Cell<bool>>,
+    pub writer: Coalesce<Socket>,
 }
 
 #[derive(Clone)]
 struct Live {
     send: SendRequest<Bytes>,
     window: Rc<Window>,
-    ended: Rc<Cell<bool>>,
+    writer: Coalesce<Socket>,
     /// Of the TLS configuration that it was made with.
     version: u64,
 }
@@ -103,12 +102,12 @@ impl NodeHere {
         let tries = self.tries.get();
         for _ in 0..3 {
             let live = self.live.borrow().clone();
-            if let Some(Live { send, window, ended, version }) = live {
+            if let Some(Live { send, window, writer, version }) = live {
                 if let Ok(send) = send.ready().await {
                     self.renew(io, version);
-                    return Ok(Sender { send, window, ended });
+                    return Ok(Sender { send, window, writer });
                 }
-                self.lost(&ended); // the node has said goodbye
+                self.lost(&writer); // the node has said goodbye
             }
             let _held = self.connecting.lock().await;
             if self.live.borrow().is_some() {
@@ -125,9 +124,10 @@ impl NodeHere {
         Err(Failure::new(Code::UNAVAILABLE, said))
     }
 
-    fn lost(&self, ended: &Rc<Cell<bool>>) {
+    /// That connection takes no more requests.
+    fn lost(&self, writer: &Coalesce<Socket>) {
         let mut live = self.live.borrow_mut();
-        if live.as_ref().is_some_and(|live| Rc::ptr_eq(&live.ended, ended)) {
+        if live.as_ref().is_some_and(|live| live.writer.is(writer)) {
             live.take();
         }
     }
@@ -171,16 +171,14 @@ impl NodeHere {
         let version = self.target.tls.as_ref().map_or(0, |tls| tls.config.version());
         let window = Rc::new(Window::default());
         let connected = timeout(patience, handshakes(&self.target, unacknowledged, window.clone(), budget)).await;
-        let (send, driver) =
+        let (send, writer, driver) =
             connected.map_err(|_| format!("it did not answer within {} ms", patience.as_millis()))??;
-        let ended = Rc::new(Cell::new(false));
-        self.live.replace(Some(Live { send, window, ended: ended.clone(), version }));
+        self.live.replace(Some(Live { send, window, writer: writer.clone(), version }));
         let node = Rc::downgrade(self);
         self.keep(spawn_local(async move {
             driver.await;
-            ended.set(true);
             if let Some(node) = node.upgrade() {
-                node.lost(&ended);
+                node.lost(&writer);
             }
         }));
         Ok(())
@@ -211,7 +209,7 @@ async fn handshakes(
     unacknowledged: Option<Duration>,
     window: Rc<Window>,
     budget: Arc<Budget>,
-) -> Result<(SendRequest<Bytes>, Driver), String> {
+) -> Result<(SendRequest<Bytes>, Coalesce<Socket>, Driver), String> {
     let plain = open(target, unacknowledged).await?;
     let wire = match &target.tls {
         Some(tls) => {
@@ -236,7 +234,8 @@ async fn handshakes(
     let mut handshake = pin!(handshake);
     let made = poll_fn(|cx| writer.poll_and_send(cx, |cx| handshake.as_mut().poll(cx))).await;
     let (send, connection) = made.map_err(|error| error.to_string())?;
-    Ok((send, Box::pin(drive(writer, connection, window, budget))))
+    let driver = Box::pin(drive(writer.clone(), connection, window, budget));
+    Ok((send, writer, driver))
 }
 
 async fn drive(

@@ -39,7 +39,7 @@ impl Fields<'_> {
                 0 => drop(self.varint(10)?),
                 1 => self.skip(8)?,
                 2 => {
-                    let size = i32::try_from(self.varint(5)?).ok()?;
+                    let size = i32::try_from(self.varint(10)?).ok()?;
                     self.skip(usize::try_from(size).ok()?)?;
                 }
                 3 if groups.len() < DEEPEST => groups.push(number),
