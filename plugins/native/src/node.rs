@@ -247,10 +247,10 @@ async fn drive(
     loop {
         tokio::select! {
             biased;
+            _ = poll_fn(|cx| writer.poll_and_send(cx, |cx| Pin::new(&mut connection).poll(cx))) => return,
             _ = window.wants_to_grow() => {
                 window.grew(budget.has_ample_room() && connection.set_initial_window_size(LARGE).is_ok());
             }
-            _ = poll_fn(|cx| writer.poll_and_send(cx, |cx| Pin::new(&mut connection).poll(cx))) => return,
         }
     }
 }

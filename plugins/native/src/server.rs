@@ -143,9 +143,18 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
     let mut next = Stage::Draining;
     let mut vitals = Vitals::new(io, connection.ping_pong());
     let window = Rc::new(Window::default());
+    let mut tick = pin!(sleep_until(vitals.next));
     loop {
         tokio::select! {
+            // First, so that a call costs none of the rest; each read of the socket gives the others their turn.
             biased;
+            accepted = poll_fn(|cx| writer.poll_and_send(cx, |cx| connection.poll_accept(cx))) => match accepted {
+                Some(Ok((request, respond))) => {
+                    vitals.idle_since = None;
+                    drop(spawn_local(call::run(io.clone(), server.clone(), window.clone(), request, respond)));
+                }
+                _ => return,
+            },
             _ = reached(&mut stage, next) => {
                 if next == Stage::Closed {
                     return;
@@ -157,18 +166,14 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
                 let room = io.common.budget.has_ample_room();
                 window.grew(room && connection.set_initial_window_size(LARGE).is_ok());
             }
-            _ = sleep_until(vitals.next) => match vitals.check(writer, connection.has_streams()) {
-                Verdict::Fine => {}
-                Verdict::Retire => connection.graceful_shutdown(),
-                Verdict::Dead => return,
-            },
-            accepted = poll_fn(|cx| writer.poll_and_send(cx, |cx| connection.poll_accept(cx))) => match accepted {
-                Some(Ok((request, respond))) => {
-                    vitals.idle_since = None;
-                    drop(spawn_local(call::run(io.clone(), server.clone(), window.clone(), request, respond)));
+            _ = &mut tick => {
+                match vitals.check(writer, connection.has_streams()) {
+                    Verdict::Fine => {}
+                    Verdict::Retire => connection.graceful_shutdown(),
+                    Verdict::Dead => return,
                 }
-                _ => return,
-            },
+                tick.as_mut().reset(vitals.next);
+            }
         }
     }
 }
