@@ -3,7 +3,7 @@
 use crate::coalesce::Coalesce;
 use crate::io::Io;
 use crate::server::{CONNECTION_WINDOW, DECODED_HEADERS, FRAME_BYTES, SMALL_FRAMES};
-use crate::socket::{Moving, Plain, Socket, Wire};
+use crate::socket::{Plain, Socket, Wire, connect_tcp, connect_unix};
 use crate::tls::Newest;
 use crate::window::{LARGE, SMALL, Window};
 use bytes::Bytes;
@@ -19,7 +19,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
-use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Mutex;
 use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::timeout;
@@ -196,11 +195,10 @@ type Driver = Pin<Box<dyn Future<Output = ()>>>;
 async fn open(target: &Target, unacknowledged: Option<Duration>) -> Result<Plain, String> {
     let said = |error: std::io::Error| error.to_string();
     let moving = match target.address.strip_prefix("unix:") {
-        Some(path) => Moving::Unix(UnixStream::connect(path).await.and_then(UnixStream::into_std).map_err(said)?),
-        None => {
-            Moving::Tcp(TcpStream::connect(target.address.as_str()).await.and_then(TcpStream::into_std).map_err(said)?)
-        }
+        Some(path) => connect_unix(path).await,
+        None => connect_tcp(&target.address).await,
     };
+    let moving = moving.map_err(said)?;
     Plain::of(moving, unacknowledged).map_err(said)
 }
 

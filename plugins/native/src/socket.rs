@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 use tokio_rustls::TlsStream;
 
 /// The first bytes of a TLS handshake, of a TLS alert, and of HTTP/2.
@@ -27,8 +27,8 @@ pub enum Listener {
 
 /// A listening or connected socket on its way to an I/O thread.
 pub enum Moving<T, U> {
-    Tcp(T),
-    Unix(U),
+    Tcp(Ours, T),
+    Unix(Ours, U),
 }
 
 pub type MovingListener = Moving<std::net::TcpListener, std::os::unix::net::UnixListener>;
@@ -37,21 +37,44 @@ pub type MovingStream = Moving<std::net::TcpStream, std::os::unix::net::UnixStre
 impl Listener {
     pub fn of(moving: MovingListener) -> io::Result<Listener> {
         Ok(match moving {
-            Moving::Tcp(listener) => {
-                Listener::Tcp { _ours: Ours::new(&listener), listener: TcpListener::from_std(listener)? }
-            }
-            Moving::Unix(listener) => {
-                Listener::Unix { _ours: Ours::new(&listener), listener: UnixListener::from_std(listener)? }
-            }
+            Moving::Tcp(ours, listener) => Listener::Tcp { _ours: ours, listener: TcpListener::from_std(listener)? },
+            Moving::Unix(ours, listener) => Listener::Unix { _ours: ours, listener: UnixListener::from_std(listener)? },
         })
     }
 
     pub async fn accept(&self) -> io::Result<MovingStream> {
         Ok(match self {
-            Listener::Tcp { listener, .. } => Moving::Tcp(listener.accept().await?.0.into_std()?),
-            Listener::Unix { listener, .. } => Moving::Unix(listener.accept().await?.0.into_std()?),
+            Listener::Tcp { listener, .. } => {
+                let (stream, _) = listener.accept().await?;
+                Moving::Tcp(Ours::new(&stream), stream.into_std()?)
+            }
+            Listener::Unix { listener, .. } => {
+                let (stream, _) = listener.accept().await?;
+                Moving::Unix(Ours::new(&stream), stream.into_std()?)
+            }
         })
     }
+}
+
+/// Connects to one of the addresses that `address`, a host and a port, stands for.
+pub async fn connect_tcp(address: &str) -> io::Result<MovingStream> {
+    let mut last = io::Error::other("the name has no address");
+    for address in tokio::net::lookup_host(address).await? {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // Where this fails, the socket is closed before `ours` is dropped. A socket that another thread opens with the
+        // same number in between is not noted, and a child that is forked while that lives keeps it.
+        let ours = Ours::new(&socket);
+        match socket.connect(address).await {
+            Ok(stream) => return Ok(Moving::Tcp(ours, stream.into_std()?)),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+pub async fn connect_unix(path: &str) -> io::Result<MovingStream> {
+    let stream = UnixStream::connect(path).await?;
+    Ok(Moving::Unix(Ours::new(&stream), stream.into_std()?))
 }
 
 /// A connected socket.
@@ -71,15 +94,15 @@ impl Plain {
     /// `unacknowledged` is how long what was sent may go without TCP's acknowledgement.
     pub fn of(moving: MovingStream, unacknowledged: Option<Duration>) -> io::Result<Plain> {
         let raw = match moving {
-            Moving::Tcp(stream) => {
+            Moving::Tcp(ours, stream) => {
                 stream.set_nodelay(true)?; // else an answer's trailers wait for the acknowledgement of its data
                 let socket = SockRef::from(&stream);
                 socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(TCP_KEEPALIVE))?;
                 #[cfg(target_os = "linux")]
                 socket.set_tcp_user_timeout(unacknowledged)?;
-                Raw::Tcp { _ours: Ours::new(&stream), stream: TcpStream::from_std(stream)? }
+                Raw::Tcp { _ours: ours, stream: TcpStream::from_std(stream)? }
             }
-            Moving::Unix(stream) => Raw::Unix { _ours: Ours::new(&stream), stream: UnixStream::from_std(stream)? },
+            Moving::Unix(ours, stream) => Raw::Unix { _ours: ours, stream: UnixStream::from_std(stream)? },
         };
         Ok(Plain { raw, expects_server: false })
     }

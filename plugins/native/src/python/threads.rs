@@ -3,6 +3,7 @@
 use super::convert::value_error;
 use super::exchange::replace;
 use crate::events::Helpers;
+use crate::fork::Ours;
 use crate::io::{self, Command, Common, Timed, here_or_first};
 use crate::server::Service;
 use crate::settings::Settings;
@@ -12,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rustls::{ClientConfig, ServerConfig};
 use std::collections::{HashMap, HashSet};
-use std::os::fd::{FromRawFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -62,9 +63,10 @@ fn methods_of(service: &Bound<'_, PyAny>) -> PyResult<Methods> {
 }
 
 fn listener_of((fd, is_unix): (RawFd, bool)) -> MovingListener {
-    // SAFETY: Python has detached the descriptor from its own object, so that it is ours alone; and it is a listening
-    // socket of that kind.
-    unsafe { if is_unix { Moving::Unix(FromRawFd::from_raw_fd(fd)) } else { Moving::Tcp(FromRawFd::from_raw_fd(fd)) } }
+    // SAFETY: Python has detached the descriptor from its own object, so that it is open, and ours alone.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let ours = Ours::new(&socket);
+    if is_unix { Moving::Unix(ours, socket.into()) } else { Moving::Tcp(ours, socket.into()) }
 }
 
 #[pymethods]
