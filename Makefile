@@ -7,6 +7,9 @@ NATIVE := plugins/native/pyproject.toml $(shell find plugins/native -name target
 CARGO := $(if $(shell command -v cargo),cd plugins/native && cargo,@echo not without cargo: cargo)
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
 
+# For what pyo3 builds without maturin.
+export PYO3_PYTHON := $(abspath $(BIN)/python)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
 
@@ -53,7 +56,7 @@ check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(CARGO) fmt --all --check
-	PYO3_PYTHON=$(abspath $(BIN)/python) $(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --quiet --workspace --all-targets -- -D warnings
 
 bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs
