@@ -253,6 +253,7 @@ class NativeServer(seam.Server):
 class NativeConnection(_native.Node, seam.Connection):
     """A connection of each I/O thread to one node."""
 
+    _threads: _native.Threads
     _followed: Followed | None
 
     def __new__(
@@ -263,6 +264,7 @@ class NativeConnection(_native.Node, seam.Connection):
         tls: tuple[_native.ClientTls, str] | None = None,
     ) -> Self:
         self = super().__new__(cls, threads, address, message_bytes, tls)
+        self._threads = threads  # or they would end with the transport
         self._followed = None
         return self
 
