@@ -6,11 +6,13 @@ use crate::events::Event;
 use crate::io::Io;
 use crate::listen::ServerHere;
 use crate::python::Exchange;
+use crate::server::Service;
 use crate::stream::Stream;
 use crate::window::Window;
 use dl_inference_grpc::{ACCEPTED, Code, Failure, Frame, check_headers, check_size, status_headers, timeout_of};
 use h2::server::SendResponse;
 use h2::{Reason, RecvStream};
+use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -87,39 +89,26 @@ pub async fn run(
         return refuse(respond, if head.method == Method::POST { 415 } else { 405 });
     }
     let service = &server.service;
-    let path = head.uri.path();
-    let Some((_, streams)) = service.methods.get(path) else {
-        return fail(respond, Failure::new(Code::UNIMPLEMENTED, format!("there is no method {path}")));
-    };
-    let checked = check_headers(&head.headers, io.common.settings.header_bytes());
-    let timeout = match checked.and_then(|()| timeout_of(&head.headers)) {
-        Ok(Some(Duration::ZERO)) => return fail(respond, Failure::deadline()),
-        Ok(timeout) => timeout,
+    let (streams, deadline) = match admit(&io, service, &head) {
+        Ok(admitted) => admitted,
         Err(failure) => return fail(respond, failure),
     };
-    let deadline = timeout.map(|given| Instant::now() + given);
-    let (limit, malformed) = (service.message_bytes, Code::INVALID_ARGUMENT);
-    let mut messages = Messages::new(body, &head.headers, limit, malformed, io.charge(), window);
+    let limit = service.message_bytes;
+    let mut messages = Messages::new(body, &head.headers, limit, Code::INVALID_ARGUMENT, io.charge(), window);
     let mut frame = Frame::none(io.charge());
     if !streams {
-        let read = tokio::select! {
-            read = messages.at_most_one() => read,
-            _ = passes(deadline) => Ok(Err(Failure::deadline())),
-            _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
-        };
-        frame = match read {
-            Ok(Ok(Some(frame))) => frame,
-            Ok(Ok(None)) => return fail(respond, Failure::new(malformed, "expected one message; got none")),
-            Ok(Err(failure)) => return fail(respond, failure),
-            Err(error) => return fail(respond, failure_of(&error, "client")),
+        frame = match read_request(&mut messages, deadline, &mut respond).await {
+            Some(Ok(frame)) => frame,
+            Some(Err(failure)) => return fail(respond, failure),
+            None => return,
         };
     }
     let shared = Arc::new(Shared {
         id: io.next_id(),
-        path: path.to_owned(),
+        path: head.uri.path().to_owned(),
         headers: head.headers,
         frame,
-        streams: *streams,
+        streams,
         unsent: AtomicUsize::new(0),
         left: AtomicBool::new(false),
     });
@@ -145,6 +134,38 @@ pub async fn run(
         _ = call.carry(&io, &mut messages) => {}
     }
     io.calls.borrow_mut().remove(&call.shared.id);
+}
+
+/// Whether a call streams, and its deadline; a failure where it is refused by its headers.
+fn admit(io: &Io, service: &Service, head: &Parts) -> Result<(bool, Option<Instant>), Failure> {
+    let path = head.uri.path();
+    let Some((_, streams)) = service.methods.get(path) else {
+        return Err(Failure::new(Code::UNIMPLEMENTED, format!("there is no method {path}")));
+    };
+    check_headers(&head.headers, io.common.settings.header_bytes())?;
+    match timeout_of(&head.headers)? {
+        Some(Duration::ZERO) => Err(Failure::deadline()),
+        timeout => Ok((*streams, timeout.map(|given| Instant::now() + given))),
+    }
+}
+
+/// The message of a unary call; None where the client has left.
+async fn read_request(
+    messages: &mut Messages,
+    deadline: Option<Instant>,
+    respond: &mut SendResponse<Frame>,
+) -> Option<Result<Frame, Failure>> {
+    let read = tokio::select! {
+        read = messages.at_most_one() => read,
+        _ = passes(deadline) => return Some(Err(Failure::deadline())),
+        _ = poll_fn(|cx| respond.poll_reset(cx)) => return None,
+    };
+    Some(match read {
+        Ok(Ok(Some(frame))) => Ok(frame),
+        Ok(Ok(None)) => Err(Failure::new(Code::INVALID_ARGUMENT, "expected one message; got none")),
+        Ok(Err(failure)) => Err(failure),
+        Err(error) => Err(failure_of(&error, "client")),
+    })
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {
