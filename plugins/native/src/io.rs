@@ -170,16 +170,7 @@ impl Io {
         match command {
             Command::Serve { id, service, listeners } => listen::serve(self, id, &service, listeners),
             Command::Accepted { id, service, stream } => listen::accepted(self, id, &service, stream),
-            Command::Drain { id, grace, done } => {
-                let server = self.servers.borrow_mut().remove(&id);
-                let io = self.clone();
-                spawn_local(async move {
-                    if let Some(server) = server {
-                        server.drain(&io, grace).await;
-                    }
-                    io.tell(Event::Callback(done));
-                });
-            }
+            Command::Drain { id, grace, done } => self.drain(id, grace, done),
             Command::End(id, end) => self.end(id, end),
             Command::EndAll(ends) => ends.into_iter().for_each(|(id, end)| self.end(id, end)),
             Command::OnCancel(exchange, callback) => match self.call(exchange.id) {
@@ -187,14 +178,8 @@ impl Io {
                 None if exchange.has_left() => self.tell(Event::Callback(callback)),
                 None => self.tell(Event::Forget(callback)),
             },
-            Command::OnMessage(id, callback) => match self.call(id) {
-                Some(call) => call.on_message(self, callback),
-                None => self.tell(Event::Forget(callback)),
-            },
-            Command::OnWritable(id, callback) => match self.call(id) {
-                Some(call) => call.on_writable(self, callback),
-                None => self.tell(Event::Forget(callback)),
-            },
+            Command::OnMessage(id, callback) => self.register(id, callback, Call::on_message),
+            Command::OnWritable(id, callback) => self.register(id, callback, Call::on_writable),
             Command::Send(id, frame) => {
                 if let Some(call) = self.call(id) {
                     call.send(frame);
@@ -222,6 +207,24 @@ impl Io {
                 });
             }
             Command::Stop => {}
+        }
+    }
+
+    fn drain(self: &Rc<Self>, id: u64, grace: Duration, done: Py<PyAny>) {
+        let server = self.servers.borrow_mut().remove(&id);
+        let io = self.clone();
+        spawn_local(async move {
+            if let Some(server) = server {
+                server.drain(&io, grace).await;
+            }
+            io.tell(Event::Callback(done));
+        });
+    }
+
+    fn register(&self, id: u64, callback: Py<PyAny>, register: impl FnOnce(&Call, &Io, Py<PyAny>)) {
+        match self.call(id) {
+            Some(call) => register(&call, self, callback),
+            None => self.tell(Event::Forget(callback)),
         }
     }
 
