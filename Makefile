@@ -4,8 +4,12 @@ BIN := .venv/bin
 SELDON := .venv-seldon
 EDITABLE := -e '.[uvloop,dev,peers]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e examples/digits
 LOAD_GENERATOR := --manifest-path bench/load_generator/Cargo.toml --target-dir bench/out/load_generator
+NATIVE := plugins/native/pyproject.toml $(shell find plugins/native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 RUST := $(shell command -v cargo)
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproject.toml)
+
+# For what pyo3 builds without maturin.
+export PYO3_PYTHON := $(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup load-generator demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
@@ -13,12 +17,20 @@ PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproj
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: .venv/ready load-generator ## the environment: core, plugins, the example, development tools
+setup: .venv/native load-generator ## the environment: core, plugins, the example, development tools
 
 .venv/ready: constraints.txt $(PROJECTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --constraint constraints.txt torch $(EDITABLE)
+	touch $@
+
+# The native transport and codecs, where there is Rust; without it everything goes on with grpcio and Python.
+.venv/native: .venv/ready $(NATIVE)
+	@if command -v cargo > /dev/null; then \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt maturin && \
+	  $(BIN)/python -m pip install --no-build-isolation --no-deps -e plugins/native; \
+	else echo "cargo is not installed: going on with the transport grpcio, without the native one"; fi
 	touch $@
 
 # Nothing but benchmarks and their tests needs it. Cargo knows what is up to date.
@@ -37,8 +49,9 @@ demo: .venv/ready ## train, serve and call a model; kill a node under load; TRAN
 demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-test: .venv/ready $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
+test: .venv/native $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
 	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(if $(RUST),cd plugins/native && cargo test --quiet --locked --package dl-inference-grpc --package dl-inference-wire)
 	$(if $(RUST),cargo test --quiet --release --locked $(LOAD_GENERATOR))
 
 test-packages: .venv/ready ## the distributions: wheels that are built
@@ -48,6 +61,8 @@ check: .venv/ready ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(if $(RUST),cd plugins/native && cargo fmt --all --check)
+	$(if $(RUST),cd plugins/native && cargo clippy --quiet --locked --workspace --all-targets -- -D warnings)
 	$(if $(RUST),cargo fmt --check --manifest-path bench/load_generator/Cargo.toml)
 	$(if $(RUST),cargo clippy --quiet --locked --all-targets $(LOAD_GENERATOR) -- -D warnings)
 

@@ -15,6 +15,7 @@ from dl_inference_core import admin, asgi, sockets
 from dl_inference_core import config as configs
 from dl_inference_core.children import OwnSockets
 from dl_inference_core.config import ClientTls, Config, NodeConfig, RouteConfig, resolved
+from dl_inference_core.coroutines import UnaryHandler
 from dl_inference_core.cpus import affinity_cores, cores
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import ConfigError
@@ -398,16 +399,18 @@ class App:
 
     def _dispatcher(self, routes: Routes) -> Dispatcher:
         introspection = Introspection(routes, self._readiness)
-        unary = {**introspection.unary()}
+        waiting: dict[str, UnaryHandler] = {}
         if self.gateway is not None and self.gateway.registry is not None:
-            unary |= self.gateway.registry.methods()
+            waiting |= self.gateway.registry.methods()
+        if self._named is not None:
+            waiting[_RELOAD] = self._named.reload
         return Dispatcher(
             routes,
             self.metrics,
             most_in_flight=self._config.in_flight,
             openinference_as_requested=self._config.models.openinference_outputs == "as_requested",
-            unary=unary,
-            waiting={_RELOAD: self._named.reload} if self._named is not None else {},
+            unary=introspection.unary(),
+            waiting=waiting,
             streaming=introspection.streaming(),
         )
 

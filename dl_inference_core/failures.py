@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from dl_inference_core import children
 from dl_inference_core.errors import HandlerFailed, InferenceError, causes, text_of
-from dl_inference_core.transport import Exchange
+from dl_inference_core.transport import Exchange, with_added
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def request_id_of(exchange: Exchange) -> str:
     if isinstance(given, str) and given:
         return given
     request_id = uuid.uuid4().hex
-    exchange.metadata += (("x-request-id", request_id),)
+    exchange.metadata = with_added(exchange.metadata, (("x-request-id", request_id),))
     return request_id
 
 

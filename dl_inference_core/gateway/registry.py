@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dl_inference_core.config import NodeConfig, RegistryConfig, RouteConfig, read_token
+from dl_inference_core.coroutines import UnaryHandler
 from dl_inference_core.errors import BadRequest, InferenceError, Overloaded, Unauthenticated
 from dl_inference_core.gateway.discovery import Complain
 from dl_inference_core.gateway.sharing import Share
-from dl_inference_core.transport import Begin, Exchange
+from dl_inference_core.transport import Exchange
 from dl_inference_core.wire import messages
 
 _TOPIC = "registrations"
@@ -113,8 +114,8 @@ class Registry:
         """A route as it makes them, without nodes."""
         return RouteConfig.model_construct(name="[gateway.registry.route]", nodes=(), **self._settings)
 
-    def methods(self) -> Mapping[str, Begin]:
-        """What begins an exchange of each method, by path; raises InferenceError."""
+    def methods(self) -> Mapping[str, UnaryHandler]:
+        """What answers an exchange of each method, by path, on the event loop; raises InferenceError."""
         return {
             f"{messages.REGISTRY}/Register": self._register,
             f"{messages.REGISTRY}/Deregister": self._deregister,
@@ -172,7 +173,7 @@ class Registry:
             model.route = RouteConfig(name=name, task_id=task, nodes=nodes, **self._settings)
         return model.route
 
-    def _register(self, exchange: Exchange) -> None:
+    async def _register(self, exchange: Exchange) -> bytes:
         self._authenticate(exchange)
         request = messages.parse(messages.RegisterRequest, exchange.message)
         registration = _registration(request, bytes(exchange.message))
@@ -182,9 +183,9 @@ class Registry:
         lease_ms = max(_SHORTEST_LEASE_MS, min(request.lease_ms or longest, longest))
         self._hold(registration, lease_ms)
         self._publish(registration, lease_ms)
-        exchange.reply(_body(messages.RegisterResponse(lease_ms=lease_ms)))
+        return _body(messages.RegisterResponse(lease_ms=lease_ms))
 
-    def _deregister(self, exchange: Exchange) -> None:
+    async def _deregister(self, exchange: Exchange) -> bytes:
         self._authenticate(exchange)
         request = messages.parse(messages.DeregisterRequest, exchange.message)
         address = _address(request)
@@ -192,7 +193,7 @@ class Registry:
         if lease is not None:
             self._publish(lease.registration, 0)
             self._end(address, request.instance)
-        exchange.reply(_body(messages.DeregisterResponse()))
+        return _body(messages.DeregisterResponse())
 
     def _authenticate(self, exchange: Exchange) -> None:
         shown = exchange.find_metadata("authorization") or ""

@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -377,10 +377,12 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_a_stream_may_end_while_the_client_still_writes(self, transport: Transport) -> None:
-        async with fronted(transport, lambda exchange: exchange.fail(BadRequest("enough")), streaming=True) as rig:
+        def begin(exchange: Exchange) -> None:
+            exchange.on_message(lambda _: exchange.fail(BadRequest("enough")))
+
+        async with fronted(transport, begin, streaming=True) as rig:
             call = rig.front.stream_stream(ECHO)(timeout=10)
-            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await call.write(b"one")
+            await call.write(b"one")
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await call.read()
             assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -47,7 +47,6 @@ PLAIN: dict[str, tuple[Protocol, bytes, RoutingKey]] = {
     "openinference version": (_OPENINFERENCE, _INFER_VERSION + _PADDING, RoutingKey("m", "3")),
     "seldon name": (_SELDON, _seldon(string_value="m"), RoutingKey("m")),
     "seldon number": (_SELDON, _seldon(number_value=69), RoutingKey(69)),
-    "seldon none": (_SELDON, _seldon(), RoutingKey(None)),
 }
 """Messages of whose kind nearly all are, and their keys."""
 
@@ -65,6 +64,7 @@ UNUSUAL: dict[str, tuple[Protocol, bytes]] = {
     "status without a name": (VERSIONS, _predict(signature_name="s")),
     "openinference empty": (_OPENINFERENCE, messages.ModelInferRequest(id="i").SerializeToString()),
     "openinference twice": (_OPENINFERENCE, _INFER + _INFER_VERSION),
+    "seldon no task": (_SELDON, _seldon()),
     "seldon empty name": (_SELDON, _seldon(string_value="")),
     "seldon half": (_SELDON, _seldon(number_value=0.5)),
     "seldon huge": (_SELDON, _seldon(number_value=2.0**60)),

@@ -308,7 +308,8 @@ def _encode_data(payload: Payload, form: Form) -> bytes:
         message = messages.Value()
         _from_json(values, message)
         return field(_NDARRAY, message.list_value.SerializeToString())
-    array = values.astype(np.float64, copy=False)
+    with np.errstate(invalid="ignore"):  # a signalling NaN of float32 becomes a quiet one
+        array = values.astype(np.float64, copy=False)
     if form is Form.NDARRAY:
         return field(_NDARRAY, write_numbers(array))
     shape = b"".join(varint(size) for size in array.shape)

@@ -355,8 +355,7 @@ class Worker:
         name = type(request).__name__.removesuffix("Request")
         metadata = (("authorization", f"Bearer {TOKEN}"),)
         exchange = MemoryExchange(name, request.SerializeToString(), metadata)
-        self.registry.methods()[f"{messages.REGISTRY}/{name}"](exchange)
-        await exchange.outcome()
+        await self.registry.methods()[f"{messages.REGISTRY}/{name}"](exchange)
 
     @property
     def known(self) -> dict[str, list[str]]:

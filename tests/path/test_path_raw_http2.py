@@ -316,7 +316,7 @@ CASES = {
         headers={"x-bin": ",".join(1000 * ["AA"])}, status=TOO_LARGE, said="(1000 vs. 900 values)", elsewhere=INTERNAL
     ),
     "100 KB of headers": Case(
-        headers={f"x-{number}": "a" * 100 for number in range(1000)}, status="RESET", elsewhere=SOME_TIMES
+        headers={f"x-{number}": "a" * 100 for number in range(1000)}, status="HTTP 431", elsewhere=SOME_TIMES
     ),
     "JSON": Case(headers={"content-type": "application/json"}, status="HTTP 415", elsewhere=ANSWERS),
     "no content type": Case(headers={"content-type": None}, status="HTTP 415", elsewhere=ANSWERS),

@@ -1,0 +1,164 @@
+//! A writer for HTTP/2 connections: small writes wait until the connection's task has nothing more to do, large ones go
+//! through.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, ready};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// Writes of fewer bytes than this are copied and held.
+const SMALL: usize = 16 << 10;
+/// No more than this is held.
+const HELD: usize = 64 << 10;
+/// A buffer of more than this is given back when it is empty: a connection that is idle keeps little.
+const KEPT: usize = 4 << 10;
+
+struct Inner<T> {
+    stream: T,
+    held: Vec<u8>,
+    heard: bool,
+    closed: bool,
+    /// Whether the stream may hold bytes of its own, as TLS does, and so is to be flushed.
+    unflushed: bool,
+}
+
+/// h2 asks for a flush after each frame that it does not copy. `Coalesce` ignores that, and whoever polls the connection
+/// calls `send` once the poll is pending. One system call then carries the frames of many streams.
+pub struct Coalesce<T>(Rc<RefCell<Inner<T>>>);
+
+impl<T> Clone for Coalesce<T> {
+    fn clone(&self) -> Self {
+        Coalesce(self.0.clone())
+    }
+}
+
+impl<T: AsyncWrite + Unpin> Coalesce<T> {
+    pub fn new(stream: T) -> Self {
+        Coalesce(Rc::new(RefCell::new(Inner {
+            stream,
+            held: Vec::new(),
+            heard: true,
+            closed: false,
+            unflushed: false,
+        })))
+    }
+
+    /// Writes what is held.
+    pub fn send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.borrow_mut().send(cx)
+    }
+
+    /// Whether the other side has closed the connection, or reading failed.
+    pub fn is_closed(&self) -> bool {
+        self.0.borrow().closed
+    }
+
+    pub fn is(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether anything was received since the last call of this.
+    pub fn was_heard(&self) -> bool {
+        std::mem::take(&mut self.0.borrow_mut().heard)
+    }
+
+    /// Polls a connection; where it has nothing more to do, sends what it wrote.
+    pub fn poll_and_send<R>(&self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<R>) -> Poll<R> {
+        let polled = poll(cx);
+        if polled.is_pending() {
+            let _ = self.send(cx); // an error comes back with the next read
+        }
+        polled
+    }
+}
+
+impl<T: AsyncWrite + Unpin> Inner<T> {
+    fn send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while !self.held.is_empty() {
+            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.held))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = true;
+            self.held.drain(..written);
+        }
+        if self.held.capacity() > KEPT {
+            self.held = Vec::new();
+        }
+        if self.unflushed {
+            ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+            self.unflushed = false;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn write(&mut self, cx: &mut Context<'_>, slices: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        let size = slices.iter().map(|slice| slice.len()).sum::<usize>();
+        if size < SMALL {
+            if self.held.len() + size > HELD {
+                ready!(self.send(cx))?;
+            }
+            for slice in slices {
+                self.held.extend_from_slice(slice);
+            }
+            return Poll::Ready(Ok(size));
+        }
+        loop {
+            // What is held and what comes now, in one call.
+            let mut all = Vec::with_capacity(slices.len() + 1);
+            all.push(IoSlice::new(&self.held));
+            all.extend(slices.iter().map(|slice| IoSlice::new(slice)));
+            let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &all))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.unflushed = true;
+            let held = written.min(self.held.len());
+            self.held.drain(..held);
+            if written > held {
+                return Poll::Ready(Ok(written - held));
+            }
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Coalesce<T> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let mut inner = self.0.borrow_mut();
+        let before = buf.filled().len();
+        let read = ready!(Pin::new(&mut inner.stream).poll_read(cx, buf));
+        inner.heard = true;
+        inner.closed = read.is_err() || buf.filled().len() == before;
+        Poll::Ready(read)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Coalesce<T> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.0.borrow_mut().write(cx, &[IoSlice::new(buf)])
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.0.borrow_mut().write(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut inner = self.0.borrow_mut();
+        ready!(inner.send(cx))?;
+        Pin::new(&mut inner.stream).poll_shutdown(cx)
+    }
+}

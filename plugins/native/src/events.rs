@@ -1,0 +1,235 @@
+//! What Python is told: all that a turn of an I/O thread brought, under one hold of the interpreter.
+
+use crate::attempt::Extras;
+use crate::call::Call;
+use crate::io::{Io, Timed};
+use crate::python::{Exchange, convert};
+use bytes::Bytes;
+use dl_inference_grpc::{Code, Failure, Frame};
+use http::HeaderMap;
+use pyo3::prelude::*;
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::{Arc, PoisonError};
+use tokio::sync::{Notify, oneshot};
+use tokio::time::Instant;
+
+/// What Python is to be told.
+pub enum Event {
+    Begin(Rc<Call>),
+    Ended {
+        call: Rc<Call>,
+        code: Code,
+        callbacks: Vec<Py<PyAny>>,
+    },
+    /// An attempt has ended: `done(error, trailers, seconds)`.
+    Done {
+        done: Py<PyAny>,
+        error: Option<Raised>,
+        trailers: HeaderMap,
+        seconds: f64,
+    },
+    /// A call that belongs to no exchange has ended: `done(error, message, trailers)`.
+    Called {
+        done: Py<PyAny>,
+        outcome: Result<(Frame, HeaderMap), Failure>,
+    },
+    Callback(Py<PyAny>),
+    /// `callback(message)`; None is the end of a stream.
+    Message {
+        callback: Py<PyAny>,
+        message: Option<Frame>,
+    },
+    Timer(Timed),
+    /// Have a function change a message; an error of its own comes back.
+    Change {
+        extras: Arc<Extras>,
+        which: Which,
+        message: Bytes,
+        changed: oneshot::Sender<Result<Frame, Raised>>,
+    },
+    Offer {
+        extras: Arc<Extras>,
+        request: Bytes,
+        answer: Bytes,
+    },
+    /// Objects of Python that are not needed any more: they are freed where the interpreter is held.
+    Forget(#[allow(dead_code)] Py<PyAny>),
+}
+
+/// Which message a function of `Extras` changes.
+#[derive(Clone, Copy)]
+pub enum Which {
+    Request,
+    Answer,
+}
+
+/// Why an attempt failed.
+pub enum Raised {
+    Failure(Failure),
+    ByPython(PyErr),
+}
+
+impl From<Failure> for Raised {
+    fn from(failure: Failure) -> Raised {
+        Raised::Failure(failure)
+    }
+}
+
+impl From<PyErr> for Raised {
+    fn from(error: PyErr) -> Raised {
+        Raised::ByPython(error)
+    }
+}
+
+/// Functions of the package's own that speak of errors and times.
+#[derive(FromPyObject)]
+pub struct Helpers {
+    /// `(code, message, trailers) -> InferenceError`
+    pub error_of: Py<PyAny>,
+    /// `(error) -> (code, message, trailers)`
+    pub status_of: Py<PyAny>,
+    /// `(exception) -> InferenceError`: of one that a function of `Extras` raised.
+    pub raised: Py<PyAny>,
+    /// `(code) -> errors.Code`
+    pub code_of: Py<PyAny>,
+    /// `(error or None)`: ends this process, which was forked from one that serves.
+    pub end_child: Py<PyAny>,
+    /// `(model, version, label) -> RoutingKey`
+    pub key_of: Py<PyAny>,
+    /// `time.monotonic`
+    pub now: Py<PyAny>,
+}
+
+/// The events that wait for the end of the turn.
+#[derive(Default)]
+pub struct Events {
+    waiting: RefCell<Vec<Event>>,
+    some: Notify,
+}
+
+impl Events {
+    /// Has Python told, once this turn's work is done.
+    pub fn tell(&self, event: Event) {
+        self.waiting.borrow_mut().push(event);
+        self.some.notify_one();
+    }
+}
+
+/// Tells Python of events for as long as the thread lives.
+pub async fn turns(io: Rc<Io>) {
+    loop {
+        io.events.some.notified().await;
+        tokio::task::yield_now().await; // the other tasks that are ready come first
+        let events = io.events.waiting.take();
+        // None where the interpreter is shutting down: there is nobody to tell.
+        Python::try_attach(|py| turn(&io, py, events));
+    }
+}
+
+fn turn(io: &Io, py: Python<'_>, events: Vec<Event>) {
+    let (mut begun, mut late) = (vec![], vec![]);
+    for event in events {
+        match event {
+            Event::Begin(call) => begun.push(call),
+            Event::Ended { ref call, .. } if !call.has_begun() => late.push(event),
+            event => told(io, py, tell(io, py, event)),
+        }
+    }
+    begin(io, py, begun);
+    for event in late {
+        told(io, py, tell(io, py, event));
+    }
+}
+
+/// Follows each call into Python. What was raised has nobody to go to. Where Python has forked, this thread is a child's
+/// only one: the child ends here, and never comes back to the runtime, which is its parent's.
+fn told(io: &Io, py: Python<'_>, outcome: PyResult<()>) {
+    if !io.outbox.is_of_this_process() {
+        let error = outcome.err().map(|error| error.into_value(py));
+        let _ = io.common.helpers.end_child.call1(py, (error,));
+        std::process::abort(); // `end_child` does not return
+    }
+    if let Err(error) = outcome {
+        error.write_unraisable(py, None);
+    }
+}
+
+/// Calls `begin_all` once for each service.
+fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
+    let mut clock = Clock::default();
+    while let Some(first) = calls.first() {
+        let service = first.server.service.clone();
+        let (these, others): (Vec<_>, Vec<_>) =
+            calls.into_iter().partition(|call| Arc::ptr_eq(&call.server.service, &service));
+        let make = |call: &Rc<Call>| {
+            let deadline = call.deadline.map(|deadline| clock.read(io, py, deadline)).transpose()?;
+            let exchange = Py::new(py, Exchange::new(py, call, io, deadline)?)?;
+            call.begin(exchange.clone_ref(py));
+            Ok(exchange)
+        };
+        let exchanges: PyResult<Vec<_>> = these.iter().map(make).collect();
+        told(io, py, exchanges.and_then(|exchanges| service.begin_all.call1(py, (exchanges,)).map(drop)));
+        calls = others;
+    }
+}
+
+/// Times of Rust's monotonic clock on the clock of `time.monotonic`, whose zero Rust hides. Reads each clock once.
+#[derive(Default)]
+struct Clock(Option<(Instant, f64)>);
+
+impl Clock {
+    fn read(&mut self, io: &Io, py: Python<'_>, time: Instant) -> PyResult<f64> {
+        let (instant, now) = match self.0 {
+            Some(both) => both,
+            None => {
+                let now = io.common.helpers.now.call0(py)?.extract::<f64>(py)?;
+                *self.0.insert((Instant::now(), now))
+            }
+        };
+        Ok(now + time.saturating_duration_since(instant).as_secs_f64())
+    }
+}
+
+fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
+    let helpers = &io.common.helpers;
+    match event {
+        Event::Begin(_) | Event::Forget(_) => Ok(()),
+        Event::Ended { call, code, callbacks } => {
+            for callback in callbacks {
+                told(io, py, callback.call0(py).map(drop));
+            }
+            let code = helpers.code_of.call1(py, (code.0,))?;
+            call.server.service.ended.call1(py, (call.take_exchange(), code)).map(drop)
+        }
+        Event::Done { done, error, trailers, seconds } => {
+            let error = match error {
+                None => py.None(),
+                Some(Raised::Failure(failure)) => convert::error(py, helpers, &failure)?,
+                Some(Raised::ByPython(error)) => helpers.raised.call1(py, (error.into_value(py),))?,
+            };
+            done.call1(py, (error, convert::metadata(py, &trailers, true)?, seconds)).map(drop)
+        }
+        Event::Called { done, outcome } => match outcome {
+            Ok((frame, trailers)) => {
+                let trailers = convert::metadata(py, &trailers, true)?;
+                done.call1(py, (py.None(), convert::message(py, frame.message())?, trailers)).map(drop)
+            }
+            Err(failure) => done.call1(py, (convert::error(py, helpers, &failure)?, py.None(), ())).map(drop),
+        },
+        Event::Callback(callback) => callback.call0(py).map(drop),
+        Event::Message { callback, message } => {
+            let message = message.map(|frame| convert::message(py, frame.message())).transpose()?;
+            callback.call1(py, (message,)).map(drop)
+        }
+        Event::Timer(timed) => {
+            let function = timed.lock().unwrap_or_else(PoisonError::into_inner).take();
+            function.map_or(Ok(()), |function| function.call0(py).map(drop))
+        }
+        Event::Change { extras, which, message, changed } => {
+            let _ = changed.send(extras.change(py, which, message, io.charge())); // else the attempt was cancelled
+            Ok(())
+        }
+        Event::Offer { extras, request, answer } => extras.offer(py, request, answer),
+    }
+}

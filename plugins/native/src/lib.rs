@@ -1,0 +1,31 @@
+//! A native transport: HTTP/2 and gRPC in Rust, what to answer in Python; and codecs. The README draws how the modules go
+//! together.
+
+mod attempt;
+mod body;
+mod call;
+mod coalesce;
+mod codecs;
+mod events;
+mod fork;
+mod io;
+mod listen;
+mod node;
+mod python;
+mod server;
+mod settings;
+mod socket;
+mod stream;
+mod tls;
+mod window;
+
+#[pyo3::pymodule]
+mod _native {
+    #[pymodule_export]
+    use crate::python::{Attempt, ClientTls, Exchange, Node, ServerTls, Threads, Timer, stop_all};
+
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        crate::codecs::register(module)
+    }
+}

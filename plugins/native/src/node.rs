@@ -1,0 +1,254 @@
+//! The connection of an I/O thread to a node, made anew when it is needed.
+
+use crate::coalesce::Coalesce;
+use crate::io::Io;
+use crate::server::{CONNECTION_WINDOW, DECODED_HEADERS, FRAME_BYTES, SMALL_FRAMES};
+use crate::socket::{Plain, Socket, Wire, connect_tcp, connect_unix};
+use crate::tls::Newest;
+use crate::window::{LARGE, SMALL, Window};
+use bytes::Bytes;
+use dl_inference_grpc::{Budget, Code, Failure};
+use h2::client::{Connection, SendRequest};
+use http::uri::Authority;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::task::{AbortHandle, spawn_local};
+use tokio::time::timeout;
+use tokio_rustls::{TlsConnector, TlsStream};
+
+/// Streams of which this process remembers that it has reset them, so that it passes over their late frames.
+const RESET_STREAMS: usize = 10_000;
+
+/// How TLS is spoken with a node.
+pub struct NodeTls {
+    pub config: Arc<Newest<ClientConfig>>,
+    pub name: ServerName<'static>,
+}
+
+/// Where a node is. Every thread may read it.
+pub struct Target {
+    pub id: u64,
+    pub address: String,
+    pub authority: Authority,
+    pub message_bytes: usize,
+    pub tls: Option<NodeTls>,
+    pub closed: AtomicBool,
+}
+
+/// What sends one request.
+pub struct Sender {
+    pub send: SendRequest<Bytes>,
+    pub window: Rc<Window>,
+    pub writer: Coalesce<Socket>,
+}
+
+#[derive(Clone)]
+struct Live {
+    send: SendRequest<Bytes>,
+    window: Rc<Window>,
+    writer: Coalesce<Socket>,
+    /// Of the TLS configuration that it was made with.
+    version: u64,
+}
+
+/// The connection of one I/O thread to a node.
+pub struct NodeHere {
+    target: Arc<Target>,
+    live: RefCell<Option<Live>>,
+    /// Held while one of those who wait connects for all of them. It belongs to this thread alone.
+    connecting: Mutex<()>,
+    tries: Cell<u64>,
+    last_error: RefCell<String>,
+    /// Whether a connection with new certificates is being made beside one that stands.
+    renewing: Cell<bool>,
+    tasks: RefCell<Vec<AbortHandle>>,
+}
+
+impl NodeHere {
+    pub fn of(io: &Io, target: &Arc<Target>) -> Rc<NodeHere> {
+        let make = || {
+            Rc::new(NodeHere {
+                target: target.clone(),
+                live: RefCell::default(),
+                connecting: Mutex::new(()),
+                tries: Cell::new(0),
+                last_error: RefCell::default(),
+                renewing: Cell::new(false),
+                tasks: RefCell::default(),
+            })
+        };
+        io.nodes.borrow_mut().entry(target.id).or_insert_with(make).clone()
+    }
+
+    /// Ends the connection, and so all that is in flight on it.
+    pub fn close(&self) {
+        self.live.take();
+        for task in self.tasks.take() {
+            task.abort();
+        }
+    }
+
+    /// What can send a request now. One caller connects, the others wait for how that ends.
+    pub async fn sender(self: &Rc<Self>, io: &Io) -> Result<Sender, Failure> {
+        let tries = self.tries.get();
+        for _ in 0..3 {
+            let live = self.live.borrow().clone();
+            if let Some(Live { send, window, writer, version }) = live {
+                if let Ok(send) = send.ready().await {
+                    self.renew(io, version);
+                    return Ok(Sender { send, window, writer });
+                }
+                self.lost(&writer); // the node has said goodbye
+            }
+            let _held = self.connecting.lock().await;
+            if self.live.borrow().is_some() {
+                continue;
+            }
+            if self.tries.get() == tries {
+                self.connect(io).await;
+            }
+            if self.live.borrow().is_none() {
+                break;
+            }
+        }
+        let said = format!("{}: {}", self.target.address, self.last_error.borrow());
+        Err(Failure::new(Code::UNAVAILABLE, said))
+    }
+
+    /// That connection takes no more requests.
+    fn lost(&self, writer: &Coalesce<Socket>) {
+        let mut live = self.live.borrow_mut();
+        if live.as_ref().is_some_and(|live| live.writer.is(writer)) {
+            live.take();
+        }
+    }
+
+    /// Connects anew where certificates have changed. The connection that stands takes the calls until the new one does:
+    /// a node may accept the old certificate and not the new one.
+    fn renew(self: &Rc<Self>, io: &Io, version: u64) {
+        let newest = self.target.tls.as_ref().map_or(0, |tls| tls.config.version());
+        if newest == version || self.renewing.replace(true) {
+            return;
+        }
+        let (node, timeout, user_timeout) =
+            (self.clone(), io.common.settings.connect_timeout(), io.common.settings.unacknowledged_by_node());
+        let budget = io.common.budget.clone();
+        self.keep(spawn_local(async move {
+            if node.connect_with(timeout, user_timeout, budget).await.is_err()
+                && let Some(live) = &mut *node.live.borrow_mut()
+            {
+                live.version = newest; // not tried again until the certificates change once more
+            }
+            node.renewing.set(false);
+        }));
+    }
+
+    async fn connect(self: &Rc<Self>, io: &Io) {
+        let settings = &io.common.settings;
+        let connected =
+            self.connect_with(settings.connect_timeout(), settings.unacknowledged_by_node(), io.common.budget.clone());
+        if let Err(error) = connected.await {
+            self.last_error.replace(error);
+        }
+        self.tries.set(self.tries.get() + 1);
+    }
+
+    async fn connect_with(
+        self: &Rc<Self>,
+        patience: Duration,
+        unacknowledged: Option<Duration>,
+        budget: Arc<Budget>,
+    ) -> Result<(), String> {
+        let version = self.target.tls.as_ref().map_or(0, |tls| tls.config.version());
+        let window = Rc::new(Window::default());
+        let connected = timeout(patience, handshakes(&self.target, unacknowledged, window.clone(), budget)).await;
+        let (send, writer, driver) =
+            connected.map_err(|_| format!("it did not answer within {} ms", patience.as_millis()))??;
+        self.live.replace(Some(Live { send, window, writer: writer.clone(), version }));
+        let node = Rc::downgrade(self);
+        self.keep(spawn_local(async move {
+            driver.await;
+            if let Some(node) = node.upgrade() {
+                node.lost(&writer);
+            }
+        }));
+        Ok(())
+    }
+
+    fn keep(&self, task: tokio::task::JoinHandle<()>) {
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.retain(|task| !task.is_finished());
+        tasks.push(task.abort_handle());
+    }
+}
+
+type Driver = Pin<Box<dyn Future<Output = ()>>>;
+
+async fn open(target: &Target, unacknowledged: Option<Duration>) -> Result<Plain, String> {
+    let said = |error: std::io::Error| error.to_string();
+    let moving = match target.address.strip_prefix("unix:") {
+        Some(path) => connect_unix(path).await,
+        None => connect_tcp(&target.address).await,
+    };
+    let moving = moving.map_err(said)?;
+    Plain::of(moving, unacknowledged).map_err(said)
+}
+
+async fn handshakes(
+    target: &Target,
+    unacknowledged: Option<Duration>,
+    window: Rc<Window>,
+    budget: Arc<Budget>,
+) -> Result<(SendRequest<Bytes>, Coalesce<Socket>, Driver), String> {
+    let plain = open(target, unacknowledged).await?;
+    let wire = match &target.tls {
+        Some(tls) => {
+            let stream = TlsConnector::from(tls.config.get()).connect(tls.name.clone(), plain).await;
+            let stream = stream.map_err(|error| format!("the TLS handshake failed: {error}"))?;
+            Wire::Tls(Box::new(TlsStream::Client(stream)))
+        }
+        None => Wire::Plain(Box::new(plain.expect_server())),
+    };
+    let writer = Coalesce::new(Socket::new(wire));
+    let handshake = h2::client::Builder::new()
+        .initial_window_size(SMALL)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(FRAME_BYTES)
+        .max_header_list_size(DECODED_HEADERS)
+        // A day of cancelled calls must not end the connection; the node is ours.
+        .max_concurrent_reset_streams(RESET_STREAMS)
+        .max_local_error_reset_streams(None)
+        .data_frame_budget(SMALL_FRAMES)
+        .enable_push(false)
+        .handshake(writer.clone());
+    let mut handshake = pin!(handshake);
+    let made = poll_fn(|cx| writer.poll_and_send(cx, |cx| handshake.as_mut().poll(cx))).await;
+    let (send, connection) = made.map_err(|error| error.to_string())?;
+    let driver = Box::pin(drive(writer.clone(), connection, window, budget));
+    Ok((send, writer, driver))
+}
+
+async fn drive(
+    writer: Coalesce<Socket>,
+    mut connection: Connection<Coalesce<Socket>, Bytes>,
+    window: Rc<Window>,
+    budget: Arc<Budget>,
+) {
+    loop {
+        tokio::select! {
+            biased;
+            _ = poll_fn(|cx| writer.poll_and_send(cx, |cx| Pin::new(&mut connection).poll(cx))) => return,
+            _ = window.wants_to_grow() => {
+                window.grew(budget.has_ample_room() && connection.set_initial_window_size(LARGE).is_ok());
+            }
+        }
+    }
+}
