@@ -12,12 +12,12 @@ PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproj
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup load-generator demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
+.PHONY: help setup native load-generator demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: .venv/native load-generator ## the environment: core, plugins, the example, development tools
+setup: .venv/ready load-generator ## the environment: core, plugins, the example, development tools
 
 .venv/ready: constraints.txt $(PROJECTS)
 	$(PYTHON) -m venv .venv
@@ -25,7 +25,9 @@ setup: .venv/native load-generator ## the environment: core, plugins, the exampl
 	$(BIN)/python -m pip install --constraint constraints.txt torch $(EDITABLE)
 	touch $@
 
-# The native transport and codecs, where there is Rust; without it everything goes on with grpcio and Python.
+native: .venv/native ## build and install plugins/native, the transport and codecs in Rust, which "auto" then takes
+
+# Not part of setup yet: the whole of the tests has not passed with it.
 .venv/native: .venv/ready $(NATIVE)
 	@if command -v cargo > /dev/null; then \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt maturin && \
@@ -49,7 +51,7 @@ demo: .venv/ready ## train, serve and call a model; kill a node under load; TRAN
 demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-test: .venv/native $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
+test: .venv/ready $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
 	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(if $(RUST),cd plugins/native && cargo test --quiet --locked --package dl-inference-grpc --package dl-inference-wire)
 	$(if $(RUST),cargo test --quiet --release --locked $(LOAD_GENERATOR))
