@@ -77,7 +77,7 @@ class HttpService(Interface):
 
     @property
     def timeout_s(self) -> float | None:
-        """How long an exchange may take, from the end of the request's headers; None is no limit."""
+        """The most seconds that an exchange may take after the end of the request's headers; None sets no limit."""
 
     def begin_http(self, exchange: HttpExchange) -> None:
         """A whole request has come."""

@@ -271,7 +271,7 @@ class Rest:
     def __init__(self, *apis: Api, body_bytes: int, timeout_s: float | None) -> None:
         """Args:
         body_bytes: of the largest request body, as it comes and after decompression.
-        timeout_s: what a request may take, from its headers to its answer; None is no limit.
+        timeout_s: the most seconds from a request's headers to its answer; None sets no limit.
         """
         self.paths = tuple(path for api in apis for path in api.paths)
         self.body_bytes = body_bytes

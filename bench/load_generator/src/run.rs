@@ -159,7 +159,7 @@ impl Shared {
         self.schedule.lock().await.next().await
     }
 
-    /// Sends a message and reads its answer. `Err` says what is there in place of a well-formed answer.
+    /// Sends a message and reads its answer. `Err` describes an answer that is missing or malformed.
     async fn exchange(&self, sender: &mut SendRequest<Bytes>, number: usize) -> Result<Outcome, String> {
         let (response, mut body) = sender.send_request(self.traffic.head.clone(), false).map_err(text)?;
         // h2 keeps what the server's window has no room for yet; the bytes are those of `messages`, so nothing grows.

@@ -23,7 +23,7 @@ pub const NAMES: [&str; 17] = [
     "UNAUTHENTICATED",
 ];
 
-/// The code in `trailers`. `Err` says what is there in its place.
+/// The code in `trailers`. `Err` describes a code that is missing or malformed.
 pub fn code(trailers: &HeaderMap) -> Result<usize, String> {
     let value = trailers.get("grpc-status").ok_or("an answer has no grpc-status")?;
     let code = value.to_str().ok().and_then(|text| text.parse().ok()).filter(|code| *code < NAMES.len());

@@ -206,8 +206,8 @@ _OF_ARGUMENTS: Mapping[str, tuple[str, int, int | None]] = {
     "grpc.keepalive_timeout_ms": ("keepalive_timeout_s", 1000, None),
     "grpc.server_handshake_timeout_ms": ("headers_timeout_s", 1000, None),
 }
-"""The option that a channel argument of gRPC's comes to, the argument's unit in the option's, and what says that there
-is no limit."""
+"""By channel argument of gRPC's: the option that it sets, how many of its units make one of the option's, and the value
+of the option that sets no limit."""
 
 
 @atexit.register

@@ -233,7 +233,7 @@ def test_requests_are_decoded_as_by_the_core(name: str, data: Any) -> None:
         if messages.spans(body, 0, len(body), 1000) is not None:
             try:
                 body = disturbed(data.draw, body, TREES[name])
-            except AssertionError:  # what was disturbed before is no message any more
+            except AssertionError:  # an earlier change has made the message malformed
                 break
     check(name, body)
 
