@@ -45,14 +45,14 @@ $(SELDON)/ready: tests/seldon/requirements.txt
 	$(SELDON)/bin/python -m pip install --requirement tests/seldon/requirements.txt
 	touch $@
 
-demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto or grpcio
+demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto, grpcio or native
 	$(BIN)/python -m digits.demo --transport $(or $(TRANSPORT),auto)
 
 demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
 test: .venv/ready $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
-	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 	$(if $(RUST),cd plugins/native && cargo test --quiet --locked --package dl-inference-grpc --package dl-inference-wire)
 	$(if $(RUST),cargo test --quiet --release --locked $(LOAD_GENERATOR))
 

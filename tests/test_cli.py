@@ -415,7 +415,8 @@ async def test_it_says_where_it_serves_once_and_ends_on_sigterm(lab: Lab) -> Non
         assert await served.call() == "a"
         assert await served.end() == 0
         assert [line.split()[0] for line in served.lines] == ["http", "transport", "serving"]
-        assert served.lines[1] == "transport grpcio: the installed transport with the highest priority"
+        name, _ = lab.plugins.choose_transport("auto")
+        assert served.lines[1] == f"transport {name}: the installed transport with the highest priority"
         assert served.log == ""
 
 

@@ -344,7 +344,7 @@ def command(demo_class: type[Demo], what: str) -> click.Command:
     @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
     @click.option(
         "--transport",
-        type=click.Choice(["auto", "grpcio"]),
+        type=click.Choice(["auto", "grpcio", "native"]),
         default="auto",
         show_default=True,
         help="The network stack of nodes and gateway.",
