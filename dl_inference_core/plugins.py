@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name
 
 import dl_inference_core
 from dl_inference_core import hookspecs
+from dl_inference_core.choosable import Choosable
 from dl_inference_core.config import PluginOptions, validated
 from dl_inference_core.errors import ConfigError, PluginError, text_of
 
@@ -281,7 +282,7 @@ class Plugins:
                 raise PluginError(f'the {kind.value} "{name}" cannot run here: {missing}')
             return name, "as configured"
         skipped = [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
-        ranked: list[tuple[str, Any]] = list(self.classes(kind).items())
+        ranked: list[tuple[str, type[Choosable]]] = list(self.classes(kind).items())
         for candidate, cls in sorted(ranked, key=lambda item: item[1].priority, reverse=True):
             if missing := _missing(cls):
                 skipped.append(f"{candidate} cannot run here: {missing}")
@@ -369,8 +370,8 @@ def _without_hooks(where: str, module: Any) -> str:
     return f"{where} has no hooks; expected one or more of {known}, decorated with dl_inference_core.hookspecs.hookimpl"
 
 
-def _missing(cls: type[Any]) -> str:
-    """What a transport or a set of codecs lacks to run here; "" if nothing."""
+def _missing(cls: type[Choosable]) -> str:
+    """As `Choosable.missing`, and it does not raise."""
     try:
         return str(cls.missing())
     except KeyboardInterrupt:  # Ctrl-C

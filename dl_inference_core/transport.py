@@ -24,7 +24,8 @@ from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 from typing import Protocol as Interface
 
-from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
+from dl_inference_core.choosable import Choosable
+from dl_inference_core.config import ClientTls, ServerTls
 from dl_inference_core.errors import Code, InferenceError
 from dl_inference_core.http_exchange import HttpService
 from dl_inference_core.wire.routing_keys import KeyFields, RoutingKey
@@ -274,7 +275,8 @@ class Service(Interface):
         """Exchanges have come: whole requests of unary methods, and streams that are open."""
 
     def ended(self, exchange: Exchange, code: Code) -> None:
-        """An exchange has ended, after it was begun; the `Done` of its attempts may come before or after.
+        """An exchange has ended, after it was begun; the `Done` of its attempts may come before or after. Its client
+        may have the answer already.
 
         CANCELLED says that the client has left, that its deadline has passed, or that a drain has cancelled it.
         """
@@ -402,23 +404,11 @@ class Timer(Interface):
         """Do not call it. Any thread; if it has not begun when this returns, it never does."""
 
 
-class Transport(ABC):
+class Transport(Choosable):
     """One kind of network stack. Made once per process, on the event loop that also does its background work."""
 
-    name: ClassVar[str]
-    Options: ClassVar[type[PluginOptions]] = PluginOptions
     http_on_same_port: ClassVar[bool] = False
     """Whether `serve` answers HTTP on the port of gRPC; else `http` is ignored."""
-    priority: ClassVar[int] = 0
-    """`transport = "auto"` takes the installed transport with the highest priority that can run here."""
-
-    def __init__(self, options: PluginOptions) -> None:
-        self.options = options
-
-    @classmethod
-    def missing(cls) -> str:
-        """What this machine lacks to run the transport, in one line; "" if nothing. Called before one is made."""
-        return ""
 
     @classmethod
     def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:

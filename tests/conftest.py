@@ -9,13 +9,16 @@ import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
+from dl_inference_core import builtins
 from dl_inference_core import config as configs
 from dl_inference_core.app import App
 from dl_inference_core.cli import new_event_loop
@@ -23,6 +26,7 @@ from dl_inference_core.errors import Code, InferenceError, from_status
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.gateway.sharing import Share
+from dl_inference_core.hookspecs import hookimpl
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import CoroutineService, free_port
@@ -242,6 +246,29 @@ class Fakes(Plugins):
 
     def classes(self, kind: Kind) -> Mapping[str, type[Any]]:
         return {"fake": FakeBackend} if kind is Kind.BACKENDS else super().classes(kind)
+
+
+class _Loaded(EntryPoint):
+    """An entry point of a module that is there already."""
+
+    def load(self) -> ModuleType:
+        module: ModuleType = vars(self)["module"]
+        return module
+
+
+@pytest.fixture
+def installed() -> Callable[..., Plugins]:
+    """The core, and one more plugin that registers classes of one kind: `installed(kind, *classes)`."""
+
+    def of(kind: Kind, *classes: type) -> Plugins:
+        module = ModuleType("installed")
+        setattr(module, kind.hook, hookimpl(lambda: list(classes)))
+        found = [_Loaded(name, name, "dl_inference_core") for name in ("core", "installed")]
+        for entry, loaded in zip(found, (builtins, module), strict=True):
+            vars(entry)["module"] = loaded
+        return Plugins(found)
+
+    return of
 
 
 class Lab:

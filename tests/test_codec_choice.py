@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.metadata import EntryPoint
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TypeAlias
 
 import pytest
 
-from dl_inference_core import builtins
 from dl_inference_core.app import App
 from dl_inference_core.checking import check
 from dl_inference_core.config import Config
 from dl_inference_core.errors import PluginError
-from dl_inference_core.hookspecs import hookimpl
-from dl_inference_core.plugins import Plugins
+from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.wire import codecs, openinference
 from dl_inference_core.wire.codecs import Codec, Codecs
 from dl_inference_core.wire.protocol import PROTOCOLS
 
-
-class Found(EntryPoint):
-    """An entry point that is loaded already."""
-
-    def load(self) -> Any:
-        return vars(self)["module"]
-
-
-def plugins(*sets: type[Codecs]) -> Plugins:
-    module = ModuleType("installed")
-
-    @hookimpl
-    def dl_inference_register_codecs() -> list[type[Codecs]]:
-        return list(sets)
-
-    module.dl_inference_register_codecs = dl_inference_register_codecs  # type: ignore[attr-defined]
-    found = []
-    for name, loaded in (("core", builtins), ("installed", module)):
-        entry = Found(name, loaded.__name__, "dl_inference_core")
-        vars(entry)["module"] = loaded
-        found.append(entry)
-    return Plugins(found)
+Installed: TypeAlias = Callable[..., Plugins]
 
 
 class Marked:
@@ -77,30 +52,33 @@ def chosen() -> Iterator[None]:
     codecs.use(before)
 
 
-def test_auto_takes_the_highest_priority_that_can_run_here() -> None:
-    assert plugins(Fast).choose_codecs("auto")[0] == "fast"
-    assert plugins().choose_codecs("auto")[0] == "python"
-    assert plugins(FastOnMusl).choose_codecs("auto") == ("python", "fast cannot run here: it needs glibc")
+def test_auto_takes_the_highest_priority_that_can_run_here(installed: Installed) -> None:
+    assert installed(Kind.CODECS, Fast).choose_codecs("auto")[0] == "fast"
+    assert installed(Kind.CODECS).choose_codecs("auto")[0] == "python"
+    assert installed(Kind.CODECS, FastOnMusl).choose_codecs("auto") == (
+        "python",
+        "fast cannot run here: it needs glibc",
+    )
 
 
 @pytest.mark.parametrize("name", ["fast", "python"])
-def test_named_codecs_are_taken(name: str) -> None:
-    assert plugins(Fast).choose_codecs(name) == (name, "as configured")
+def test_named_codecs_are_taken(installed: Installed, name: str) -> None:
+    assert installed(Kind.CODECS, Fast).choose_codecs(name) == (name, "as configured")
 
 
-def test_named_codecs_that_cannot_run_are_an_error_that_says_why() -> None:
+def test_named_codecs_that_cannot_run_are_an_error_that_says_why(installed: Installed) -> None:
     with pytest.raises(PluginError, match='the codec "fast" cannot run here: it needs glibc'):
-        plugins(FastOnMusl).choose_codecs("fast")
+        installed(Kind.CODECS, FastOnMusl).choose_codecs("fast")
     with pytest.raises(PluginError, match='names the codec "fast", which no installed plugin provides'):
-        plugins().choose_codecs("fast")
+        installed(Kind.CODECS).choose_codecs("fast")
 
 
 @pytest.mark.parametrize(("name", "used"), [("auto", "fast"), ("fast", "fast"), ("python", "python")])
 async def test_a_process_with_models_uses_the_codecs_of_its_config_and_check_says_which(
-    tmp_path: Path, name: str, used: str
+    installed: Installed, tmp_path: Path, name: str, used: str
 ) -> None:
     config = Config.model_validate({"models": {"directory": tmp_path}, "codec": name, "transport": "grpcio"})
-    app = App(config, plugins(Fast))
+    app = App(config, installed(Kind.CODECS, Fast))
     try:
         rows = await check(app, config)
     finally:

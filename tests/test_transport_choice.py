@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias
 
 import pytest
 
-from dl_inference_core import builtins
 from dl_inference_core.errors import PluginError
 from dl_inference_core.grpcio_transport import GrpcioTransport
-from dl_inference_core.hookspecs import hookimpl
-from dl_inference_core.plugins import Plugins
+from dl_inference_core.plugins import Kind, Plugins
 
-
-class Found(EntryPoint):
-    """An entry point that is loaded already."""
-
-    def load(self) -> Any:
-        return vars(self)["module"]
-
-
-def plugins(*transports: type[GrpcioTransport]) -> Plugins:
-    module = ModuleType("installed")
-
-    @hookimpl
-    def dl_inference_register_transports() -> list[type[GrpcioTransport]]:
-        return list(transports)
-
-    module.dl_inference_register_transports = dl_inference_register_transports  # type: ignore[attr-defined]
-    found = []
-    for name, loaded in (("core", builtins), ("installed", module)):
-        entry = Found(name, loaded.__name__, "dl_inference_core")
-        vars(entry)["module"] = loaded
-        found.append(entry)
-    return Plugins(found)
+Installed: TypeAlias = Callable[..., Plugins]
 
 
 class Fast(GrpcioTransport):
@@ -56,23 +32,26 @@ class Slow(GrpcioTransport):
     priority = -1
 
 
-def test_auto_takes_the_highest_priority_that_can_run_here() -> None:
+def test_auto_takes_the_highest_priority_that_can_run_here(installed: Installed) -> None:
     why = "the installed transport with the highest priority"
-    assert plugins(Slow, Fast).choose_transport("auto") == ("fast", why)
-    assert plugins(Slow).choose_transport("auto") == ("grpcio", why)
+    assert installed(Kind.TRANSPORTS, Slow, Fast).choose_transport("auto") == ("fast", why)
+    assert installed(Kind.TRANSPORTS, Slow).choose_transport("auto") == ("grpcio", why)
 
 
-def test_auto_says_which_transport_it_passed_over_and_why() -> None:
-    assert plugins(FastOnMusl).choose_transport("auto") == ("grpcio", "fast cannot run here: it needs glibc")
+def test_auto_says_which_transport_it_passed_over_and_why(installed: Installed) -> None:
+    assert installed(Kind.TRANSPORTS, FastOnMusl).choose_transport("auto") == (
+        "grpcio",
+        "fast cannot run here: it needs glibc",
+    )
 
 
 @pytest.mark.parametrize("name", ["fast", "grpcio"])
-def test_a_named_transport_is_taken(name: str) -> None:
-    assert plugins(Fast).choose_transport(name) == (name, "as configured")
+def test_a_named_transport_is_taken(installed: Installed, name: str) -> None:
+    assert installed(Kind.TRANSPORTS, Fast).choose_transport(name) == (name, "as configured")
 
 
-def test_a_named_transport_that_cannot_run_is_an_error_that_says_why() -> None:
+def test_a_named_transport_that_cannot_run_is_an_error_that_says_why(installed: Installed) -> None:
     with pytest.raises(PluginError, match='the transport "fast" cannot run here: it needs glibc'):
-        plugins(FastOnMusl).choose_transport("fast")
+        installed(Kind.TRANSPORTS, FastOnMusl).choose_transport("fast")
     with pytest.raises(PluginError, match='"fast"'):
-        plugins().choose_transport("fast")
+        installed(Kind.TRANSPORTS).choose_transport("fast")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from dl_inference_core.choosable import Choosable
 from dl_inference_core.config import PluginOptions
 
 if TYPE_CHECKING:
@@ -39,24 +40,8 @@ class Codec(Protocol):
         """
 
 
-class Codecs(ABC):
-    """A set of codecs. Any thread may use them, several at the same time.
-
-    Attributes:
-        priority: `codec = "auto"` takes the installed set with the highest priority that can run here.
-    """
-
-    name: ClassVar[str]
-    Options: ClassVar[type[PluginOptions]] = PluginOptions
-    priority: ClassVar[int] = 0
-
-    def __init__(self, options: PluginOptions) -> None:
-        self.options = options
-
-    @classmethod
-    def missing(cls) -> str:
-        """What this machine lacks to run the codecs, in one line; "" if nothing. Called before a set is made."""
-        return ""
+class Codecs(Choosable):
+    """A set of codecs. Any thread may use them, several at the same time."""
 
     @abstractmethod
     def codec(self, at: str, core: Codec) -> Codec:

@@ -747,6 +747,7 @@ async def test_a_nodes_load_reaches_the_strategy_before_the_outcome_and_no_clien
     gateway.forwarder().configure(gateway.forwarder().config, balancer)
     call = gateway.start_call()
     await call
+    await lab.until(lambda: len(balancer.told) >= 2)
     assert balancer.told == [(node.address, load), (node.address, Outcome.SUCCESS)]
     trailers = {(key, value) for key, value in await call.trailing_metadata()}
     assert ("x-cost", "5") in trailers
