@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
@@ -64,15 +65,19 @@ class ModelThread:
         """Held to take requests and to give the thread up: a thread that was given up takes none."""
         self._thread: threading.Thread | None = None
 
-    def start(self, name: str, ended: Callable[[], None]) -> None:
+    def start(self, name: str, ended: Callable[[], None], may_begin: Callable[[], bool] = lambda: True) -> None:
         """Take items until the queue ends.
 
         Args:
             ended: called at the end on this thread, unless the thread was given up.
+            may_begin: called first, on this thread; where it returns False, the thread ends at once.
+
+        Raises:
+            RuntimeError: the system starts no more threads.
         """
 
         def work() -> None:
-            if self._work():
+            if may_begin() and self._work():
                 ended()
 
         # A daemon: a stuck model cannot keep the process.
@@ -172,19 +177,17 @@ class ModelThread:
         frame = None if self._thread is None else sys._current_frames().get(self._thread.ident or 0)
         return "" if frame is None else "".join(traceback.format_stack(frame))
 
-    def give_up(self) -> ModelThread | None:
+    def give_up(self) -> bool:
         """Leave the thread to end with what it runs. Any other thread.
 
-        Returns:
-            the one that takes over, to be started; None if the batch has ended in the meantime.
+        Returns whether it did: False if the batch has ended in the meantime.
         """
         with self._lock:
-            if not self.stuck:
-                return None
-            self._given_up = True
-            self._stop_gathering()
-            self._queue.end_batch(self.number, len(self.requests))
-        return ModelThread(self.number, self._queue, self._run)
+            if self.stuck:
+                self._given_up = True
+                self._stop_gathering()
+                self._queue.end_batch(self.number, len(self.requests))
+            return self._given_up
 
 
 class ModelThreads:
@@ -204,7 +207,7 @@ class ModelThreads:
         self._queue = queue
         self._run_batch = run
         self._lock = threading.Lock()
-        """Of `_left`."""
+        """Of `_left`, and of who has worked for how long."""
         self._threads: list[ModelThread] = []
         self._left = 0
         self._worked_given_up_s = 0.0
@@ -222,8 +225,8 @@ class ModelThreads:
             self._start(self._threads[number])
             self._queue.threads = len(self._threads)
 
-    def _start(self, thread: ModelThread) -> None:
-        thread.start(f"{self._name}#{thread.number}", self._ended)
+    def _start(self, thread: ModelThread, may_begin: Callable[[], bool] = lambda: True) -> None:
+        thread.start(f"{self._name}#{thread.number}", self._ended, may_begin)
 
     def __iter__(self) -> Iterator[ModelThread]:
         return iter(tuple(self._threads))
@@ -232,16 +235,21 @@ class ModelThreads:
         """Have another thread take the place of `thread`, which the watchdog has reported. Event loop only.
 
         Returns whether it did: False if the batch has ended in the meantime.
+
+        Raises:
+            RuntimeError: the system starts no more threads; nothing has changed.
         """
-        fresh = thread.give_up()
-        if fresh is None:
-            return False
-        seconds, since = thread.spent
-        self._worked_given_up_s += seconds + time.monotonic() - since
-        self.given_up = [*(each for each in self.given_up if each.runs), thread]
-        self._threads[thread.number] = fresh
-        self._start(fresh)
-        return True
+        fresh = ModelThread(thread.number, self._queue, self._run_batch)
+        gave_up: Future[bool] = Future()
+        self._start(fresh, gave_up.result)
+        if did := thread.give_up():
+            seconds, since = thread.spent
+            with self._lock:
+                self._worked_given_up_s += seconds + time.monotonic() - since
+                self._threads[thread.number] = fresh
+            self.given_up = [*(each for each in self.given_up if each.runs), thread]
+        gave_up.set_result(did)
+        return did
 
     async def run(self, function: Callable[[], T]) -> T:
         """The result of `function` on one of the threads. If the caller is cancelled before its turn, it never runs.
@@ -286,9 +294,11 @@ class ModelThreads:
     def worked(self) -> float:
         """The seconds that all threads together have spent on batches and tasks, the current ones included. Any
         thread."""
-        now = time.monotonic()
-        spent = [thread.spent for thread in self._threads]
-        return self._worked_given_up_s + sum(seconds + max(now - since, 0.0) for seconds, since in spent)
+        with self._lock:
+            now = time.monotonic()
+            spent = [thread.spent for thread in self._threads]
+            given_up_s = self._worked_given_up_s
+        return given_up_s + sum(seconds + max(now - since, 0.0) for seconds, since in spent)
 
     def _ended(self) -> None:
         with self._lock:

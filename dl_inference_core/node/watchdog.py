@@ -104,7 +104,7 @@ class Watchdog:
                 thread.number,
                 thread.stack(),
             )
-        if config.replace_after_s and running_s >= config.replace_after_s and self._threads.replace(thread):
+        if config.replace_after_s and running_s >= config.replace_after_s and self._replace(thread, running_s):
             _log.error(
                 "%s: thread %d has not returned for %.0f s (replace_after_s); a fresh thread takes over",
                 self._where,
@@ -113,3 +113,17 @@ class Watchdog:
             )
             for request in thread.requests:
                 self._fail(request, HandlerFailed(f"{self._where}: the model did not return within {running_s:.0f} s"))
+
+    def _replace(self, thread: ModelThread, running_s: float) -> bool:
+        """As `ModelThreads.replace`; where no thread can be started, the next look tries again."""
+        try:
+            return self._threads.replace(thread)
+        except RuntimeError as error:
+            _log.error(
+                "%s: thread %d has not returned for %.0f s (replace_after_s), and no other can take over: %s",
+                self._where,
+                thread.number,
+                running_s,
+                error,
+            )
+            return False

@@ -162,6 +162,24 @@ async def test_a_fresh_thread_takes_over(
     assert backend.models[0].closed
 
 
+async def test_a_thread_is_given_up_only_once_another_can_be_started(
+    tmp_path: Path, hanging: type[Hanging], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    toml = f"{ALONE}\n[watchdog]\nstuck_after_s = 0.05\nreplace_after_s = 0.1"
+    async with serving(tmp_path, hanging, toml) as (model, _):
+        with monkeypatch.context() as system:
+            system.setattr(threading.Thread, "start", no_thread)
+            stuck = asyncio.create_task(ask(model, -1))
+            await until(lambda: "no other can take over: can't start new thread" in caplog.text)
+            assert not stuck.done()
+        with pytest.raises(HandlerFailed, match="the model did not return"):
+            await stuck
+        assert await ask(model, 5) == [5]
+
+
 async def test_a_model_that_a_thread_still_runs_is_not_closed(tmp_path: Path, hanging: type[Hanging]) -> None:
     toml = f"{ALONE}\n[watchdog]\nstuck_after_s = 0.05\nreplace_after_s = 0.1"
     async with serving(tmp_path, hanging, toml) as (model, backend):
