@@ -176,9 +176,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 Start = Callable[..., Process]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a command; whatever is left of it is ended with the tests."""
+    """Starts a command; whatever is left of it is ended with the tests of the file."""
     processes: list[Process] = []
 
     def start(*command: str | Path, **options: Any) -> Process:
@@ -203,9 +203,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
 Serve = Callable[..., Process]
 
 
-@pytest.fixture(scope="session")
-def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Serve:
-    """(config, **options of Popen): starts `dl-inference-core serve`, and returns when it says that it serves."""
+@pytest.fixture(scope="module")
+def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """(config, **options of Popen): starts `dl-inference-core serve`, and returns when it says that it serves. It is ended
+    with the tests of the file on this transport."""
+    processes: list[Process] = []
 
     def serve(config: str, **options: Any) -> Process:
         file = tmp_path_factory.mktemp("config") / "server.toml"
@@ -213,9 +215,12 @@ def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory
         process = start(Path(sys.executable).with_name("dl-inference-core"), "serve", "--config", file, **options)
         process.connect(process.written("serving on ").split()[-1])
         process.metrics = process.written("http on ").split()[-1] + "/metrics"
+        processes.append(process)
         return process
 
-    return serve
+    yield serve
+    for process in reversed(processes):
+        process.end()
 
 
 @pytest.fixture(scope="session")
@@ -512,7 +517,7 @@ def elsewhere(make: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def node(serve: Serve, models: Path, elsewhere: Path) -> Process:
     """A node that serves `models`, and `elsewhere` under that name."""
     return serve(f"""
@@ -527,7 +532,7 @@ intra_op_threads = 1
 """)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gateway(serve: Serve, node: Process) -> Process:
     """A gateway in front of `node`, with a route for each of its models, and one for a model that it has not."""
     return serve(_routes({**TASKS, "ghost": 404}, node))
@@ -547,7 +552,7 @@ def routes() -> Callable[..., str]:
     return _routes
 
 
-@pytest.fixture(scope="session", params=["node", "gateway"])
+@pytest.fixture(scope="module", params=["node", "gateway"])
 def peer(request: pytest.FixtureRequest, node: Process, gateway: Process) -> Process:
     """The node, called directly, and the gateway in front of it."""
     return node if request.param == "node" else gateway

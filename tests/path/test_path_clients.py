@@ -93,7 +93,7 @@ class Foreign(grpc.GenericRpcHandler):  # type: ignore[misc]
         return answer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def foreign() -> Iterator[tuple[Foreign, str]]:
     """The node and its address."""
     handler = Foreign()
@@ -105,7 +105,7 @@ def foreign() -> Iterator[tuple[Foreign, str]]:
     server.stop(0).wait(10)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def front(serve: Callable[[str], Any], foreign: tuple[Foreign, str]) -> Any:
     """A gateway in front of it."""
     names = ("back", "refuse", "hang")
@@ -422,7 +422,7 @@ Cpp = Callable[..., list[Outcome]]
 CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cpp(tmp_path_factory: pytest.TempPathFactory) -> Cpp:
     """(address, method, argument, count, in_flight, timeout_s, metadata): the outcomes, of a client compiled here."""
     found = [shutil.which(tool) for tool in ("g++", "pkg-config", "protoc", "grpc_cpp_plugin")]

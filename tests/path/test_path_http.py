@@ -25,7 +25,7 @@ WATCH = "/grpc.health.v1.Health/Watch"
 CALL = build("linear", {"x": np.array([[1, 2, 3]], np.float32)})[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def one_port(transport: str) -> bool:
     """Whether HTTP is answered on gRPC's port."""
     return bool(Plugins().classes(Kind.TRANSPORTS)[transport].http_on_same_port)
@@ -141,7 +141,7 @@ def test_a_port_of_grpcs_alone_answers_no_http(one_port: bool, peer: Any) -> Non
 Curl = Callable[..., tuple[str, int, str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def curl() -> Curl:
     """(*arguments): the version of HTTP, the status and the body of an answer by HTTP/2 without TLS.
 

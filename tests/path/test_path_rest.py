@@ -17,7 +17,7 @@ import pytest
 from dl_inference_core.plugins import Kind, Plugins
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rest_address(transport: str) -> Callable[[Any], tuple[str, int]]:
     """(process): where it answers REST."""
     one_port = Plugins().classes(Kind.TRANSPORTS)[transport].http_on_same_port
