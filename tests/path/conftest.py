@@ -205,8 +205,8 @@ Serve = Callable[..., Process]
 
 @pytest.fixture(scope="module")
 def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """(config, **options of Popen): starts `dl-inference-core serve`, and returns when it says that it serves. It is ended
-    with the tests of the file on this transport."""
+    """(config, **options of Popen): starts `dl-inference-core serve`, and returns when it says that it serves. It ends
+    with the file's tests on this transport."""
     processes: list[Process] = []
 
     def serve(config: str, **options: Any) -> Process:
