@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 
+from dl_inference_core.coroutines import call_soon
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, InferenceError
 from dl_inference_core.routing import Upstream
 from dl_inference_core.transport import (
@@ -27,7 +28,8 @@ from dl_inference_core.wire.protocol import Protocol, well_formed
 
 
 class MemoryExchange(UnaryExchange):
-    """A unary exchange without a socket. Its attempts are tasks of the running event loop that await `Connection.call`.
+    """A unary exchange without a socket. Its attempts are tasks that await `Connection.call`, on the event loop on
+    which the exchange was made; an exchange that was made on none cannot be forwarded.
 
     Attributes:
         answer: how it was answered; None before, and where it has failed.
@@ -38,6 +40,7 @@ class MemoryExchange(UnaryExchange):
         "_attempts",
         "_left",
         "_lock",
+        "_loop",
         "_on_cancel",
         "_on_end",
         "_open",
@@ -61,6 +64,7 @@ class MemoryExchange(UnaryExchange):
         """
         super().__init__(method, message, metadata, deadline)
         self._service = service
+        self._loop = _running_loop()
         self.answer: Answer | None = None
         self.error: InferenceError | None = None
         self._open = [True]
@@ -161,6 +165,7 @@ class MemoryExchange(UnaryExchange):
         extras: Extras | None = None,
     ) -> Attempt:
         assert extras is None
+        assert self._loop is not None
 
         async def call() -> Answer:
             sent = with_added(self.metadata, metadata)
@@ -169,7 +174,7 @@ class MemoryExchange(UnaryExchange):
                 raise AnswerMalformed("the answer is not a protobuf message")
             return answer
 
-        attempt = MemoryAttempt(self, call, done)
+        attempt = MemoryAttempt(self, self._loop, call, done)
         self._attempts.append(attempt)
         if not self._open:
             attempt.cancel()
@@ -184,15 +189,35 @@ class MemoryExchange(UnaryExchange):
 class MemoryAttempt(Attempt):
     """A task that calls a node; cancelled before its first step it sends nothing."""
 
-    def __init__(self, exchange: MemoryExchange, call: Callable[[], Awaitable[Answer]], done: Done) -> None:
+    def __init__(
+        self,
+        exchange: MemoryExchange,
+        loop: asyncio.AbstractEventLoop,
+        call: Callable[[], Awaitable[Answer]],
+        done: Done,
+    ) -> None:
         self._exchange = exchange
+        self._loop = loop
         self._call = call
         self._done = done
         self._cancelled = False
         self._calling: asyncio.Future[Answer] | None = None
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task: asyncio.Task[None]
+        self._on_loop(self._start)
+
+    def _on_loop(self, function: Callable[[], None]) -> None:
+        if _running_loop() is self._loop:
+            function()
+        else:
+            call_soon(self._loop, function)
+
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._run())
 
     def cancel(self) -> None:
+        self._on_loop(self._cancel)
+
+    def _cancel(self) -> None:
         self._cancelled = True
         if self._calling is not None:
             self._calling.cancel()
@@ -216,6 +241,14 @@ class MemoryAttempt(Attempt):
         self._calling = None
         self._exchange.attempt_ended(self)
         self._done(error, trailers, time.monotonic() - begun)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """This thread's."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class LoopClock:

@@ -566,7 +566,7 @@ async def test_a_node_that_is_stopped_under_load_costs_no_request(lab: Lab) -> N
     assert time.monotonic() - back < 1.5
     await load.stop()
     assert load.failures == []
-    assert [gateway.node(node).in_flight for node in nodes] == [0] * 4
+    await lab.until(lambda: [gateway.node(node).in_flight for node in nodes] == [0] * 4)
 
 
 NODE = """
