@@ -12,12 +12,12 @@ PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml examples/*/pyproj
 export PYO3_PYTHON := $(abspath $(BIN)/python)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native load-generator demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
+.PHONY: help setup load-generator demo demo-tf test test-packages check bench bench-peers soak faults faults-short simulate protos
 
 help: ## list what one can do here
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
-setup: .venv/ready load-generator ## the environment: core, plugins, the example, development tools
+setup: .venv/native load-generator ## the environment: core, plugins, the example, development tools
 
 .venv/ready: constraints.txt $(PROJECTS)
 	$(PYTHON) -m venv .venv
@@ -25,9 +25,6 @@ setup: .venv/ready load-generator ## the environment: core, plugins, the example
 	$(BIN)/python -m pip install --constraint constraints.txt torch $(EDITABLE)
 	touch $@
 
-native: .venv/native ## build and install plugins/native, the transport and codecs in Rust, which "auto" then takes
-
-# Not part of setup yet: the whole of the tests has not passed with it.
 .venv/native: .venv/ready $(NATIVE)
 	@if command -v cargo > /dev/null; then \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt maturin && \
@@ -45,18 +42,18 @@ $(SELDON)/ready: tests/seldon/requirements.txt
 	$(SELDON)/bin/python -m pip install --requirement tests/seldon/requirements.txt
 	touch $@
 
-demo: .venv/ready ## train, serve and call a model; kill a node under load; TRANSPORT=auto, grpcio or native
+demo: .venv/native ## train, serve and call a model; kill a node under load; TRANSPORT=auto, grpcio or native
 	$(BIN)/python -m digits.demo --transport $(or $(TRANSPORT),auto)
 
-demo-tf: .venv/ready ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
+demo-tf: .venv/native ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-test: .venv/ready $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
+test: .venv/native $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
 	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
 	$(if $(RUST),cd plugins/native && cargo test --quiet --locked --package dl-inference-grpc --package dl-inference-wire)
 	$(if $(RUST),cargo test --quiet --release --locked $(LOAD_GENERATOR))
 
-test-packages: .venv/ready ## the distributions: wheels that are built
+test-packages: .venv/native ## the distributions: wheels that are built
 	$(BIN)/python -m pytest -m packages tests/test_packaging.py
 
 check: .venv/ready ## formatting, lint, types
@@ -68,19 +65,19 @@ check: .venv/ready ## formatting, lint, types
 	$(if $(RUST),cargo fmt --check --manifest-path bench/load_generator/Cargo.toml)
 	$(if $(RUST),cargo clippy --quiet --locked --all-targets $(LOAD_GENERATOR) -- -D warnings)
 
-bench: .venv/ready ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
+bench: .venv/native ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs
 
-bench-peers: .venv/ready ## the same models in ours and in other model servers, which it installs first; its part of docs/performance.md
+bench-peers: .venv/native ## the same models in ours and in other model servers, which it installs first; its part of docs/performance.md
 	$(BIN)/python -m bench.model_servers --docs
 
-soak: .venv/ready ## ten minutes of all that may happen to a gateway: does anything stay behind? writes docs/soak.md
+soak: .venv/native ## ten minutes of all that may happen to a gateway: does anything stay behind? writes docs/soak.md
 	$(BIN)/python -m bench.soak --docs
 
-faults: .venv/ready ## most of an hour of faults under load, ours beside Envoy and the original; writes docs/reliability.md
+faults: .venv/native ## most of an hour of faults under load, ours beside Envoy and the original; writes docs/reliability.md
 	$(BIN)/python -m bench.faults --docs
 
-faults-short: .venv/ready ## two minutes of them, of what no run may miss
+faults-short: .venv/native ## two minutes of them, of what no run may miss
 	$(BIN)/python -m bench.faults --short
 
 simulate: .venv/ready ## every strategy in every scenario under a virtual clock; writes docs/simulation.md

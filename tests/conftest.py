@@ -69,7 +69,8 @@ def site_with_fakes(tmp_path: Path) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A test that is a coroutine function runs on an event loop of its own, for at most 30 seconds."""
+    """A test that is a coroutine function runs on an event loop of its own, for at most 30 seconds; its lab closes in as
+    many."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
@@ -79,9 +80,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
             async with asyncio.timeout(30):
                 await pyfuncitem.obj(**arguments)
         finally:
-            for argument in arguments.values():
-                if isinstance(argument, Lab):
-                    await argument.close()
+            async with asyncio.timeout(30):
+                for argument in arguments.values():
+                    if isinstance(argument, Lab):
+                        await argument.close()
 
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(bounded())

@@ -40,7 +40,7 @@ def test_a_plugin_needs_the_core_of_its_own_version(path: Path) -> None:
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.parent.name)
 def test_a_wheel_holds_the_package_its_types_and_its_entry_points(path: Path, tmp_path: Path) -> None:
     if (path.parent / "Cargo.toml").exists() and not (shutil.which("cargo") and find_spec("maturin")):
-        pytest.skip("needs cargo and maturin: make native")
+        pytest.skip("needs cargo and maturin: make setup")
     subprocess.run(
         [
             sys.executable,
