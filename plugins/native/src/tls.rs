@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 const HTTP2: &[u8] = b"h2";
+const HTTP1: &[u8] = b"http/1.1";
 
 /// A configuration that may be replaced by a newer one at any time, on any thread.
 pub struct Newest<T> {
@@ -78,7 +79,7 @@ pub fn server(shown: &Shown<'_>, authorities: Option<&[u8]>) -> Built<ServerConf
     };
     let key = PrivateKeyDer::from_pem_slice(shown.key).map_err(told)?;
     let mut config = builder.with_single_cert(chain(shown.certificate)?, key).map_err(told)?;
-    config.alpn_protocols = vec![HTTP2.to_vec()];
+    config.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
     Ok(Arc::new(config))
 }
 
