@@ -178,7 +178,7 @@ pub fn is_grpc(headers: &HeaderMap) -> bool {
     }
 }
 
-async fn passes(deadline: Option<Instant>) {
+pub async fn passes(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => pending().await,

@@ -1,6 +1,6 @@
 //! Requests of HTTP that are not calls of gRPC: from the end of their headers to their answer, by HTTP/1 and HTTP/2 alike.
 
-use crate::call::is_grpc;
+use crate::call::{is_grpc, passes};
 use crate::events::Event;
 use crate::http_body::{Body, Incomplete, Refusal, Unread};
 use crate::io::Io;
@@ -15,13 +15,13 @@ use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, Version};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
-use std::future::{pending, poll_fn};
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::Notify;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, timeout};
 
 /// A whole answer.
 pub type Answer = Response<Option<Frame>>;
@@ -206,13 +206,6 @@ async fn fail(io: &Io, call: &Rc<HttpCall>, refusal: Refusal) -> Answer {
     call.leave(io);
     io.tell(Event::FailHttp(call.clone(), refusal));
     call.answered().await
-}
-
-async fn passes(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => pending().await,
-    }
 }
 
 /// The answer to a request that is refused by its headers.
