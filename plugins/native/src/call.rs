@@ -88,7 +88,8 @@ pub async fn run(
 ) {
     let (head, body) = request.into_parts();
     if head.method != Method::POST || !is_grpc(&head.headers) {
-        return answer_stream(io, server, head, Incomplete::Http2(body, window), respond).await;
+        let body = Incomplete::Http2(body, window);
+        return Box::pin(answer_stream(io, server, head, body, respond)).await; // apart: each call would have room for it
     }
     let service = &server.service;
     let (streams, deadline) = match admit(&io, service, &head) {

@@ -107,7 +107,7 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
             serve(io, server, &writer, *connection).await;
             let _ = timeout(REFUSAL, poll_fn(|cx| writer.send(cx))).await;
         }
-        Ok(Some(Made::Http1(socket))) => http1::serve(io, server, socket).await,
+        Ok(Some(Made::Http1(socket))) => Box::pin(http1::serve(io, server, socket)).await,
         Ok(None) | Err(_) => {}
     }
 }
