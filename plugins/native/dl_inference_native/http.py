@@ -32,7 +32,7 @@ class NativeHttp:
         self._errors: dict[str, Callable[[str], InferenceError]] = {
             "too_large": lambda _: too_large(self.body_bytes),
             "unknown_encoding": unknown_encoding,
-            "not_gzip": not_gzip,
+            "not_gzip": lambda _: not_gzip("it is damaged, or does not end where its gzip ends"),
             "no_room": lambda _: Refused("the server holds as many bytes of requests as it may", 503),
             "took_too_long": lambda _: took_too_long(self.timeout_s),
         }

@@ -89,7 +89,7 @@ class _Helpers:
 
 
 class NativeTransport(seam.Transport):
-    """Rust's tokio, h2 and rustls, client and server, on I/O threads of their own.
+    """Rust's tokio, h2, hyper and rustls, client and server, on I/O threads of their own.
 
     The service and all callbacks are called on the I/O threads. With TLS, keys may be RSA, ECDSA on P-256 and P-384, or
     Ed25519.

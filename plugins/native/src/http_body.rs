@@ -34,7 +34,7 @@ pub struct Body {
 pub enum Refusal {
     TooLarge,
     UnknownEncoding(String),
-    NotGzip(String),
+    NotGzip,
     NoRoom,
     TookTooLong,
 }
@@ -45,7 +45,7 @@ impl Refusal {
         match self {
             Refusal::TooLarge => ("too_large", String::new()),
             Refusal::UnknownEncoding(encoding) => ("unknown_encoding", encoding),
-            Refusal::NotGzip(why) => ("not_gzip", why),
+            Refusal::NotGzip => ("not_gzip", String::new()),
             Refusal::NoRoom => ("no_room", String::new()),
             Refusal::TookTooLong => ("took_too_long", String::new()),
         }
@@ -177,7 +177,7 @@ fn unpacked(packed: &[u8], limit: usize, mut charge: Charge) -> Result<Body, Ref
         Err(failure) => Err(match failure.code {
             Code::RESOURCE_EXHAUSTED => Refusal::TooLarge,
             Code::UNAVAILABLE => Refusal::NoRoom,
-            _ => Refusal::NotGzip(failure.message),
+            _ => Refusal::NotGzip,
         }),
     }
 }

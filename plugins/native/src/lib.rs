@@ -1,4 +1,4 @@
-//! A native transport: HTTP/2 and gRPC in Rust, what to answer in Python; and codecs. The README draws how the modules go
+//! A native transport: HTTP and gRPC in Rust, what to answer in Python; and codecs. The README draws how the modules go
 //! together.
 
 mod attempt;

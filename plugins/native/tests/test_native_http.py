@@ -235,17 +235,24 @@ async def test_bodies_by_http_2(serve_http: Any, app: Starlette) -> None:
     async with serve_http(service, app) as served, http2(served) as one:
         packed = one.send("POST", "/api/", gzip.compress(b"packed"), content_encoding="gzip")
         other = one.send("POST", "/api/", b"x", content_encoding="br")
+        damaged = one.send("POST", "/api/", b"damaged", content_encoding="gzip")
         announced = one.send("POST", "/api/", ends=False, content_length=str(LIMIT + 1), expect="100-continue")
         bomb = one.send("POST", "/api/", gzip.compress(bytes(LIMIT + 1)), content_encoding="gzip")
         head = one.send("HEAD", "/api/")
         assert (await one.answer(packed))[2] == b"packed"
         assert (await one.answer(other))[2] == b"Refused"
+        assert (await one.answer(damaged))[2] == b"BadRequest"
         assert (await one.answer(announced))[2] == b"MessageTooLarge"
         assert (await one.answer(bomb))[2] == b"MessageTooLarge"
         assert (await one.answer(head))[::2] == (200, b"")
         assert {(await service.begun()).verb for _ in range(2)} == {"POST", "HEAD"}
         assert service.none_begun
         await served.has_freed_all()
+    assert {str(error).partition(": ")[0] for error in service.failures} == {
+        "content encoding br is not known; expected gzip or none",
+        "the body is not gzip, which its content encoding says it is",
+        f"the request's body is too large; expected at most {LIMIT} bytes",
+    }
 
 
 async def test_a_stream_that_is_reset_cancels_its_exchange_alone(serve_http: Any, app: Starlette) -> None:
