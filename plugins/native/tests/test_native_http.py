@@ -322,7 +322,7 @@ async def test_tls_and_what_the_client_offers(
         assert json.loads((await one.ask("GET", "/page")).body)["scheme"] == "https"
 
 
-@pytest.mark.parametrize(("option", "version"), [("--http1.1", "1.1"), ("--http2", "2")])
+@pytest.mark.parametrize(("option", "version"), [("--http1.0", "1.0"), ("--http1.1", "1.1"), ("--http2", "2")])
 async def test_curl_with_tls(serve_http: Any, app: Starlette, authority: Authority, option: str, version: str) -> None:
     tls = authority.issue("localhost").server()
     async with serve_http(HeldService(echo), app, tls) as served:
