@@ -14,8 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from dl_inference_core.coroutines import call_soon
-from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, MessageTooLarge
-from dl_inference_core.http_exchange import HttpExchange, HttpService, Refused, is_among
+from dl_inference_core.errors import InferenceError
+from dl_inference_core.http_exchange import (
+    HttpExchange,
+    HttpService,
+    is_among,
+    not_gzip,
+    too_large,
+    took_too_long,
+    unknown_encoding,
+)
 from dl_inference_core.transport import Http, HttpApp
 
 _Answer: TypeAlias = tuple[int, Mapping[str, str], bytes]
@@ -96,7 +104,7 @@ async def _answered(service: HttpService, request: Request, path: str) -> _Answe
     except ClientDisconnect:
         return None
     except TimeoutError:
-        error = DeadlineExceeded(f"the request took longer than {limit_s} s")
+        error = took_too_long(limit_s)
     except InferenceError as refusal:
         error = refusal.with_traceback(None)
     finally:
@@ -116,21 +124,21 @@ async def _body(request: Request, limit: int) -> bytes:
     """
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip"):
-        raise Refused(f"content encoding {encoding[:100]} is not known; expected gzip or none", 415)
+        raise unknown_encoding(encoding)
     announced = request.headers.get("content-length", "")
-    too_large = announced.isdecimal() and (len(announced) > 18 or int(announced) > limit)
+    is_too_large = announced.isdecimal() and (len(announced) > 18 or int(announced) > limit)
     parts: list[bytes] = []
     size = 0
-    if not too_large:
+    if not is_too_large:
         async for part in request.stream():
             size += len(part)
-            if too_large := size > limit:
+            if is_too_large := size > limit:
                 break
             parts.append(part)
-    if too_large:
+    if is_too_large:
         parts.clear()
         await _discard(request, limit)
-        raise _too_large(limit)
+        raise too_large(limit)
     body = b"".join(parts)
     return body if encoding == "identity" else await asyncio.to_thread(_decompressed, body, limit)
 
@@ -154,16 +162,12 @@ def _decompressed(body: bytes, limit: int) -> bytes:
     try:
         plain = decompressing.decompress(body, limit + 1)
     except zlib.error as error:
-        raise BadRequest(f"the body is not gzip, which its content encoding says it is: {error}") from None
+        raise not_gzip(str(error)) from None
     if len(plain) > limit:
-        raise _too_large(limit)
+        raise too_large(limit)
     if not decompressing.eof or decompressing.unused_data:
-        raise BadRequest("the body is not gzip, which its content encoding says it is: it does not end where it ends")
+        raise not_gzip("it does not end where it ends")
     return plain
-
-
-def _too_large(limit: int) -> MessageTooLarge:
-    return MessageTooLarge(f"the request's body is too large; expected at most {limit} bytes")
 
 
 async def _while_there(request: Request, answer: asyncio.Future[_Answer]) -> _Answer:

@@ -336,7 +336,9 @@ class Config(_Section):
     file; of several workers each has its own, with "-0", "-1" and so on after the name"""
     http_port: int | None = Field(default=None, ge=0, le=65535)
     """an HTTP port for REST, metrics and health on the same host, beside the gRPC port; always plaintext, so without
-    REST where there is `[tls]`; none if left out; of several workers each has its own, counted up from here"""
+    REST where there is `[tls]`; none if left out; of several workers each has its own, counted up from here. A
+    transport that can, as "native" does, answers the same on `port`: by one of the workers, and by TLS if `[tls]` is
+    there"""
     http_max_connections: int = Field(default=1000, ge=1, lt=2**31)
     """connections to `http_port` at one time, at most; a quarter of what the limit on open files leaves room for, if
     it has no room for these beside `connections`. One more takes the place of the one that has been without a request

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol as Interface
 
-from dl_inference_core.errors import BadRequest, InferenceError
+from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, MessageTooLarge
 
 
 class Refused(BadRequest):
@@ -23,6 +23,26 @@ class Refused(BadRequest):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def too_large(limit: int) -> MessageTooLarge:
+    """Of a body over the service's limit, in bytes."""
+    return MessageTooLarge(f"the request's body is too large; expected at most {limit} bytes")
+
+
+def unknown_encoding(encoding: str) -> Refused:
+    """Of a content encoding other than gzip and identity."""
+    return Refused(f"content encoding {encoding[:100]} is not known; expected gzip or none", 415)
+
+
+def not_gzip(why: str) -> BadRequest:
+    """Of a body that is not in its content encoding."""
+    return BadRequest(f"the body is not gzip, which its content encoding says it is: {why}")
+
+
+def took_too_long(limit_s: float | None) -> DeadlineExceeded:
+    """Of a request that has passed the service's time limit, in seconds."""
+    return DeadlineExceeded(f"the request took longer than {limit_s} s")
 
 
 class HttpExchange(ABC):
@@ -86,7 +106,8 @@ class HttpService(Interface):
         """Reply to `exchange` that it failed. A transport calls this, for a client that is still there, with
 
         - `MessageTooLarge`: the body is over the limit. It has not begun.
-        - `Refused`: the status is 415: a content encoding other than gzip and identity. It has not begun.
+        - `Refused`: the status is 415: a content encoding other than gzip and identity; or 503: the transport has no
+          room for the body. It has not begun.
         - `BadRequest`: the body is not in its content encoding. It has not begun.
         - `DeadlineExceeded`: the time limit has passed, before or after it has begun; after what `on_cancel` was given.
         """

@@ -1,4 +1,4 @@
-"""HTTP/2, gRPC and codecs in Rust; HTTP/2 on I/O threads of its own."""
+"""HTTP, gRPC and codecs in Rust; HTTP and gRPC on I/O threads of their own."""
 
 from dl_inference_core.hookspecs import hookimpl
 from dl_inference_core.transport import Transport

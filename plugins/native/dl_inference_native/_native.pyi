@@ -1,5 +1,5 @@
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 from dl_inference_core.tensors import Request, Response
 from dl_inference_core.transport import Message, Metadata, Service, Timer
@@ -7,6 +7,29 @@ from dl_inference_core.wire.codecs import Codec as CoreCodec
 from dl_inference_core.wire.routing_keys import KeyFields
 
 class Exchange: ...
+
+class HttpExchange:
+    verb: str
+    path: str
+    query: str
+    headers: Mapping[str, str]
+    raw_headers: list[tuple[bytes, bytes]]
+    version: str
+    body: bytes
+    deadline: float | None
+    def reply(self, status: int, headers: Mapping[str, str], body: bytes) -> None: ...
+    def on_cancel(self, callback: Callable[[], object]) -> None: ...
+
+class HttpService(Protocol):
+    """What `Threads.serve` reads of what answers HTTP."""
+
+    paths: Sequence[str]
+    body_bytes: int
+    timeout_s: float | None
+    begin: Callable[[HttpExchange], None]
+    begin_page: Callable[[HttpExchange], None]
+    def fail(self, exchange: HttpExchange, refusal: str, detail: str) -> None:
+        """`refusal` is "too_large", "unknown_encoding", "not_gzip", "no_room" or "took_too_long"."""
 
 class Attempt:
     def cancel(self) -> None: ...
@@ -21,6 +44,7 @@ class Threads:
         connections: int,
         streams: int,
         tls: ServerTls | None,
+        http: HttpService | None,
     ) -> int: ...
     def drain(self, number: int, grace_s: float, done: Callable[[], None]) -> int: ...
     def call_later(self, after_s: float, function: Callable[[], None]) -> Timer: ...

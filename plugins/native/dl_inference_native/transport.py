@@ -26,10 +26,12 @@ from dl_inference_core.errors import (
     NodeUnreachable,
     from_status,
 )
+from dl_inference_core.http_exchange import HttpExchange
 from dl_inference_core.transport import Answer, Http, Limits, Message, Metadata, Service, Timer, Trailers
 from dl_inference_core.wire.routing_keys import RoutingKey
 from dl_inference_native import _native
 from dl_inference_native.certificates import Followed
+from dl_inference_native.http import NativeHttp
 from dl_inference_native.listening import Listening
 
 _log = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ _log = logging.getLogger(__name__)
 # A class of Rust cannot derive from one of Python, and one of Python that derives from both costs more to make.
 seam.Exchange.register(_native.Exchange)
 seam.Attempt.register(_native.Attempt)
+HttpExchange.register(_native.HttpExchange)
 
 _ATTEMPT_CANCELLED, _MALFORMED = 100, 101
 """Codes of `_native` that gRPC has not."""
@@ -86,7 +89,7 @@ class _Helpers:
 
 
 class NativeTransport(seam.Transport):
-    """Rust's tokio, h2 and rustls, client and server, on I/O threads of their own.
+    """Rust's tokio, h2, hyper and rustls, client and server, on I/O threads of their own.
 
     The service and all callbacks are called on the I/O threads. With TLS, keys may be RSA, ECDSA on P-256 and P-384, or
     Ed25519.
@@ -94,6 +97,7 @@ class NativeTransport(seam.Transport):
 
     name = "native"
     priority = 10
+    http_on_same_port = True
 
     class Options(PluginOptions):
         """Attributes:
@@ -104,12 +108,15 @@ class NativeTransport(seam.Transport):
         unacknowledged_ms: how long what was sent to a node may go without TCP's acknowledgement, or the node take
             nothing in, before the connection is given up, so that the next one finds a path that works again; 0 leaves
             that to the system. On Linux only.
-        header_kb: KiB that the headers of one call may have; with more, the call is refused.
-        idle_timeout_s: seconds after which a client's connection without calls is closed; 0 never.
+        header_kb: KiB that the headers of one call or request may have; with more, it is refused.
+        idle_timeout_s: seconds after which a client's connection without calls and requests is closed; 0 never.
         connection_age_s: seconds, 10 % more or less, after which a client is told to connect anew, once its calls are
             answered; 0 never.
-        headers_timeout_s: seconds that a client has for the handshakes of TLS and HTTP/2.
-        keepalive_s: seconds after which a client's silent connection is asked for a sign of life.
+        headers_timeout_s: seconds that a client has for the handshakes of TLS and HTTP/2, and with HTTP/1 for the
+            headers of each request.
+        body_timeout_s: seconds that a client has for the body of an HTTP request, and that it may take nothing of an
+            answer, with HTTP/1.
+        keepalive_s: seconds after which a client's silent connection is asked for a sign of life, with HTTP/2.
         keepalive_timeout_s: seconds that the sign may take; then the connection is closed.
         """
 
@@ -121,6 +128,7 @@ class NativeTransport(seam.Transport):
         idle_timeout_s: int = Field(default=3600, ge=0, le=_LONGEST_S)
         connection_age_s: int = Field(default=0, ge=0, le=_LONGEST_S)
         headers_timeout_s: int = Field(default=10, ge=1, le=_LONGEST_S)
+        body_timeout_s: int = Field(default=60, ge=1, le=_LONGEST_S)
         keepalive_s: int = Field(default=30, ge=1, le=_LONGEST_S)
         keepalive_timeout_s: int = Field(default=5, ge=1, le=_LONGEST_S)
 
@@ -172,6 +180,7 @@ class NativeTransport(seam.Transport):
             seam.room_for(limits.connections),
             limits.streams,
             None if followed is None else followed.native,
+            None if http is None else NativeHttp(http, "http" if tls is None else "https"),
         )
         return NativeServer(self._threads, number, listening, followed)
 

@@ -3,6 +3,8 @@
 use crate::attempt::Cancel;
 use crate::body::{Messages, failure_of};
 use crate::events::Event;
+use crate::http::answer_stream;
+use crate::http_body::Incomplete;
 use crate::io::Io;
 use crate::listen::ServerHere;
 use crate::python::Exchange;
@@ -10,10 +12,10 @@ use crate::server::{ServedMethod, Service};
 use crate::stream::Stream;
 use crate::window::Window;
 use dl_inference_grpc::{ACCEPTED, Code, Failure, Frame, check_headers, check_size, status_headers, timeout_of};
+use h2::RecvStream;
 use h2::server::SendResponse;
-use h2::{Reason, RecvStream};
 use http::request::Parts;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, header};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::future::{pending, poll_fn};
@@ -86,7 +88,8 @@ pub async fn run(
 ) {
     let (head, body) = request.into_parts();
     if head.method != Method::POST || !is_grpc(&head.headers) {
-        return refuse(respond, if head.method == Method::POST { 415 } else { 405 });
+        let body = Incomplete::Http2(body, window);
+        return Box::pin(answer_stream(io, server, head, body, respond)).await; // apart: each call would have room for it
     }
     let service = &server.service;
     let (streams, deadline) = match admit(&io, service, &head) {
@@ -168,7 +171,7 @@ async fn read_request(
     })
 }
 
-fn is_grpc(headers: &HeaderMap) -> bool {
+pub fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes).unwrap_or_default();
     match kind.strip_prefix(b"application/grpc") {
         Some(rest) => matches!(rest.first(), None | Some(b'+' | b';')),
@@ -176,7 +179,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     }
 }
 
-async fn passes(deadline: Option<Instant>) {
+pub async fn passes(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => pending().await,
@@ -378,13 +381,4 @@ fn fail(mut respond: SendResponse<Frame>, failure: Failure) {
         headers.insert("grpc-accept-encoding", HeaderValue::from_static(ACCEPTED));
     }
     let _ = respond.send_response(head(headers), true); // else the client left: there is nobody to tell
-}
-
-/// Answers what is not gRPC.
-fn refuse(mut respond: SendResponse<Frame>, status: u16) {
-    let mut response = Response::new(());
-    *response.status_mut() = StatusCode::from_u16(status).unwrap_or_default();
-    if respond.send_response(response, true).is_err() {
-        respond.send_reset(Reason::INTERNAL_ERROR);
-    }
 }

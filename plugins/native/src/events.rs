@@ -2,8 +2,10 @@
 
 use crate::attempt::Extras;
 use crate::call::Call;
+use crate::http::HttpCall;
+use crate::http_body::{Body, Refusal};
 use crate::io::{Io, Timed};
-use crate::python::{Exchange, convert};
+use crate::python::{Exchange, HttpExchange, convert};
 use bytes::Bytes;
 use dl_inference_grpc::{Code, Failure, Frame};
 use http::HeaderMap;
@@ -34,6 +36,10 @@ pub enum Event {
         done: Py<PyAny>,
         outcome: Result<(Frame, HeaderMap), Failure>,
     },
+    /// A request of HTTP has come whole.
+    BeginHttp(Rc<HttpCall>, Body),
+    /// The service is to answer that a request of HTTP has failed.
+    FailHttp(Rc<HttpCall>, Refusal),
     Callback(Py<PyAny>),
     /// `callback(message)`; None is the end of a stream.
     Message {
@@ -174,6 +180,17 @@ fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
     }
 }
 
+/// The exchange of a request; `body` is used where it is made.
+fn http_exchange(io: &Io, py: Python<'_>, call: &HttpCall, body: Option<Body>) -> PyResult<Py<HttpExchange>> {
+    if let Some(exchange) = &*call.exchange.borrow() {
+        return Ok(exchange.clone_ref(py));
+    }
+    let deadline = call.deadline.map(|deadline| Clock::default().read(io, py, deadline)).transpose()?;
+    let exchange = Py::new(py, HttpExchange::new(py, io, call.shared.clone(), body, deadline))?;
+    call.exchange.replace(Some(exchange.clone_ref(py)));
+    Ok(exchange)
+}
+
 /// Times of Rust's monotonic clock on the clock of `time.monotonic`, whose zero Rust hides. Reads each clock once.
 #[derive(Default)]
 struct Clock(Option<(Instant, f64)>);
@@ -217,6 +234,15 @@ fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
             }
             Err(failure) => done.call1(py, (convert::error(py, helpers, &failure)?, py.None(), ())).map(drop),
         },
+        Event::BeginHttp(call, body) => {
+            let service = &call.service;
+            let begin = if call.is_page { &service.begin_page } else { &service.begin };
+            begin.call1(py, (http_exchange(io, py, &call, Some(body))?,)).map(drop)
+        }
+        Event::FailHttp(call, refusal) => {
+            let (which, detail) = refusal.told();
+            call.service.fail.call1(py, (http_exchange(io, py, &call, None)?, which, detail)).map(drop)
+        }
         Event::Callback(callback) => callback.call0(py).map(drop),
         Event::Message { callback, message } => {
             let message = message.map(|frame| convert::message(py, frame.message())).transpose()?;

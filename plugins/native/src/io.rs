@@ -8,6 +8,7 @@ use crate::attempt::{self, Ask, Forward};
 use crate::call::{Call, End, Shared};
 use crate::events::{Event, Events, Helpers};
 use crate::fork::Process;
+use crate::http::{Answer, HttpCall, HttpShared};
 use crate::listen::{self, ServerHere};
 use crate::node::NodeHere;
 use crate::node::Target;
@@ -54,6 +55,8 @@ pub enum Command {
     End(u64, End),
     EndAll(Vec<(u64, End)>),
     OnCancel(Arc<Shared>, Py<PyAny>),
+    EndHttp(u64, Box<Answer>),
+    OnHttpCancel(Arc<HttpShared>, Py<PyAny>),
     OnMessage(u64, Py<PyAny>),
     OnWritable(u64, Py<PyAny>),
     Send(u64, Frame),
@@ -107,6 +110,7 @@ pub struct Io {
     pub common: Arc<Common>,
     pub events: Events,
     pub calls: RefCell<HashMap<u64, Rc<Call>>>,
+    pub http_calls: RefCell<HashMap<u64, Rc<HttpCall>>>,
     pub servers: RefCell<HashMap<u64, Rc<ServerHere>>>,
     pub nodes: RefCell<HashMap<u64, Rc<NodeHere>>>,
     pub keys: RefCell<Keys>,
@@ -134,6 +138,7 @@ impl Io {
             common,
             events: Events::default(),
             calls: RefCell::default(),
+            http_calls: RefCell::default(),
             servers: RefCell::default(),
             nodes: RefCell::default(),
             keys: RefCell::default(),
@@ -157,6 +162,10 @@ impl Io {
         self.calls.borrow().get(&id).cloned()
     }
 
+    fn http_call(&self, id: u64) -> Option<Rc<HttpCall>> {
+        self.http_calls.borrow().get(&id).cloned()
+    }
+
     async fn take_commands(self: &Rc<Self>, mut inbox: mpsc::UnboundedReceiver<Command>) {
         let mut commands = Vec::with_capacity(TOGETHER);
         while inbox.recv_many(&mut commands, TOGETHER).await > 0 {
@@ -177,6 +186,16 @@ impl Io {
             Command::End(id, end) => self.end(id, end),
             Command::EndAll(ends) => ends.into_iter().for_each(|(id, end)| self.end(id, end)),
             Command::OnCancel(exchange, callback) => match self.call(exchange.id) {
+                Some(call) => call.on_cancel(self, callback),
+                None if exchange.has_left() => self.tell(Event::Callback(callback)),
+                None => self.tell(Event::Forget(callback)),
+            },
+            Command::EndHttp(id, answer) => {
+                if let Some(call) = self.http_call(id) {
+                    call.end(self, *answer);
+                }
+            }
+            Command::OnHttpCancel(exchange, callback) => match self.http_call(exchange.id) {
                 Some(call) => call.on_cancel(self, callback),
                 None if exchange.has_left() => self.tell(Event::Callback(callback)),
                 None => self.tell(Event::Forget(callback)),

@@ -1,4 +1,4 @@
-//! A native transport: HTTP/2 and gRPC in Rust, what to answer in Python; and codecs. The README draws how the modules go
+//! A native transport: HTTP and gRPC in Rust, what to answer in Python; and codecs. The README draws how the modules go
 //! together.
 
 mod attempt;
@@ -8,6 +8,9 @@ mod coalesce;
 mod codecs;
 mod events;
 mod fork;
+mod http;
+mod http1;
+mod http_body;
 mod io;
 mod listen;
 mod node;
@@ -22,7 +25,7 @@ mod window;
 #[pyo3::pymodule]
 mod _native {
     #[pymodule_export]
-    use crate::python::{Attempt, ClientTls, Exchange, Node, ServerTls, Threads, Timer, stop_all};
+    use crate::python::{Attempt, ClientTls, Exchange, HttpExchange, Node, ServerTls, Threads, Timer, stop_all};
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {

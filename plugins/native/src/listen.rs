@@ -74,6 +74,9 @@ impl ServerHere {
             for call in calls {
                 call.end(io, End::Left(Some(Failure::new(Code::CANCELLED, "the server is shutting down"))));
             }
+            let requests: Vec<_> =
+                io.http_calls.borrow().values().filter(|call| call.server.id == self.id).cloned().collect();
+            requests.iter().for_each(|call| call.cancel(io));
             let _ = timeout(LAST_WORDS, self.until_none()).await;
         }
         self.stage.send_replace(Stage::Closed);
@@ -82,6 +85,7 @@ impl ServerHere {
 
     fn has_calls(&self, io: &Io) -> bool {
         io.calls.borrow().values().any(|call| call.server.id == self.id)
+            || io.http_calls.borrow().values().any(|call| call.server.id == self.id)
     }
 
     async fn until_none(&self) {

@@ -2,6 +2,8 @@
 
 use crate::call;
 use crate::coalesce::Coalesce;
+use crate::http::HttpService;
+use crate::http1;
 use crate::io::Io;
 use crate::listen::{ServerHere, Stage, reached};
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
@@ -73,6 +75,8 @@ pub struct Service {
     pub connections: usize,
     pub streams: u32,
     pub tls: Option<Arc<Newest<ServerConfig>>>,
+    /// What answers HTTP that is not gRPC; None refuses it.
+    pub http: Option<Arc<HttpService>>,
     /// Connections of all I/O threads, and of each.
     pub connected: AtomicUsize,
     pub by_thread: Vec<AtomicUsize>,
@@ -98,13 +102,23 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
         made = timeout_at(until, handshakes(server, plain)) => made,
         _ = reached(&mut stage, Stage::Draining) => return,
     };
-    if let Ok(Some((writer, connection))) = made {
-        serve(io, server, &writer, connection).await;
-        let _ = timeout(REFUSAL, poll_fn(|cx| writer.send(cx))).await;
+    match made {
+        Ok(Some(Made::Http2(writer, connection))) => {
+            serve(io, server, &writer, *connection).await;
+            let _ = timeout(REFUSAL, poll_fn(|cx| writer.send(cx))).await;
+        }
+        Ok(Some(Made::Http1(socket))) => Box::pin(http1::serve(io, server, socket)).await,
+        Ok(None) | Err(_) => {}
     }
 }
 
-async fn handshakes(server: &ServerHere, plain: Plain) -> Option<(Coalesce<Socket>, Http2)> {
+/// A connection after its handshakes.
+enum Made {
+    Http2(Coalesce<Socket>, Box<Http2>),
+    Http1(Socket),
+}
+
+async fn handshakes(server: &ServerHere, plain: Plain) -> Option<Made> {
     let service = &server.service;
     let wire = match &service.tls {
         Some(newest) => {
@@ -117,6 +131,7 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<(Coalesce<Socke
     match sniff(&mut socket).await.ok()? {
         Spoken::Http2 => {}
         Spoken::Tls => return refuse(socket, CLEAR_TEXT).await,
+        Spoken::Other if service.http.is_some() => return Some(Made::Http1(socket.without_authorities())),
         Spoken::Other => return refuse(socket, NOT_HTTP2).await,
     }
     let writer = Coalesce::new(socket);
@@ -133,7 +148,7 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<(Coalesce<Socke
         .handshake(writer.clone());
     let mut handshake = pin!(handshake);
     let connection = poll_fn(|cx| writer.poll_and_send(cx, |cx| handshake.as_mut().poll(cx))).await.ok()?;
-    Some((writer, connection))
+    Some(Made::Http2(writer, Box::new(connection)))
 }
 
 /// Says why, then closes, once the client has: to close first would lose what was said.
@@ -188,6 +203,13 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
     }
 }
 
+/// When a connection that is made now is to end. A tenth sooner or later, so that clients that came together do not come
+/// back together.
+pub fn retirement(io: &Io) -> Option<Instant> {
+    let spread = 0.9 + 0.2 * ((io.next_id() * 37 % 100) as f64 / 100.0);
+    io.common.settings.connection_age().map(|age| Instant::now() + age.mul_f64(spread))
+}
+
 #[derive(PartialEq)]
 enum Verdict {
     Fine,
@@ -215,13 +237,11 @@ impl Vitals {
     fn new(io: &Io, ping_pong: Option<PingPong>) -> Vitals {
         let settings = &io.common.settings;
         let now = Instant::now();
-        // A tenth more or less, so that clients that came together do not come back together.
-        let spread = |age: Duration| age.mul_f64(0.9 + 0.2 * ((io.next_id() * 37 % 100) as f64 / 100.0));
         let mut vitals = Vitals {
             keepalive: settings.keepalive(),
             keepalive_timeout: settings.keepalive_timeout(),
             idle_timeout: settings.idle_timeout(),
-            retires: settings.connection_age().map(|age| now + spread(age)),
+            retires: retirement(io),
             heard: now,
             pinged: None,
             idle_since: Some(now),

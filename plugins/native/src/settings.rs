@@ -14,6 +14,7 @@ pub struct Settings {
     idle_timeout_s: u64,
     connection_age_s: u64,
     headers_timeout_s: u64,
+    body_timeout_s: u64,
     keepalive_s: u64,
     keepalive_timeout_s: u64,
 }
@@ -51,6 +52,11 @@ impl Settings {
 
     pub fn headers_timeout(&self) -> Duration {
         Duration::from_secs(self.headers_timeout_s)
+    }
+
+    /// Of HTTP that is not gRPC.
+    pub fn body_timeout(&self) -> Duration {
+        Duration::from_secs(self.body_timeout_s)
     }
 
     pub fn keepalive(&self) -> Duration {

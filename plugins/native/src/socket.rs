@@ -162,6 +162,11 @@ impl Socket {
         Socket { wire, read_already: vec![], authorities: None }
     }
 
+    /// For a protocol other than HTTP/2.
+    pub fn without_authorities(self) -> Socket {
+        Socket { authorities: None, ..self }
+    }
+
     /// Of a client; with whatever authority it names this server.
     pub fn of_client(wire: Wire) -> Socket {
         Socket { authorities: Some(Box::default()), ..Socket::new(wire) }

@@ -9,6 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 const HTTP2: &[u8] = b"h2";
+/// What a server takes of a client's offers, the best first. What the client speaks is seen after the handshake.
+const SERVED: [&[u8]; 3] = [HTTP2, b"http/1.1", b"http/1.0"];
 
 /// A configuration that may be replaced by a newer one at any time, on any thread.
 pub struct Newest<T> {
@@ -78,7 +80,7 @@ pub fn server(shown: &Shown<'_>, authorities: Option<&[u8]>) -> Built<ServerConf
     };
     let key = PrivateKeyDer::from_pem_slice(shown.key).map_err(told)?;
     let mut config = builder.with_single_cert(chain(shown.certificate)?, key).map_err(told)?;
-    config.alpn_protocols = vec![HTTP2.to_vec()];
+    config.alpn_protocols = SERVED.map(<[u8]>::to_vec).to_vec();
     Ok(Arc::new(config))
 }
 

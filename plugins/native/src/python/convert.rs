@@ -93,10 +93,20 @@ pub fn own_headers(headers: &HeaderMap) -> HeaderMap {
     own
 }
 
-/// Latin-1 passes bytes beyond ASCII on unchanged.
 fn text<'py>(py: Python<'py>, value: &HeaderValue) -> Bound<'py, PyString> {
-    let text: String = value.as_bytes().iter().map(|byte| char::from(*byte)).collect();
+    latin1(py, value.as_bytes())
+}
+
+/// Latin-1 passes bytes beyond ASCII on unchanged.
+pub fn latin1<'py>(py: Python<'py>, bytes: &[u8]) -> Bound<'py, PyString> {
+    let text: String = bytes.iter().map(|byte| char::from(*byte)).collect();
     PyString::new(py, &text)
+}
+
+/// The bytes of such text; ValueError where it is more than Latin-1.
+pub fn header_value(value: &Bound<'_, PyString>) -> PyResult<HeaderValue> {
+    let bytes: Result<Vec<u8>, _> = value.to_str()?.chars().map(u8::try_from).collect();
+    HeaderValue::from_bytes(&bytes.map_err(value_error)?).map_err(value_error)
 }
 
 /// Raises ValueError where HTTP/2 has no such header.
@@ -109,9 +119,7 @@ pub fn headers_of(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<HeaderMap> {
         let value = if name.as_str().ends_with("-bin") {
             encode_binary(value.cast::<PyBytes>()?.as_bytes())
         } else {
-            let text = value.cast::<PyString>()?.to_str()?;
-            let bytes: Result<Vec<u8>, _> = text.chars().map(u8::try_from).collect();
-            HeaderValue::from_bytes(&bytes.map_err(value_error)?).map_err(value_error)?
+            header_value(value.cast::<PyString>()?)?
         };
         headers.try_append(name, value).map_err(value_error)?;
     }

@@ -18,7 +18,7 @@ use pyo3::types::{PyBytes, PyString, PyTuple};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-type Place = Mutex<Option<Py<PyAny>>>;
+pub type Place = Mutex<Option<Py<PyAny>>>;
 
 /// One call of a client's.
 #[pyclass(frozen)]
@@ -102,7 +102,7 @@ impl Exchange {
 }
 
 /// Returns the object kept in `place`; calls `make` and keeps its object where `place` is empty.
-fn kept(py: Python<'_>, place: &Place, make: impl FnOnce() -> PyResult<Py<PyAny>>) -> PyResult<Py<PyAny>> {
+pub fn kept(py: Python<'_>, place: &Place, make: impl FnOnce() -> PyResult<Py<PyAny>>) -> PyResult<Py<PyAny>> {
     if let Some(value) = &*locked(place) {
         return Ok(value.clone_ref(py));
     }

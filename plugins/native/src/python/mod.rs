@@ -2,11 +2,13 @@
 
 pub mod convert;
 mod exchange;
+mod http;
 mod node;
 pub mod routing;
 mod threads;
 
 pub use exchange::{Attempt, Exchange};
+pub use http::HttpExchange;
 pub use node::Node;
 pub use threads::{ClientTls, ServerTls, Threads, Timer, stop_all};
 

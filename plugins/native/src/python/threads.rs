@@ -5,6 +5,7 @@ use super::exchange::replace;
 use super::routing::Fields;
 use crate::events::Helpers;
 use crate::fork::Ours;
+use crate::http::HttpService;
 use crate::io::{self, Command, Common, Timed, here_or_first};
 use crate::server::{ServedMethod, Service};
 use crate::settings::Settings;
@@ -80,6 +81,7 @@ impl Threads {
         Ok(Threads(io::start(helpers, settings)?))
     }
 
+    #[allow(clippy::too_many_arguments)] // those of a server
     /// Has `service` answer on listening sockets, given as `(descriptor, whether it is a Unix-domain socket)`, which
     /// are this server's from now on. Returns a number for `drain`.
     fn serve(
@@ -90,6 +92,7 @@ impl Threads {
         connections: usize,
         streams: u32,
         tls: Option<Bound<'_, ServerTls>>,
+        http: Option<HttpService>,
     ) -> PyResult<u64> {
         let listeners = sockets.into_iter().map(listener_of);
         let mut by_thread: Vec<Vec<_>> = self.0.outboxes.iter().map(|_| vec![]).collect();
@@ -109,6 +112,7 @@ impl Threads {
             connections,
             streams,
             tls: tls.map(|tls| tls.get().0.clone()),
+            http: http.map(Arc::new),
             connected: AtomicUsize::new(0),
             by_thread: self.0.outboxes.iter().map(|_| AtomicUsize::new(0)).collect(),
         });
