@@ -16,10 +16,10 @@ from bench import bodies, load, replay
 from bench.load import Load, Post
 from bench.model_servers import measuring, systems
 from bench.model_servers.models import MODELS
+from bench.own import serving
 from bench.processes import Server, free_address
 from bench.replay import Traffic
 from bench.rounds import turns
-from bench.systems import serving
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 _MOST = 0.05

@@ -12,21 +12,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench import bare, load
+from bench import bare, bodies, load
 from bench.load import LoadError, Post
 from bench.model_servers import environments
 from bench.model_servers.environments import Environment
-from bench.model_servers.models import OUTPUT, Floats, Model
+from bench.model_servers.models import MODELS, OUTPUT, Floats, Model
 from bench.model_servers.serving.names import FILE, MODEL, SETTING
+from bench.own import serving
 from bench.processes import Server, free_address, listening
-from bench.systems import serving
-from dl_inference_core.client import build
+from bench.replay import Traffic
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,12 @@ TOLERANCE = 1e-4
 _READY_S = 120.0
 _DELAYS_US = (0, 100, 1000, 2000)
 """For which a batch may be held, of those who can be told."""
+_OUR_DELAYS_US = (0, 100, 1000)
 # For all that speak gRPC: a deadline is part of the work.
 _DEADLINE = ("grpc-timeout: 60S",)
+_SERVER_LIVE = "/inference.GRPCInferenceService/ServerLive"
+_LIVE = b"\x08\x01"
+"""ServerLiveResponse{live: true}."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,20 +65,31 @@ class System:
     Attributes:
         how: what the page says of it.
         start: serves the model in a folder (`NAME/1/model.pt`) until the block ends.
-        post, read: a request with one row of the model's, and the scores of its answer.
-        settings: the best of which is chosen in each run, for each model.
+        ask: what is sent, by the model and the most rows of a request: 64 different messages of gRPC, or one body of
+            HTTP/1.1.
+        read: the scores of an answer; None of an RPC that computes nothing.
+        settings: the best of which is chosen in each run, for each model and number in flight.
         environment: None for ours.
+        needs: a distribution without which ours cannot run.
+        models: it is measured with; all without.
         polls: it takes CPU without a request, which the others would lack: it is stopped while it is not its turn.
     """
 
     name: str
     how: str
     start: Start
-    post: Callable[[Model], Post]
-    read: Callable[[bytes], Floats]
+    ask: Callable[[Model, int], Traffic | Post]
+    read: Callable[[bytes], Floats] | None
     settings: tuple[Setting, ...] = (Setting(),)
     environment: Environment | None = None
+    needs: str = ""
+    models: tuple[str, ...] = ()
     polls: bool = False
+
+    @property
+    def speaks_http1(self) -> bool:
+        """Whether h2load sends what it is asked."""
+        return isinstance(self.ask(next(iter(MODELS.values())), 1), Post)
 
     @contextmanager
     def running(self, model: Model, folder: Path, setting: Setting, expected: Floats) -> Iterator[Server]:
@@ -92,7 +107,7 @@ class System:
         deadline = time.monotonic() + _READY_S
         while True:
             try:
-                load.ask(server.address, self.post(model))
+                load.ask(server.address, self._first(model))
             except LoadError:
                 if time.monotonic() > deadline:
                     raise
@@ -101,18 +116,42 @@ class System:
             time.sleep(0.1)
 
     def check(self, server: Server, model: Model, expected: Floats) -> None:
-        """Raises:
-        LoadError: it does not answer as the bare model does.
+        """With as many requests in flight as may share a batch, of HTTP/1.1 with one.
+
+        Args:
+            expected: the scores of the first `model.batch` requests.
+
+        Raises:
+            LoadError: it does not answer as the bare model does.
         """
-        scores = self.read(load.ask(server.address, self.post(model)))
-        if scores.shape != expected.shape or not np.allclose(scores, expected, rtol=0, atol=TOLERANCE):
-            raise LoadError(f"{self.name} does not answer as the bare model does: {scores} for {expected}")
+        asked = self.ask(model, 1)
+        if isinstance(asked, Post):
+            answers = [load.ask(server.address, asked)]
+        else:
+            answers = load.ask_together(server.address, asked.path, asked.messages[: model.batch])
+        for answer, scores in zip(answers, expected, strict=False):
+            if self.read is None:
+                if answer != _LIVE:
+                    raise LoadError(f"{self.name} is not live: {answer!r}")
+                continue
+            found = self.read(answer)
+            if found.shape != (1, *scores.shape) or not np.allclose(found[0], scores, rtol=0, atol=TOLERANCE):
+                raise LoadError(f"{self.name} does not answer as the bare model does: {found} for {scores}")
+
+    def _first(self, model: Model) -> Post:
+        asked = self.ask(model, 1)
+        return asked if isinstance(asked, Post) else Post(path=asked.path, message=asked.messages[0])
 
 
-def _grpc_post(protocol: str, model: Model) -> Post:
-    payload: Any = model.row() if protocol == "seldon" else {model.input: model.row()}
-    spoken, message = build(model.name, payload, protocol=protocol)
-    return Post(path=spoken.node_method, message=message, headers=_DEADLINE)
+@cache
+def _grpc(protocol: str, model: Model, most_rows: int) -> Traffic:
+    make = bodies.one_row if most_rows == 1 else bodies.one_to_four_rows
+    messages = make(protocol, model.name, model.input, model.shape)
+    return Traffic(path=PROTOCOLS[protocol].node_method, messages=messages, headers=_DEADLINE)
+
+
+def _ask_server_live(_: Model, __: int) -> Traffic:
+    return Traffic(path=_SERVER_LIVE, messages=(b"",), headers=_DEADLINE)
 
 
 def _read_open_inference(answer: bytes) -> Floats:
@@ -125,14 +164,14 @@ def _read_seldon(answer: bytes) -> Floats:
     return np.asarray(PROTOCOLS["seldon"].codec.decode_response(answer).payload, np.float32)
 
 
-_POST_OPEN_INFERENCE, _POST_SELDON = partial(_grpc_post, "openinference"), partial(_grpc_post, "seldon")
+_ASK_OPEN_INFERENCE, _ASK_SELDON = partial(_grpc, "openinference"), partial(_grpc, "seldon")
 
 
 def _json_post(path: str, content: Any) -> Post:
     return Post(path=path, message=json.dumps(content).encode(), media_type="application/json")
 
 
-def _post_litserve(model: Model) -> Post:
+def _ask_litserve(model: Model, _: int) -> Post:
     return _json_post("/predict", {model.input: base64.b64encode(model.row().tobytes()).decode()})
 
 
@@ -140,7 +179,7 @@ def _read_litserve(answer: bytes) -> Floats:
     return np.frombuffer(base64.b64decode(json.loads(answer)[OUTPUT]), np.float32)[None]
 
 
-def _post_bentoml(model: Model) -> Post:
+def _ask_bentoml(model: Model, _: int) -> Post:
     # Digits that a float32 has.
     return _json_post("/predict", {"rows": np.vectorize(lambda value: float(f"{value:.9g}"))(model.row()).tolist()})
 
@@ -155,11 +194,11 @@ def model_toml(model: Model, setting: Setting) -> str:
 
 
 @contextmanager
-def _ours(model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
+def _ours(transport: str, model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
     (folder / model.name / "model.toml").write_text(model_toml(model, setting), encoding="utf-8")
     config = f"http_port = 0\n[models]\ndirectory = {str(folder)!r}\n"
     config += f"[backends.torch]\nintra_op_threads = {model.threads}\n"
-    with serving("grpcio", config) as server:
+    with serving(transport, config) as server:
         yield server
 
 
@@ -328,22 +367,25 @@ def bare_model(model: Model, folder: Path) -> Iterator[bare.BareCalls]:
         yield server
 
 
-OURS = (
-    System(
-        name="ours-grpcio",
-        how="`dl-inference-core serve`, transport grpcio, Open Inference over gRPC, metrics on, dynamic batching",
-        start=_ours,
-        post=_POST_OPEN_INFERENCE,
+def _our(transport: str, needs: str) -> System:
+    return System(
+        name=f"ours-{transport}",
+        how=f"`dl-inference-core serve`, transport {transport}, Open Inference over gRPC, metrics on, dynamic batching",
+        start=partial(_ours, transport),
+        ask=_ASK_OPEN_INFERENCE,
         read=_read_open_inference,
-        settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in _DELAYS_US),
-    ),
-)
+        settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in _OUR_DELAYS_US),
+        needs=needs,
+    )
+
+
+OURS = (_our("native", "dl-inference-native"), _our("grpcio", "grpcio"))
 PEERS = (
     System(
         name="triton",
         how="Open Inference over gRPC, its Python backend, dynamic batching",
         start=_triton,
-        post=_POST_OPEN_INFERENCE,
+        ask=_ASK_OPEN_INFERENCE,
         read=_read_open_inference,
         settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in _DELAYS_US),
         environment=environments.TRITON,
@@ -352,7 +394,7 @@ PEERS = (
         name="pytriton",
         how="Triton as PyTriton sets it up: the model in a process of its own behind the Python backend",
         start=_pytriton,
-        post=_POST_OPEN_INFERENCE,
+        ask=_ASK_OPEN_INFERENCE,
         read=_read_open_inference,
         settings=tuple(Setting(name=f"delay {delay} µs", values={"delay_us": delay}) for delay in (0, 100)),
         environment=environments.TRITON,
@@ -361,7 +403,7 @@ PEERS = (
         name="mlserver",
         how="Open Inference over gRPC, in one process (`parallel_workers` 0)",
         start=_mlserver,
-        post=_POST_OPEN_INFERENCE,
+        ask=_ASK_OPEN_INFERENCE,
         read=_read_open_inference,
         settings=(
             Setting(name="no batching"),
@@ -379,7 +421,7 @@ PEERS = (
         name="seldon-core",
         how="SeldonMessage over gRPC, one worker; it has no batching",
         start=_seldon_core,
-        post=_POST_SELDON,
+        ask=_ASK_SELDON,
         read=_read_seldon,
         settings=tuple(Setting(name=f"threads {threads}", values={"threads": threads}) for threads in (1, 4)),
         environment=environments.SELDON_CORE,
@@ -388,7 +430,7 @@ PEERS = (
         name="litserve",
         how="JSON with base64 over HTTP/1.1",
         start=_litserve,
-        post=_post_litserve,
+        ask=_ask_litserve,
         read=_read_litserve,
         settings=tuple(
             Setting(
@@ -404,7 +446,7 @@ PEERS = (
         name="bentoml",
         how="JSON over HTTP/1.1",
         start=_bentoml,
-        post=_post_bentoml,
+        ask=_ask_bentoml,
         read=_read_bentoml,
         settings=(
             Setting(name="no batching", values={"batchable": False}),
@@ -416,6 +458,16 @@ PEERS = (
         environment=environments.BENTOML,
     ),
 )
-EVERY = (*OURS, *PEERS)
+TRITON_EMPTY = System(
+    name="triton-empty",
+    how="`ServerLive`, which computes nothing: what an RPC costs Triton at the least, whatever its backend",
+    start=_triton,
+    ask=_ask_server_live,
+    read=None,
+    settings=(Setting(values={"delay_us": 0}),),
+    environment=environments.TRITON,
+    models=("mmoe",),
+)
+EVERY = (*OURS, *PEERS, TRITON_EMPTY)
 BARE = "bare"
 NAMES = (BARE, *(system.name for system in EVERY))
