@@ -23,6 +23,7 @@ from bench.load import LoadError
 from bench.report import CHART, Report
 from bench.systems import Table
 
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 _QUICK_S, _QUICK_SHARE = 0.1, 0.05
 """Seconds of a load, and the share of choices and of requests of which stages are measured, to see that it works."""
 _NAMES = (*systems.NAMES, goals.CHOICES, stages.NAME)
@@ -99,16 +100,19 @@ def main(
         outcomes=goals.outcomes(rows, chosen),
         absent=systems.absent([name for name in names if name in systems.NAMES]),
     )
-    values = json.dumps(report.values(), indent=2)
     if not quick:
         outputs.put_figures(report.values(), of_model_servers=False)
+    _show(report, docs=docs, as_json=as_json)
+
+
+def _show(report: Report, *, docs: bool, as_json: bool) -> None:
     if docs:
         from bench import chart
 
         outputs.put_page(report.page(), of_model_servers=False)
-        chart.svg(rows, report.titles, outputs.DOCS / CHART)
+        chart.svg(report.rows, report.titles, outputs.DOCS / CHART)
     if as_json:
-        click.echo(values)
+        click.echo(json.dumps(report.values(), indent=2))
     else:
         report.show(Console())
 
@@ -120,9 +124,6 @@ def _refuse_options(context: click.Context) -> None:
     for name in context.params:
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"options of {context.invoked_subcommand} stand after it")
-
-
-_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
 
 
 def _chosen(share: float, console: Console) -> Choices:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from bench import bodies, load, replay
 from bench.load import Load, Post
-from bench.model_servers import measuring, systems
+from bench.model_servers import measuring, starting
 from bench.model_servers.models import MODELS
 from bench.own import serving
 from bench.processes import Server, free_address
@@ -86,14 +86,14 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
 
 @contextmanager
 def node() -> Iterator[Node]:
-    """On the transport grpcio, until the block ends."""
+    """On the transport that an installation has by default, until the block ends."""
     address = free_address()
     with measuring.made(_MODEL) as (folder, _):
-        toml = systems.model_toml(_MODEL, systems.Setting(values={"delay_us": 0}))
+        toml = starting.model_toml(_MODEL, starting.Setting(values={"delay_us": 0}))
         (folder / _MODEL.name / "model.toml").write_text(toml, encoding="utf-8")
         config = f"http_port = {address.rpartition(':')[2]}\n[models]\ndirectory = {str(folder)!r}\n"
         config += f"[backends.torch]\nintra_op_threads = {_MODEL.threads}\n"
-        with serving("grpcio", config) as server:
+        with serving("auto", config) as server:
             yield Node(server=server, metrics=f"http://{address}/metrics")
 
 

@@ -19,7 +19,7 @@ import hpack
 
 from bench import bodies
 from bench.load import LoadError
-from bench.model_servers import measuring, systems
+from bench.model_servers import measuring, starting
 from bench.model_servers.models import MODELS
 from bench.processes import announcing
 from bench.timed_node import POINTS
@@ -96,7 +96,7 @@ def measure(share: float) -> Stages:
     messages = bodies.one_row("openinference", _MODEL.name, _MODEL.input, _MODEL.shape)
     count = max(round(_REQUESTS * share), 20)
     with tempfile.TemporaryDirectory() as place, measuring.made(_MODEL) as (folder, _):
-        toml = systems.model_toml(_MODEL, systems.Setting(values={"delay_us": 0}))
+        toml = starting.model_toml(_MODEL, starting.Setting(values={"delay_us": 0}))
         (folder / _MODEL.name / "model.toml").write_text(toml, encoding="utf-8")
         config, log = Path(place) / "server.toml", Path(place) / "log.json"
         config.write_text(

@@ -18,7 +18,7 @@ from bench.figures import Figures, Sample
 from bench.goals import Outcome
 from bench.load import LoadError, Post
 from bench.model_servers import __main__ as command
-from bench.model_servers import chart, environments, goals, measuring, systems
+from bench.model_servers import chart, environments, goals, measuring, starting, systems
 from bench.model_servers.__main__ import main
 from bench.model_servers.environments import Environment, NotInstalled
 from bench.model_servers.measuring import Bare, Measured
@@ -239,7 +239,7 @@ def test_our_node_answers_as_the_bare_model_does(made: tuple[Path, Floats]) -> N
 
 
 def test_the_bare_model_is_timed_by_the_batch(made: tuple[Path, Floats]) -> None:
-    with systems.bare_model(MODELS["mmoe"], made[0]) as alone:
+    with starting.bare_model(MODELS["mmoe"], made[0]) as alone:
         one, many = alone.call("1", 20), alone.call("64", 20)
     assert one.run.requests_per_s > 0
     assert one.run.p50_ms <= one.run.p99_ms

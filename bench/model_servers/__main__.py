@@ -106,11 +106,15 @@ def main(
         absent=absent,
     )
     outputs.put_figures(report.values(), of_model_servers=True)
+    _show(report, docs=docs, as_json=as_json)
+
+
+def _show(report: Report, *, docs: bool, as_json: bool) -> None:
     if docs:
         from bench.model_servers import chart
 
         outputs.put_page(report.section(), of_model_servers=True)
-        chart.svg(measured, outputs.DOCS / CHART)
+        chart.svg(report.measured, outputs.DOCS / CHART)
     if as_json:
         click.echo(json.dumps(report.values(), indent=2))
     else:

@@ -17,9 +17,10 @@ from bench import bodies, load, replay, rounds
 from bench.bare import BareCalls
 from bench.figures import Figures, Sample
 from bench.load import Load, LoadError, Post
-from bench.model_servers import systems
+from bench.model_servers import starting
 from bench.model_servers.models import BATCHES, Floats, Model
-from bench.model_servers.systems import BARE, Setting, System
+from bench.model_servers.starting import Setting
+from bench.model_servers.systems import BARE, System
 from bench.processes import Server
 from bench.replay import Lasting
 from bench.rounds import turns
@@ -90,7 +91,7 @@ def measure(model: Model, chosen: Sequence[System], effort: Effort, got_on: Call
     """
     chosen = _with(model, chosen)
     failed: dict[str, str] = {}
-    with made(model) as (folder, scores), systems.bare_model(model, folder) as alone:
+    with made(model) as (folder, scores), starting.bare_model(model, folder) as alone:
         bare = _bare(model, alone, effort.trial_s)
         settings = _best(model, chosen, folder, scores, effort.trial_s, failed, got_on)
         rows, varied = {}, {}
