@@ -12,7 +12,7 @@ from bench.figures import Figure, Figures
 
 CHOICES = "choice"
 """What stands in place of a table where a goal is about choices."""
-COLUMNS = ("goal", "", "ratio", "least to most", "wanted", "outcome")
+COLUMNS = ("goal", "kind", "ratio", "least to most", "wanted", "outcome")
 
 _FIGURES = {
     "cpu_us_per_request": "CPU",
@@ -60,7 +60,7 @@ class Goal:
         """In words, where `than` is the best of those that it is compared with."""
         system = f"({self.system} - {self.less})" if self.less else self.system
         other = f" / {than}" if than else ""
-        best = ", the best" if len(self.than) > 1 else ""
+        best = " (the best)" if len(self.than) > 1 else ""
         return f"{self.table}, {self.load}, {_FIGURES[self.figure]}: {system}{other}{best}"
 
     def outcome(self, measured: Mapping[str, object]) -> Outcome | None:

@@ -31,8 +31,8 @@ What a request costs a gateway and a node of ours, beside plain peers, in one ru
   that of the medians, its range that of the ratios of each round.
 - The load is `bench/load_generator`'s, on the same cores: 64 different requests, ids and values, of one row each, in
   turn; each answer is followed by the next request. It runs on one thread, over one connection for each request in
-  flight, up to 16. Every answer of a gateway is compared byte by byte with what the node makes of the request; of
-  a node with a model, all requests together must get the answers that each gets alone, and every status is read.
+  flight, up to 16. Every status is read. Every answer of a gateway is compared byte by byte with the request that
+  it echoes. A node with a model must answer all requests together as it answers each alone, before it is measured.
 - CPU is the user and system time of all processes of a server, over the requests. Memory is their resident memory at
   the end; pages that two of the processes share count twice.
 - 600B, 4KB and 600KB are the bytes of a request, and of its answer; @ stands before the requests in flight.
@@ -118,7 +118,7 @@ class Report:
         """docs/performance.md; its chart is in the file `CHART` beside it."""
         versions = ", ".join(f"{name} {version}" for name, version in self.machine["versions"].items())
         said = {"versions": versions, "chart": CHART, "conditions": machine.conditions(self.machine)}
-        lines = [_HEAD.format_map({**self.machine, **said}), *(f"- {line}" for line in self._absent()), ""]
+        lines = [_HEAD.format_map({**self.machine, **said}) + "".join(f"- {line}\n" for line in self._absent())]
         for heading, headings, cells in self._tables():
             lines += [
                 f"## {heading}\n",

@@ -268,7 +268,7 @@ def test_the_best_of_several_is_the_best_by_the_figure() -> None:
         outcome = goal.outcome(measured)
         assert outcome is not None
         assert outcome.than == than
-        assert outcome.cells()[0].endswith(f"ours / {than}, the best")
+        assert outcome.cells()[0].endswith(f"ours / {than} (the best)")
 
 
 def test_what_took_no_time_that_is_counted_has_no_ratio() -> None:
