@@ -42,7 +42,7 @@ def main(rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ..
 
     Ends with status 1 if a ratio differs from 1 by more than 5 %: of throughput, mean and median latency beside the
     server that takes its time, of throughput and the server's CPU beside the node; or if the load generator has counted
-    other than the node.
+    other than the node, or takes more CPU than the node.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:

@@ -178,8 +178,8 @@ GOALS = (
         Goal(
             table="gateway-nodes",
             load=f"{SMALL}@128",
-            system=f"{strategy}-{MANY_NODES}-nodes",
-            than=(f"{strategy}-{FEW_NODES}-nodes",),
+            system=f"ours-{strategy}-{MANY_NODES}-nodes",
+            than=(f"ours-{strategy}-{FEW_NODES}-nodes",),
             most=1.1,
         )
         for strategy in FLAT_STRATEGIES

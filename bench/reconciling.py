@@ -121,6 +121,7 @@ def compare(node: Node, table: Table, in_flight: int, rounds: int, seconds: floa
         table.add_row(str(in_flight), title, row.theirs, row.ours, *row.ratios)
     own = statistics.median(sample.client_cpu_us or 0.0 for sample in samples["replay"])
     server = statistics.median(sample.server_cpu_us for sample in samples["replay"])
+    agree = agree and own < server
     table.add_row(str(in_flight), "load generator's CPU / server's", "", f"{own:.1f}", f"{own / server:.3f}", "")
     return agree
 

@@ -192,7 +192,7 @@ _OF_TASKS = tuple(
 )
 _OF_NODES = tuple(
     System(
-        name=f"{strategy}-{count}-nodes",
+        name=f"ours-{strategy}-{count}-nodes",
         software=(_CORE, _NATIVE, _BALANCERS),
         start=_ours(own.among(strategy, count)),
     )

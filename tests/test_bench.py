@@ -68,7 +68,7 @@ CHOICES = {
 needs_cargo = pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is not installed: no load generator")
 QUICK = (
     *("echo", "ours-native", "ours-grpcio", "nginx", "ours-native-tls", "haproxy-tls", "ours-native-10-tasks"),
-    *("random-1024-nodes", "ours-native-2-processes", "bare-call", "ours-tf-native"),
+    *("ours-random-1024-nodes", "ours-native-2-processes", "bare-call", "ours-tf-native"),
 )
 """One of each table, or two."""
 

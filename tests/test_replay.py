@@ -349,7 +349,7 @@ async def test_a_server_without_http2_is_a_transport_error() -> None:
 
 def test_the_counts_are_those_of_the_server() -> None:
     http = free_port()
-    with processes.announcing(sys.executable, "-m", "bench.servers", "echo") as echo:
+    with processes.announcing(str(replay.echo())) as echo:
         route = f'[[routes]]\nname = "m"\nnodes = ["{echo.address}"]\n'
         with own.serving("grpcio", f"http_port = {http}\n{route}") as gateway:
             metrics = f"http://127.0.0.1:{http}/metrics"
