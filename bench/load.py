@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -36,10 +36,6 @@ class Load:
     requests: int
     clients: int
     streams: int
-
-    def part(self, share: float) -> Load:
-        """`share` of the requests, as many at once."""
-        return replace(self, requests=max(round(self.requests * share), 2 * self.clients))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                 threads=2,
                 in_flight=(1, 8, 32),
                 batch=8,
-                rounds_of=2.0,
+                rounds_of=1.5,
                 varied=False,
             ),
         )
