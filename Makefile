@@ -65,10 +65,10 @@ check: .venv/ready ## formatting, lint, types
 	$(if $(RUST),cargo fmt --check --manifest-path bench/load_generator/Cargo.toml)
 	$(if $(RUST),cargo clippy --quiet --locked --all-targets $(LOAD_GENERATOR) -- -D warnings)
 
-bench: .venv/native ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
+bench: .venv/native load-generator ## what a request costs beside plain peers, measured in one run; writes docs/performance.md
 	$(BIN)/python -m bench --docs
 
-bench-peers: .venv/native ## the same models in ours and in other model servers, which it installs first; its part of docs/performance.md
+bench-peers: .venv/native load-generator ## the same models in ours and in other model servers, which it installs first; its part of docs/performance.md
 	$(BIN)/python -m bench.model_servers --docs
 
 soak: .venv/native ## ten minutes of all that may happen to a gateway: does anything stay behind? writes docs/soak.md

@@ -15,14 +15,18 @@ from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import choices, goals, machine, outputs, rounds, systems
+from bench import choices, goals, machine, outputs, replay, rounds, stages, systems
 from bench.choices import Choices
 from bench.core.command import core
-from bench.load import LoadError, require_h2load
+from bench.figures import Figures
+from bench.load import LoadError
 from bench.report import CHART, Report
 from bench.systems import Table
 
-_NAMES = (*systems.NAMES, goals.CHOICES)
+_COLUMNS = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+_QUICK_S, _QUICK_SHARE = 0.1, 0.05
+"""Seconds of a load, and the share of choices and of requests of which stages are measured, to see that it works."""
+_NAMES = (*systems.NAMES, goals.CHOICES, stages.NAME)
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -33,7 +37,10 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--rounds", "turns", default=5, show_default=True, type=click.IntRange(1), help="Turns of each system.")
+@click.option("--rounds", "turns", default=3, show_default=True, type=click.IntRange(1), help="Turns of each system.")
+@click.option(
+    "--seconds", default=1.5, show_default=True, type=click.FloatRange(0.1), help="Of load, at each turn of a system."
+)
 @click.option(
     "--quick", is_flag=True, help="One short round, to see that it works; it means little, and bench.json stays."
 )
@@ -47,11 +54,19 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--docs", is_flag=True, help=f"Write docs/performance.md and docs/{CHART} too.")
 @click.option("--json", "as_json", is_flag=True, help="Print what goes into bench/out/bench.json, not the tables.")
 @click.pass_context
-def main(context: click.Context, turns: int, quick: bool, names: tuple[str, ...], docs: bool, as_json: bool) -> None:
+def main(
+    context: click.Context,
+    turns: int,
+    seconds: float,
+    quick: bool,
+    names: tuple[str, ...],
+    docs: bool,
+    as_json: bool,
+) -> None:
     """Measure what a request costs gateways and nodes, ours and plain peers.
 
-    All run on this machine, in turns, under h2load on the same machine. Only ratios within one run mean anything.
-    Systems that are not installed are left out, and it is said how to get them.
+    All run on this machine, in turns, under the load generator on the same machine, which cargo builds. Only ratios
+    within one run mean anything. Systems that are not installed are left out, and it is said how to get them.
 
     \b
     python -m bench --quick
@@ -64,33 +79,40 @@ def main(context: click.Context, turns: int, quick: bool, names: tuple[str, ...]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
     console = Console(stderr=True)
     tables = systems.installed(names)
-    absent = systems.absent(tuple(name for name in names if name != goals.CHOICES))
-    turns = 1 if quick else turns
+    facts = machine.facts()
+    turns, seconds = (1, _QUICK_S) if quick else (turns, seconds)
+    share = _QUICK_SHARE if quick else 1.0
     try:
         if tables:
-            require_h2load()
-        rows, chosen = _measured(tables, goals.CHOICES in names, turns, 0.05 if quick else 1, console)
+            replay.binary()
+        chosen = _chosen(share, console) if goals.CHOICES in names else {}
+        staged = stages.measure(share) if stages.NAME in names and stages.installed() else None
+        rows = _measured(tables, turns, seconds, console)
     except LoadError as error:
         console.print(f"error: {error}", highlight=False)
         sys.exit(2)
     report = Report(
-        machine=_machine(tables, turns),
+        machine=_machine(facts, tables, turns, seconds),
         rows=rows,
         titles={table.name: table.title for table in tables},
         choices=chosen,
+        stages=staged,
         outcomes=goals.outcomes(rows, chosen),
-        absent=absent,
+        absent=systems.absent([name for name in names if name in systems.NAMES]),
     )
-    values = json.dumps(report.values(), indent=2)
     if not quick:
         outputs.put_figures(report.values(), of_model_servers=False)
+    _show(report, docs=docs, as_json=as_json)
+
+
+def _show(report: Report, *, docs: bool, as_json: bool) -> None:
     if docs:
         from bench import chart
 
         outputs.put_page(report.page(), of_model_servers=False)
-        chart.svg(rows, report.titles, outputs.DOCS / CHART)
+        chart.svg(report.rows, report.titles, outputs.DOCS / CHART)
     if as_json:
-        click.echo(values)
+        click.echo(json.dumps(report.values(), indent=2))
     else:
         report.show(Console())
 
@@ -104,44 +126,37 @@ def _refuse_options(context: click.Context) -> None:
             raise click.UsageError(f"options of {context.invoked_subcommand} stand after it")
 
 
-def _measured(
-    tables: Sequence[Table], choosing: bool, turns: int, share: float, console: Console
-) -> tuple[goals.Rows, Choices]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+def _chosen(share: float, console: Console) -> Choices:
+    with Progress(*_COLUMNS, console=console) as progress:
+        bar = progress.add_task("Choosing a node", total=len(choices.strategies()))
+        return choices.measure(share, partial(progress.advance, bar))
+
+
+def _measured(tables: Sequence[Table], turns: int, seconds: float, console: Console) -> goals.Rows:
+    with Progress(*_COLUMNS, console=console) as progress:
         bars = {
             table.name: progress.add_task(table.title, total=turns * len(table.sizes) * len(table.systems))
             for table in tables
         }
-        chosen: Choices = {}
-        if choosing:
-            bar = progress.add_task("Choosing a node", total=len(choices.strategies()))
-            chosen = choices.measure(share, partial(progress.advance, bar))
-        rows: dict[str, dict[str, dict[str, rounds.Row]]] = {}
+        rows: dict[str, dict[str, dict[str, Figures]]] = {}
         for table in tables:
+            advance = partial(progress.advance, bars[table.name])
             with table.running() as running:
                 rows[table.name] = {
-                    size.name if table.node else size.node_name: rounds.measure(
-                        running, size, turns, share, partial(progress.advance, bars[table.name])
-                    )
+                    size.name: rounds.measure(running.servers, size, turns, seconds, advance, running.ca)
                     for size in table.sizes
                 }
-        return rows, chosen
+        return rows
 
 
-def _machine(tables: Sequence[Table], turns: int) -> dict[str, Any]:
-    measured = {system.software.name: system.software.version() for table in tables for system in table.systems}
+def _machine(facts: dict[str, Any], tables: Sequence[Table], turns: int, seconds: float) -> dict[str, Any]:
+    software = {each.name: each for table in tables for system in table.systems for each in system.software}
     return {
-        **machine.facts(),
-        "versions": measured | {"uvloop": metadata.version("uvloop"), "h2load": machine.h2load_version()},
+        **facts,
+        "versions": {name: each.version() for name, each in software.items()} | {"uvloop": metadata.version("uvloop")},
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "rounds": turns,
-        "loads": "; ".join(
-            dict.fromkeys(
-                f"{size.name}: {size.load.clients} connections, {size.load.streams} requests under way on each"
-                for size in systems.EVERY_SIZE
-            )
-        ),
+        "seconds": seconds,
     }
 
 

@@ -17,18 +17,18 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench import load, reconciling, replay
+from bench import bodies, load, reconciling, replay
 from bench.contract import METHOD
 from bench.load import Post, Run
 from bench.processes import announcing
 from bench.replay import Traffic
-from bench.rounds import SIZES, turns
+from bench.rounds import turns
 from dl_inference_core.load_testing.processes import Processes, started
 from dl_inference_core.load_testing.request import Message, Target
 from dl_inference_core.load_testing.results import Load
 
 _FIGURES = {"requests_per_s": "requests/s", "mean_ms": "mean, ms", "p50_ms": "median, ms"}
-_POST = Post(path=METHOD, message=SIZES[0].message())
+_POST = Post(path=METHOD, message=bodies.of_bytes("tfserving", "echo", 600)[0])
 _H2LOAD = "h2load"
 
 
@@ -42,7 +42,7 @@ def main(rounds: int, seconds: float, delay_ms: float, in_flights: tuple[int, ..
 
     Ends with status 1 if a ratio differs from 1 by more than 5 %: of throughput, mean and median latency beside the
     server that takes its time, of throughput and the server's CPU beside the node; or if the load generator has counted
-    other than the node.
+    other than the node, or takes more CPU than the node.
     """
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:

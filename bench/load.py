@@ -1,4 +1,7 @@
-"""Load by h2load, which replays one request, of gRPC or of HTTP/1.1; and what came of it."""
+"""Load by h2load, which sends one request again and again, of gRPC or of HTTP/1.1; and what came of it.
+
+Benchmarks send gRPC by `bench.replay`; h2load is what it is compared with, and what sends HTTP/1.1.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
 LONGEST_S = 120
+_ANSWER_S = 30
+"""For all answers to several requests; 64 of a large model take 5 seconds."""
 _GRPC = "application/grpc"
 # A gRPC answer may name itself, in more characters or fewer.
 _SHORTER = 0.9
@@ -30,10 +36,6 @@ class Load:
     requests: int
     clients: int
     streams: int
-
-    def part(self, share: float) -> Load:
-        """`share` of the requests, as many at once."""
-        return replace(self, requests=max(round(self.requests * share), 2 * self.clients))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +88,24 @@ def ask(address: str, post: Post) -> bytes:
     return _ask_grpc(address, post) if post.grpc else _ask_http(address, post)
 
 
-def _ask_grpc(address: str, post: Post) -> bytes:
+def ask_together(address: str, path: str, messages: Sequence[bytes]) -> list[bytes]:
+    """The answers of gRPC to `messages`, which are all in flight at one time.
+
+    Raises:
+        LoadError: there is no answer, or it is an error.
+    """
     size = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(address, options=size) as channel:
+        call = channel.unary_unary(path)
+        futures = [call.future(message, timeout=_ANSWER_S) for message in messages]
         try:
-            answer: bytes = channel.unary_unary(post.path)(post.message, timeout=10)
+            return [future.result() for future in futures]
         except grpc.RpcError as error:
             raise LoadError(f"{address}: {error.code().name}: {error.details()}") from error
+
+
+def _ask_grpc(address: str, post: Post) -> bytes:
+    (answer,) = ask_together(address, post.path, (post.message,))
     return answer
 
 

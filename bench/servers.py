@@ -1,5 +1,5 @@
-"""What our gateway is measured against, as a competent user would write it: an echo server and a plain proxy;
-and a server that takes its time."""
+"""A plain proxy on grpc.aio, as a competent user would write it, which our gateway is measured against; and a server
+that takes its time."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ async def _serving(_: bytes, __: Any) -> bytes:
     return SERVING
 
 
-async def _echo(request: bytes, _: Any) -> bytes:
-    return request
-
-
 def _slow(delay_ms: float) -> Answer:
     """As a model that takes so long, and no CPU."""
 
@@ -64,7 +60,7 @@ def _proxy(nodes: list[str]) -> Answer:
 async def _serve(arguments: list[str]) -> None:
     server = grpc.aio.server(options=_SIZES)
     kind, *rest = arguments
-    answer = _echo if kind == "echo" else _slow(float(rest[0])) if kind == "slow" else _proxy(rest)
+    answer = _slow(float(rest[0])) if kind == "slow" else _proxy(rest)
     server.add_generic_rpc_handlers((_Generic(answer),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

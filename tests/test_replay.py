@@ -22,9 +22,11 @@ from h2.connection import H2Connection
 from h2.errors import ErrorCodes
 from h2.events import StreamEnded
 
-from bench import bodies, processes, reconciling, replay, systems
+from bench import bodies, certificate, own, processes, reconciling, replay
+from bench.contract import HEALTH, SERVING
 from bench.load import Load, LoadError
-from bench.replay import Replay, Traffic
+from bench.replay import Lasting, Replay, Traffic
+from dl_inference_core.config import ServerTls
 from dl_inference_core.errors import Code, InferenceError, NodeOverloaded
 from dl_inference_core.grpcio_transport import GrpcioTransport
 from dl_inference_core.testing.loopback import CoroutineService, free_port
@@ -150,6 +152,56 @@ def test_bodies_differ_in_values_and_ids(protocol: str) -> None:
         assert len(np.unique(np.concatenate(arrays)[:, 0])) == sum(map(len, arrays))
         assert protocol == "tfserving" or len({request.id for request in requests}) == 64
         assert make(protocol, "mmoe", "features", (62,)) == make(protocol, "mmoe", "features", (62,))
+
+
+async def test_tls_is_spoken_with_whom_the_authority_vouches_for() -> None:
+    node = Echo()
+    transport = GrpcioTransport(GrpcioTransport.Options())
+    with certificate.issued() as shown, certificate.issued() as other:
+        tls = ServerTls(certificate=shown.chain, key=shown.key)
+        server = await transport.serve(CoroutineService({METHOD: node.answer}), ("127.0.0.1:0",), Limits(), tls=tls)
+        address = f"127.0.0.1:{server.ports[0]}"
+        traffic = Traffic(path=METHOD, messages=MESSAGES, answers=MESSAGES, ca=shown.ca)
+        try:
+            seen = await count(address, 128, traffic=traffic)
+            with pytest.raises(LoadError, match=f"no TLS with {re.escape(address)}.*certificate"):
+                await count(address, 1, traffic=Traffic(path=METHOD, messages=MESSAGES, ca=other.ca))
+        finally:
+            await server.drain(0)
+    assert (seen.ok, seen.first_error) == (128, "")
+    assert Counter(node.messages) == dict.fromkeys(MESSAGES, 2)
+
+
+# The nodes behind gateways
+
+
+def test_an_echo_node_answers_on_all_its_ports_with_what_it_is_sent() -> None:
+    with processes.announcing(str(replay.echo()), "3") as node:
+        addresses = node.address.split(",")
+        assert len(set(addresses)) == 3
+        for address in addresses:
+            for size in (600, 3_000_000):
+                messages = bodies.of_bytes("openinference", "m", size)[:4]
+                traffic = Traffic(path=METHOD, messages=messages, answers=messages)
+                assert replay.count(address, traffic, Load(requests=20, clients=2, streams=4)).ok == 20
+            health = Traffic(path=HEALTH, messages=(b"",), answers=(SERVING,))
+            assert replay.count(address, health, Load(requests=1, clients=1, streams=1)).ok == 1
+
+
+def test_a_load_lasts_as_long_as_it_is_to() -> None:
+    with processes.announcing(str(replay.echo())) as node:
+        seen = replay.last(node.address, TRAFFIC, Lasting(seconds=0.3, in_flight=32))
+        assert seen.ok > 0
+        assert seen.seconds >= 0.3
+        wrong = Traffic(path=METHOD, messages=MESSAGES, answers=MESSAGES[::-1])
+        with pytest.raises(LoadError, match=r"0 good answers, .* mismatched"):
+            replay.last(node.address, wrong, Lasting(seconds=0.1, in_flight=8))
+
+
+@pytest.mark.parametrize(("in_flight", "shape"), [(1, (1, 1)), (8, (8, 1)), (32, (16, 2)), (128, (16, 8))])
+def test_requests_in_flight_are_shared_by_up_to_16_connections(in_flight: int, shape: tuple[int, int]) -> None:
+    lasting = Lasting(seconds=1, in_flight=in_flight)
+    assert (lasting.clients, lasting.streams) == shape
 
 
 # What came back
@@ -297,9 +349,9 @@ async def test_a_server_without_http2_is_a_transport_error() -> None:
 
 def test_the_counts_are_those_of_the_server() -> None:
     http = free_port()
-    with processes.announcing(sys.executable, "-m", "bench.servers", "echo") as echo:
+    with processes.announcing(str(replay.echo())) as echo:
         route = f'[[routes]]\nname = "m"\nnodes = ["{echo.address}"]\n'
-        with systems.serving("grpcio", f"http_port = {http}\n{route}") as gateway:
+        with own.serving("grpcio", f"http_port = {http}\n{route}") as gateway:
             metrics = f"http://127.0.0.1:{http}/metrics"
             for messages in (MESSAGES, bodies.one_row("openinference", "unknown", "x", (3,))):
                 before = reconciling.ok_answers(metrics)

@@ -121,7 +121,7 @@ class Report:
         """Of every row that has a goal."""
         costs = self.costs()
         goals = [
-            Goal(table=TABLE, load=row.title, system=row.name, than=UNIT, most=row.most) for row in ROWS if row.most
+            Goal(table=TABLE, load=row.title, system=row.name, than=(UNIT,), most=row.most) for row in ROWS if row.most
         ]
         return [outcome for goal in goals if (outcome := goal.outcome(costs)) is not None]
 
@@ -133,7 +133,7 @@ class Report:
             "machine": dict(self.machine),
             TABLE: {name: asdict(cost) | {"units": cost.cpu_us_per_request / unit} for name, cost in costs.items()},
             "batch_rows": self.batch_rows,
-            "goals": [asdict(each.goal) | {"ratio": each.ratio, "met": each.met} for each in self.outcomes()],
+            "goals": [each.values() for each in self.outcomes()],
         }
 
     def show(self, console: Console) -> None:

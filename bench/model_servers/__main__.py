@@ -12,7 +12,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bench import machine, outputs
+from bench import machine, outputs, replay
 from bench.load import LoadError, require_h2load
 from bench.model_servers import measuring
 from bench.model_servers.environments import FOLDER, NotInstalled
@@ -49,15 +49,15 @@ def _names(known: Collection[str]) -> Callable[[click.Context, click.Parameter, 
 )
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Turns of each system.")
 @click.option(
-    "--seconds", default=3.0, show_default=True, type=click.FloatRange(0.1), help="Of load, at each turn of a system."
+    "--seconds", default=1.2, show_default=True, type=click.FloatRange(0.1), help="Of load, at each turn of a system."
 )
 @click.option(
     "--trial",
     "trial_s",
-    default=1.5,
+    default=0.6,
     show_default=True,
     type=click.FloatRange(0.1),
-    help="Seconds of load by which each setting of a peer is tried.",
+    help="Seconds of load by which each setting is tried, at each number in flight.",
 )
 @click.option("--docs", is_flag=True, help=f"Write the section in docs/performance.md, and docs/{CHART}, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print what goes into bench/out/bench.json, not the tables.")
@@ -73,8 +73,8 @@ def main(
     """Serve the same models with ours and with other model servers, and measure what requests cost.
 
     Peers are installed first, each in an environment of its own below bench/out/peers; one that cannot be had here is
-    left out. All run on this machine, in turns, under h2load on the same machine. Only ratios within one run mean
-    anything.
+    left out. All run on this machine, in turns, under the load generator on the same machine, which cargo builds;
+    those that speak HTTP/1.1 under h2load. Only ratios within one run mean anything.
 
     \b
     python -m bench.model_servers --docs
@@ -82,9 +82,10 @@ def main(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that no server is left behind
     console = Console(stderr=True)
+    facts = machine.facts()
     try:
-        require_h2load()
-        made_of, absent = _installed([_SYSTEMS[name] for name in only], console)
+        replay.binary()
+        made_of, absent = installed([_SYSTEMS[name] for name in only], console)
         chosen = [_SYSTEMS[name] for name in only if name not in absent]
         measured = _measured(models, chosen, Effort(rounds=rounds, seconds=seconds, trial_s=trial_s), console)
     except LoadError as error:
@@ -94,7 +95,7 @@ def main(
         sys.exit(128 + signal.SIGINT)
     report = Report(
         machine={
-            **machine.facts(),
+            **facts,
             "h2load": machine.h2load_version(),
             "command": " ".join(["python -m bench.model_servers", *sys.argv[1:]]),
             "rounds": rounds,
@@ -105,27 +106,38 @@ def main(
         absent=absent,
     )
     outputs.put_figures(report.values(), of_model_servers=True)
+    _show(report, docs=docs, as_json=as_json)
+
+
+def _show(report: Report, *, docs: bool, as_json: bool) -> None:
     if docs:
         from bench.model_servers import chart
 
         outputs.put_page(report.section(), of_model_servers=True)
-        chart.svg(measured, outputs.DOCS / CHART)
+        chart.svg(report.measured, outputs.DOCS / CHART)
     if as_json:
         click.echo(json.dumps(report.values(), indent=2))
     else:
         report.show(Console())
 
 
-def _installed(chosen: Collection[System], console: Console) -> tuple[dict[str, str], dict[str, str]]:
+def installed(chosen: Collection[System], console: Console) -> tuple[dict[str, str], dict[str, str]]:
     """By system, what it is made of, or why it cannot be had."""
     made_of, absent = {}, {}
     FOLDER.mkdir(parents=True, exist_ok=True)
     for system in chosen:
         environment = system.environment
-        if environment is None:
-            made_of[system.name] = ", ".join(
-                f"{package} {metadata.version(package)}" for package in ("dl-inference-core", "torch")
-            )
+        try:
+            if system.speaks_http1:
+                require_h2load()
+            if environment is None:
+                made_of[system.name] = _made_of(system)
+                continue
+        except LoadError as error:
+            absent[system.name] = str(error)
+            continue
+        except metadata.PackageNotFoundError as error:
+            absent[system.name] = f"{error.name} is not installed: make native"
             continue
         with console.status(f"installing {system.name}"):
             try:
@@ -134,6 +146,14 @@ def _installed(chosen: Collection[System], console: Console) -> tuple[dict[str, 
             except NotInstalled as error:
                 absent[system.name] = str(error)
     return made_of, absent
+
+
+def _made_of(system: System) -> str:
+    """Raises:
+    PackageNotFoundError: it needs a distribution that is not installed.
+    """
+    packages = dict.fromkeys(("dl-inference-core", system.needs, "torch"))
+    return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def _measured(

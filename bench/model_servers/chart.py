@@ -13,7 +13,7 @@ from bench.model_servers.measuring import Measured
 from bench.model_servers.models import MODELS
 from bench.model_servers.systems import NAMES
 
-_COLOURS = dict(zip(NAMES, ("#333333", "#f4a6ae", "#d1495b", *mpl.color_sequences["Set2"]), strict=False))
+_COLOURS = dict(zip(NAMES, ("#333333", "#d1495b", "#f4a6ae", *mpl.color_sequences["Set2"]), strict=False))
 _PANEL_IN = 2.6
 _FIGURES = {"requests_per_s": "requests/s", "p99_ms": "p99, ms"}
 

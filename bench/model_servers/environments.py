@@ -115,5 +115,7 @@ TRITON = Environment(
     pythons=("/usr/bin/python3", "3.11"),
     requirements=("tritonclient[grpc]",),
 )
+TRITON_RELEASE = "2.51"
+"""Triton's own release in that package."""
 LITSERVE = Environment(package="litserve", release="0.2.19")
 BENTOML = Environment(package="bentoml", release="1.4.40")

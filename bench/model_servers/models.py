@@ -26,6 +26,8 @@ class Model:
         outputs: how many scores it gives for a row.
         threads: that one of torch's operators may use, in every server.
         in_flight: how many requests of one row each are under way.
+        rounds_of: of a round's seconds, how many times as long its rounds are: few requests tell little.
+        varied: whether requests of one to four rows are measured too.
         batch: rows that any server may put together: here torch gets through as many of them as in larger batches, or
             more.
     """
@@ -38,9 +40,11 @@ class Model:
     threads: int
     in_flight: tuple[int, ...]
     batch: int
+    rounds_of: float = 1.0
+    varied: bool = True
 
     def row(self) -> Floats:
-        """One request's input, [1, …]; the same every time."""
+        """The first request's input, [1, …]; the same every time."""
         return np.random.default_rng(1).random((1, *self.shape), dtype=np.float32)
 
 
@@ -77,6 +81,8 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                 threads=2,
                 in_flight=(1, 8, 32),
                 batch=8,
+                rounds_of=1.5,
+                varied=False,
             ),
         )
     }

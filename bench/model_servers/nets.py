@@ -1,5 +1,5 @@
 """The networks, with random weights. `python -m bench.model_servers.nets NAME FOLDER` writes `FOLDER/NAME/1/model.pt`,
-TorchScript that is frozen, the same file for every server, and prints what it makes of one row."""
+TorchScript that is frozen, the same file for every server, and prints what it makes of requests."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from digits.training import Net as Digits
 from torch import nn
 
+from bench import bodies
 from bench.model_servers.models import MODELS, OUTPUT
 
 EXPERTS, EXPERT_WIDTHS, TOWER_WIDTH, TASKS, FEATURES = 8, (64, 32), 16, 2, 62
@@ -103,7 +105,7 @@ def write(name: str, folder: Path) -> list[list[float]]:
     """The same every time.
 
     Returns:
-        its scores of `Model.row()`.
+        its scores of the first requests of one row, as many as `Model.batch`.
     """
     torch.manual_seed(0)
     # Convolutions on a CPU are faster so, whatever the layout of their input.
@@ -113,7 +115,9 @@ def write(name: str, folder: Path) -> list[list[float]]:
     version.mkdir(parents=True)
     scripted.save(str(version / "model.pt"))
     with torch.inference_mode():
-        scores: list[list[float]] = scripted(torch.from_numpy(MODELS[name].row()))[OUTPUT].tolist()
+        model = MODELS[name]
+        rows = np.concatenate(bodies.rows(model.shape)[: model.batch])
+        scores: list[list[float]] = scripted(torch.from_numpy(rows))[OUTPUT].tolist()
     return scores
 
 

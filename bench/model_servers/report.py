@@ -10,29 +10,38 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from bench.goals import Outcome
+from bench import figures, machine
+from bench.goals import COLUMNS, Outcome
 from bench.model_servers import goals
+from bench.model_servers.environments import TRITON_RELEASE
 from bench.model_servers.measuring import Measured
 from bench.model_servers.models import MODELS
 from bench.model_servers.systems import EVERY, TOLERANCE
 from bench.outputs import MODEL_SERVERS, NODE
-from bench.rounds import Figures
 
 CHART = "performance-model-servers.svg"
-_FIGURES = ("requests/s", "CPU µs/request", "least to most", "p50 ms", "p99 ms", "memory MB")
+_VARIED = ", 1 to 4 rows"
+TRITON_NOTE = """\
+Triton {release}, Python backend: its C++ backends cannot be installed here and may be faster.
+"""
 _HEAD = """\
 # Model servers
 
 The same models in ours and in other model servers, in one run on one machine. Written by `{command}` on {date}:
-{cores} cores of {cpu}; h2load {h2load} on the same machine.
+{cores} cores of {cpu}. {conditions}
 
 ![Requests per second and p99 by requests in flight]({chart})
 
-- Each figure is the median of {rounds} rounds of {seconds:g} s, in which the systems take turns. All of them run; one
-  that takes CPU without a request is stopped (SIGSTOP) while it is not its turn.
-- A request is one row, and every system answers with one copy of the model: the same frozen TorchScript, with the same
-  number of torch's threads ({threads}). No server puts more rows together than these: {most}.
-  Each system's answer is compared with the bare model's before it is measured: none is off by more than
+- Each figure is the median of {rounds} rounds ({longer}), in which the systems take turns; "least to most" is the
+  range over the rounds, of which none is left out. All systems run all the time; one that takes CPU without a request
+  is stopped (SIGSTOP) while it is not its turn.
+- The load is `bench/load_generator`'s, on the same cores: 64 different requests, ids and values, in turn; each answer
+  is followed by the next request, and every status is read. The goals are about requests of one row; those of one to
+  four rows stand in tables of their own. litserve and bentoml speak HTTP/1.1: h2load{h2load} sends them one request
+  again and again, and they have no rows in the tables of one to four rows.
+- Every system answers with one copy of the model: the same frozen TorchScript, with the same number of torch's threads
+  ({threads}). No server puts more rows together than these: {most}. Before it is measured, each system gets as many
+  different requests at one time, and its answers are compared with the bare model's: none is off by more than
   {tolerance:g}.
 - CPU is the user and system time of all processes of a server, over the requests. Memory is their resident memory at
   the end; pages that two of the processes share count twice.
@@ -41,8 +50,8 @@ The same models in ours and in other model servers, in one run on one machine. W
   the process holds once it has answered one row.
 - seldon-core is measured on Python 3.10 if there is one, as on a later one its protobuf is pure Python. PyPI has only
   torch with CUDA for that, which takes more memory than "+cpu", and its processes are many.
-- Each system has the best of its settings, chosen in the same run: for 1 in flight by p50, for the other numbers by
-  requests/s at the most in flight.
+- Each system has the best of its settings, chosen in the same run for each model and each number in flight: for 1 by
+  p50, else by requests/s.
 """
 
 
@@ -64,10 +73,12 @@ class Report:
 
     @property
     def rows(self) -> goals.Rows:
+        """By load: "mmoe@8", or "mmoe, 1 to 4 rows@8"."""
         return {
-            f"{name}@{in_flight}": by_system
+            f"{name}{rows}@{in_flight}": by_system
             for name, measured in self.measured.items()
-            for in_flight, by_system in measured.rows.items()
+            for rows, by_load in (("", measured.rows), (_VARIED, measured.varied))
+            for in_flight, by_system in by_load.items()
         }
 
     @property
@@ -80,12 +91,12 @@ class Report:
             "machine": dict(self.machine),
             "systems": dict(self.made_of),
             "bare": {name: asdict(measured.bare) for name, measured in self.measured.items()},
-            "settings": {name: dict(measured.settings) for name, measured in self.measured.items()},
+            "settings": {name: {**measured.settings} for name, measured in self.measured.items()},
             "failed": {name: dict(measured.failed) for name, measured in self.measured.items()},
             "absent": dict(self.absent),
-            "goals": [asdict(each.goal) | {"ratio": each.ratio, "met": each.met} for each in self.outcomes],
+            "goals": [each.values() for each in self.outcomes],
         }
-        rows = {load: {name: asdict(row) for name, row in by_system.items()} for load, by_system in self.rows.items()}
+        rows = {load: {name: row.values() for name, row in by_system.items()} for load, by_system in self.rows.items()}
         return {NODE: rows, MODEL_SERVERS: rest}
 
     def show(self, console: Console) -> None:
@@ -107,11 +118,14 @@ class Report:
             "most": ", ".join(f"{model.name}: {model.batch}" for model in models),
             "batches": ", ".join(f"{name}: {measured.bare.batch}" for name, measured in self.measured.items()),
             "tolerance": TOLERANCE,
+            "conditions": machine.conditions(self.machine),
+            "longer": ", ".join(f"{model.name}: {self.machine['seconds'] * model.rounds_of:g} s" for model in models),
         }
         lines = [_HEAD.format_map(facts)]
         for heading, headings, cells in self._tables():
             lines += [
                 f"## {heading}\n",
+                TRITON_NOTE.format(release=TRITON_RELEASE),
                 f"| {' | '.join(headings)} |",
                 f"| --- |{' --- |' * (len(headings) - 1)}",
                 *(f"| {' | '.join(line)} |" for line in cells),
@@ -121,16 +135,14 @@ class Report:
 
     def _tables(self) -> Iterator[tuple[str, Sequence[str], Sequence[Sequence[str]]]]:
         """Each with its heading, the headings of its columns, and its lines."""
-        goal_lines = [
-            (each.goal.what, f"{each.ratio:.2f}", each.goal.bound, "reached" if each.met else "**not reached**")
-            for each in self.outcomes
-        ]
-        yield "Goals for model servers", ("goal", "ratio", "wanted", ""), goal_lines
+        yield "Goals for model servers", COLUMNS, [each.cells() for each in self.outcomes]
         yield "Systems", ("system", "what it is", *self.measured), [*self._systems()]
         for name, measured in self.measured.items():
-            for in_flight, by_system in measured.rows.items():
-                heading = f"{MODELS[name].title}: {in_flight} in flight"
-                yield heading, ("system", *_FIGURES), [(system, *_cells(row)) for system, row in by_system.items()]
+            for rows, by_load in (("", measured.rows), (_VARIED, measured.varied)):
+                for in_flight, by_system in by_load.items():
+                    heading = f"{MODELS[name].title}: {in_flight} in flight{rows}"
+                    lines = [(system, *row.cells()) for system, row in by_system.items()]
+                    yield heading, ("system", *figures.COLUMNS), lines
 
     def _systems(self) -> Iterator[Sequence[str]]:
         """Of those that were measured, what they are, and their settings for each model."""
@@ -149,20 +161,10 @@ class Report:
                 yield f"{name} failed with {model}, and is left out from there on: {why}"
 
 
-def _chosen(settings: tuple[str, str] | None) -> str:
+def _chosen(settings: Mapping[int, str] | None) -> str:
+    """For a cell: what was chosen for which numbers in flight."""
     if settings is None:
         return "left out"
-    one, many = settings
-    return one if one == many else f"{one}; more in flight: {many}"
-
-
-def _cells(row: Figures) -> tuple[str, ...]:
-    """As `_FIGURES` has them."""
-    return (
-        f"{row.requests_per_s:.0f}" if row.requests_per_s >= 100 else f"{row.requests_per_s:.1f}",
-        f"{row.cpu_us_per_request:.0f}",
-        f"{row.cpu_us_least:.0f} to {row.cpu_us_most:.0f}",
-        f"{row.p50_ms:.2f}",
-        f"{row.p99_ms:.1f}",
-        f"{row.memory_mb:.0f}",
-    )
+    if len(set(settings.values())) == 1:
+        return next(iter(settings.values()))
+    return "; ".join(f"{in_flight}: {name}" for in_flight, name in settings.items())

@@ -9,6 +9,7 @@ mod run;
 mod schedule;
 mod status;
 mod tally;
+mod tls;
 
 use crate::options::Options;
 use crate::report::Report;

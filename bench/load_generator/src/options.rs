@@ -8,7 +8,7 @@ use http::{HeaderName, HeaderValue, Request, Uri};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Replays gRPC requests over HTTP/2, without TLS, and prints what came back as JSON.
+/// Replays gRPC requests over HTTP/2 and prints what came back as JSON.
 #[derive(Debug, Parser)]
 #[command(group(ArgGroup::new("amount").required(true).args(["requests", "seconds"])))]
 pub struct Options {
@@ -24,6 +24,9 @@ pub struct Options {
     /// File of the expected answers in the same format, one for each message; an answer with other bytes is a mismatch
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
+    /// PEM file of the authorities that the server's certificate may come from; speaks TLS 1.3. Without, plaintext
+    #[arg(long, value_name = "FILE")]
+    pub ca: Option<PathBuf>,
     /// A line of metadata, "name: value"; may be repeated
     #[arg(long = "header", value_name = "LINE")]
     pub headers: Vec<String>,
@@ -80,8 +83,9 @@ impl Options {
     }
 
     fn request(&self) -> anyhow::Result<Request<()>> {
-        let uri = Uri::builder().scheme("http").authority(self.address.as_str()).path_and_query(self.path.as_str());
-        let uri = uri.build().with_context(|| format!("http://{}{} is not a URL", self.address, self.path))?;
+        let scheme = if self.ca.is_some() { "https" } else { "http" };
+        let uri = Uri::builder().scheme(scheme).authority(self.address.as_str()).path_and_query(self.path.as_str());
+        let uri = uri.build().with_context(|| format!("{scheme}://{}{} is not a URL", self.address, self.path))?;
         let mut request = Request::post(uri);
         for (name, value) in [("content-type", "application/grpc"), ("te", "trailers")] {
             request = request.header(name, value);

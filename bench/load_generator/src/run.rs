@@ -5,6 +5,7 @@ use crate::options::{Amount, Options};
 use crate::report::{Phase, Report};
 use crate::schedule::Schedule;
 use crate::tally::{Outcome, Tally};
+use crate::tls::Tls;
 use crate::{bodies, connection, status};
 use anyhow::bail;
 use bytes::Bytes;
@@ -51,9 +52,10 @@ impl Traffic {
 
 /// The warm-up, then what is measured.
 pub async fn run(options: &Options, traffic: Traffic) -> anyhow::Result<Report> {
+    let tls = options.ca.as_deref().map(Tls::new).transpose()?;
     let mut senders = vec![];
     for _ in 0..options.connections {
-        senders.push(connection::open(&options.address).await?);
+        senders.push(connection::open(&options.address, tls.as_ref()).await?);
     }
     let traffic = Rc::new(traffic);
     let warm_up = Amount::Time(Duration::from_secs_f64(options.warm_up));

@@ -1,0 +1,3 @@
+//! What the load generator and the echo server share.
+
+pub mod together;
