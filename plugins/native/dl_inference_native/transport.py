@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,11 @@ seam.Attempt.register(_native.Attempt)
 
 _ATTEMPT_CANCELLED, _MALFORMED = 100, 101
 """Codes of `_native` that gRPC has not."""
+
+_SWITCH_INTERVAL_S = 0.0005
+"""How long a thread that computes in Python keeps the interpreter from an I/O thread that waits for it. Python's 5 ms
+raise the p99 of forwarded requests by 21 ms, this raises it by 8 ms. A node's CPU per request grows by less than 1 %.
+With 0.1 ms the computing thread gets 13 % less done (`measure/interpreter.py`)."""
 
 _LONGEST_S = 10**9
 _NO_LIMIT_MS = 2**31 - 1
@@ -88,7 +94,10 @@ class _Helpers:
 class NativeTransport(seam.Transport):
     """Rust's tokio, h2 and rustls, client and server, on I/O threads of their own.
 
-    The service and all callbacks are called on the I/O threads. With TLS, keys may be RSA, ECDSA on P-256 and P-384, or
+    The service and all callbacks are called on the I/O threads. So `serve` lowers the interpreter's switch interval to
+    0.5 ms, unless it is shorter already. It is the whole process's, and stays so. A C function that holds the GIL keeps
+    the I/O threads waiting until it returns, whatever the interval is: a model with such functions belongs on a node of
+    its own, not in a gateway's process. With TLS, keys may be RSA, ECDSA on P-256 and P-384, or
     Ed25519.
     """
 
@@ -165,6 +174,8 @@ class NativeTransport(seam.Transport):
         listening = Listening(addresses, share_port=share_port)
         if followed is not None:
             followed.begin()
+        if sys.getswitchinterval() > _SWITCH_INTERVAL_S:
+            sys.setswitchinterval(_SWITCH_INTERVAL_S)
         number = self._threads.serve(
             service,
             listening.detach(),
