@@ -118,7 +118,9 @@ class NativeTransport(seam.Transport):
         connection_age_s: seconds, 10 % more or less, after which a client is told to connect anew, once its calls are
             answered; 0 never.
         headers_timeout_s: seconds that a client has for the handshakes of TLS and HTTP/2.
-        keepalive_s: seconds after which a client's silent connection is asked for a sign of life.
+        keepalive_s: seconds after which a silent connection is asked for a sign of life by a PING: that of a client
+            always, that to a node while calls are in flight on it. As long as a node sends nothing but the answers, it
+            is asked every five minutes at most, as gRPC's servers demand.
         keepalive_timeout_s: seconds that the sign may take; then the connection is closed.
         """
 
@@ -172,10 +174,10 @@ class NativeTransport(seam.Transport):
     ) -> seam.Server:
         followed = None if tls is None else Followed(tls)
         listening = Listening(addresses, share_port=share_port)
-        if followed is not None:
-            followed.begin()
         if sys.getswitchinterval() > _SWITCH_INTERVAL_S:
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        if followed is not None:
+            followed.begin()
         number = self._threads.serve(
             service,
             listening.detach(),
