@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -43,6 +44,11 @@ HttpExchange.register(_native.HttpExchange)
 
 _ATTEMPT_CANCELLED, _MALFORMED = 100, 101
 """Codes of `_native` that gRPC has not."""
+
+_SWITCH_INTERVAL_S = 0.0005
+"""How long a thread that computes in Python keeps the interpreter from an I/O thread that waits for it. Python's 5 ms
+raise the p99 of forwarded requests by 21 ms, this raises it by 8 ms. A node's CPU per request grows by less than 1 %.
+With 0.1 ms the computing thread gets 13 % less done (`measure/interpreter.py`)."""
 
 _LONGEST_S = 10**9
 _NO_LIMIT_MS = 2**31 - 1
@@ -91,7 +97,10 @@ class _Helpers:
 class NativeTransport(seam.Transport):
     """Rust's tokio, h2, hyper and rustls, client and server, on I/O threads of their own.
 
-    The service and all callbacks are called on the I/O threads. With TLS, keys may be RSA, ECDSA on P-256 and P-384, or
+    The service and all callbacks are called on the I/O threads. So `serve` lowers the interpreter's switch interval to
+    0.5 ms, unless it is shorter already. It is the whole process's, and stays so. A C function that holds the GIL keeps
+    the I/O threads waiting until it returns, whatever the interval is: a model with such functions belongs on a node of
+    its own, not in a gateway's process. With TLS, keys may be RSA, ECDSA on P-256 and P-384, or
     Ed25519.
     """
 
@@ -116,7 +125,9 @@ class NativeTransport(seam.Transport):
             headers of each request.
         body_timeout_s: seconds that a client has for the body of an HTTP request, and that it may take nothing of an
             answer, with HTTP/1.
-        keepalive_s: seconds after which a client's silent connection is asked for a sign of life, with HTTP/2.
+        keepalive_s: seconds after which a silent connection is asked for a sign of life by a PING of HTTP/2: that of a
+            client always, that to a node while calls are in flight on it. As long as a node sends nothing but the
+            answers, it is asked every five minutes at most, as gRPC's servers demand.
         keepalive_timeout_s: seconds that the sign may take; then the connection is closed.
         """
 
@@ -171,6 +182,8 @@ class NativeTransport(seam.Transport):
     ) -> seam.Server:
         followed = None if tls is None else Followed(tls)
         listening = Listening(addresses, share_port=share_port)
+        if sys.getswitchinterval() > _SWITCH_INTERVAL_S:
+            sys.setswitchinterval(_SWITCH_INTERVAL_S)
         if followed is not None:
             followed.begin()
         number = self._threads.serve(

@@ -4,6 +4,7 @@ use crate::window::Window;
 use dl_inference_grpc::{Charge, Code, Deframer, Encoding, Failure, Frame};
 use h2::{Reason, RecvStream};
 use http::HeaderMap;
+use std::future::pending;
 use std::rc::Rc;
 
 /// What an error of HTTP/2 stands for, as gRPC maps it. `other` is who the other side is.
@@ -28,6 +29,8 @@ pub struct Messages {
     malformed: Code,
     window: Rc<Window>,
     since_last: usize,
+    /// Bytes that were taken in and still use the window.
+    unreleased: usize,
 }
 
 impl Messages {
@@ -42,7 +45,8 @@ impl Messages {
         window: Rc<Window>,
     ) -> Self {
         let deframer = Deframer::new(limit, malformed, charge);
-        Messages { body, deframer, encoding: Encoding::of(headers), limit, malformed, window, since_last: 0 }
+        let encoding = Encoding::of(headers);
+        Messages { body, deframer, encoding, limit, malformed, window, since_last: 0, unreleased: 0 }
     }
 
     /// The next message; None at the end. An error of HTTP/2 comes as the inner error.
@@ -56,11 +60,13 @@ impl Messages {
             match self.deframer.next_message() {
                 Ok(Some(message)) => {
                     self.since_last = 0;
+                    self.release(self.unreleased.saturating_sub(self.deframer.len()));
                     return Ok(message.unpack(&self.encoding, self.limit).map(Some));
                 }
                 Ok(None) => {}
                 Err(failure) => return Ok(Err(failure)),
             }
+            self.release(self.unreleased); // a message may be larger than the window
             let Some(piece) = self.body.data().await else {
                 let whole = self.deframer.is_empty();
                 return Ok(if whole { Ok(None) } else { Err(self.failure(cut_short)) });
@@ -68,10 +74,31 @@ impl Messages {
             let piece = piece?;
             self.since_last += piece.len();
             self.window.has_read(self.since_last);
-            let _ = self.body.flow_control().release_capacity(piece.len()); // fails where the stream has ended
+            self.unreleased = piece.len();
+            self.release(piece.len());
             if let Err(failure) = self.deframer.push(piece) {
                 return Ok(Err(failure));
             }
+        }
+    }
+
+    /// Takes in what comes before anybody asks for it, so that the budget counts it. It uses the window until the message
+    /// is asked for. Returns only where the budget has no room; `next` tells of an end or an error.
+    pub async fn take_in(&mut self) -> Failure {
+        while let Some(Ok(piece)) = self.body.data().await {
+            self.unreleased += piece.len();
+            if let Err(failure) = self.deframer.push(piece) {
+                return failure;
+            }
+        }
+        pending().await
+    }
+
+    /// Gives the other side room for `bytes` more.
+    fn release(&mut self, bytes: usize) {
+        if bytes > 0 {
+            self.unreleased -= bytes;
+            let _ = self.body.flow_control().release_capacity(bytes); // fails where the stream has ended
         }
     }
 

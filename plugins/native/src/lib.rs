@@ -17,6 +17,7 @@ mod node;
 mod python;
 mod server;
 mod settings;
+mod signs;
 mod socket;
 mod stream;
 mod tls;

@@ -1,13 +1,14 @@
 //! The connection of an I/O thread to a node, made anew when it is needed.
 
 use crate::coalesce::Coalesce;
-use crate::io::Io;
+use crate::io::{Common, Io};
 use crate::server::{CONNECTION_WINDOW, DECODED_HEADERS, FRAME_BYTES, SMALL_FRAMES};
+use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Wire, connect_tcp, connect_unix};
 use crate::tls::Newest;
-use crate::window::{LARGE, SMALL, Window};
+use crate::window::{SMALL, Window};
 use bytes::Bytes;
-use dl_inference_grpc::{Budget, Code, Failure};
+use dl_inference_grpc::{Code, Failure};
 use h2::client::{Connection, SendRequest};
 use http::uri::Authority;
 use rustls::ClientConfig;
@@ -15,17 +16,20 @@ use rustls::pki_types::ServerName;
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::task::{AbortHandle, spawn_local};
-use tokio::time::timeout;
+use tokio::time::{sleep_until, timeout};
 use tokio_rustls::{TlsConnector, TlsStream};
 
 /// Streams of which this process remembers that it has reset them, so that it passes over their late frames.
 const RESET_STREAMS: usize = 10_000;
+/// Between two PINGs, as long as only their answers come. By default gRPC's servers end a connection at the third PING
+/// that comes within five minutes of the one before.
+const PING_SPACING: Duration = Duration::from_secs(300);
 
 /// How TLS is spoken with a node.
 pub struct NodeTls {
@@ -46,6 +50,7 @@ pub struct Target {
 /// What sends one request.
 pub struct Sender {
     pub send: SendRequest<Bytes>,
+    /// Kept for as long as the request is in flight: so its connection knows that there is one.
     pub window: Rc<Window>,
     pub writer: Coalesce<Socket>,
 }
@@ -53,7 +58,7 @@ pub struct Sender {
 #[derive(Clone)]
 struct Live {
     send: SendRequest<Bytes>,
-    window: Rc<Window>,
+    window: Weak<Window>,
     writer: Coalesce<Socket>,
     /// Of the TLS configuration that it was made with.
     version: u64,
@@ -102,7 +107,7 @@ impl NodeHere {
         for _ in 0..3 {
             let live = self.live.borrow().clone();
             if let Some(Live { send, window, writer, version }) = live {
-                if let Ok(send) = send.ready().await {
+                if let (Some(window), Ok(send)) = (window.upgrade(), send.ready().await) {
                     self.renew(io, version);
                     return Ok(Sender { send, window, writer });
                 }
@@ -138,11 +143,9 @@ impl NodeHere {
         if newest == version || self.renewing.replace(true) {
             return;
         }
-        let (node, timeout, user_timeout) =
-            (self.clone(), io.common.settings.connect_timeout(), io.common.settings.unacknowledged_by_node());
-        let budget = io.common.budget.clone();
+        let (node, common) = (self.clone(), io.common.clone());
         self.keep(spawn_local(async move {
-            if node.connect_with(timeout, user_timeout, budget).await.is_err()
+            if node.connect_with(&common).await.is_err()
                 && let Some(live) = &mut *node.live.borrow_mut()
             {
                 live.version = newest; // not tried again until the certificates change once more
@@ -152,27 +155,21 @@ impl NodeHere {
     }
 
     async fn connect(self: &Rc<Self>, io: &Io) {
-        let settings = &io.common.settings;
-        let connected =
-            self.connect_with(settings.connect_timeout(), settings.unacknowledged_by_node(), io.common.budget.clone());
-        if let Err(error) = connected.await {
+        if let Err(error) = self.connect_with(&io.common).await {
             self.last_error.replace(error);
         }
         self.tries.set(self.tries.get() + 1);
     }
 
-    async fn connect_with(
-        self: &Rc<Self>,
-        patience: Duration,
-        unacknowledged: Option<Duration>,
-        budget: Arc<Budget>,
-    ) -> Result<(), String> {
+    async fn connect_with(self: &Rc<Self>, common: &Arc<Common>) -> Result<(), String> {
+        let patience = common.settings.connect_timeout();
         let version = self.target.tls.as_ref().map_or(0, |tls| tls.config.version());
         let window = Rc::new(Window::default());
-        let connected = timeout(patience, handshakes(&self.target, unacknowledged, window.clone(), budget)).await;
+        let made = Rc::downgrade(&window);
+        let connected = timeout(patience, handshakes(&self.target, window, common)).await;
         let (send, writer, driver) =
             connected.map_err(|_| format!("it did not answer within {} ms", patience.as_millis()))??;
-        self.live.replace(Some(Live { send, window, writer: writer.clone(), version }));
+        self.live.replace(Some(Live { send, window: made, writer: writer.clone(), version }));
         let node = Rc::downgrade(self);
         self.keep(spawn_local(async move {
             driver.await;
@@ -204,11 +201,10 @@ async fn open(target: &Target, unacknowledged: Option<Duration>) -> Result<Plain
 
 async fn handshakes(
     target: &Target,
-    unacknowledged: Option<Duration>,
     window: Rc<Window>,
-    budget: Arc<Budget>,
+    common: &Arc<Common>,
 ) -> Result<(SendRequest<Bytes>, Coalesce<Socket>, Driver), String> {
-    let plain = open(target, unacknowledged).await?;
+    let plain = open(target, common.settings.unacknowledged_by_node()).await?;
     let wire = match &target.tls {
         Some(tls) => {
             let stream = TlsConnector::from(tls.config.get()).connect(tls.name.clone(), plain).await;
@@ -232,7 +228,7 @@ async fn handshakes(
     let mut handshake = pin!(handshake);
     let made = poll_fn(|cx| writer.poll_and_send(cx, |cx| handshake.as_mut().poll(cx))).await;
     let (send, connection) = made.map_err(|error| error.to_string())?;
-    let driver = Box::pin(drive(writer.clone(), connection, window, budget));
+    let driver = Box::pin(drive(writer.clone(), connection, window, common.clone()));
     Ok((send, writer, driver))
 }
 
@@ -240,14 +236,25 @@ async fn drive(
     writer: Coalesce<Socket>,
     mut connection: Connection<Coalesce<Socket>, Bytes>,
     window: Rc<Window>,
-    budget: Arc<Budget>,
+    common: Arc<Common>,
 ) {
+    let settings = &common.settings;
+    let (keepalive, limit) = (settings.keepalive(), settings.keepalive_timeout());
+    let mut signs = Signs::new(keepalive, limit, PING_SPACING, connection.ping_pong());
+    let mut tick = pin!(sleep_until(signs.next()));
     loop {
         tokio::select! {
             biased;
             _ = poll_fn(|cx| writer.poll_and_send(cx, |cx| Pin::new(&mut connection).poll(cx))) => return,
-            _ = window.wants_to_grow() => {
-                window.grew(budget.has_ample_room() && connection.set_initial_window_size(LARGE).is_ok());
+            size = window.wanted(&common.budget) => {
+                window.set(size, connection.set_initial_window_size(size).is_ok());
+            }
+            _ = &mut tick => {
+                let in_flight = Rc::strong_count(&window) > 1;
+                if !signs.check(writer.was_heard(), in_flight) {
+                    return; // and all that is in flight ends
+                }
+                tick.as_mut().reset(signs.next());
             }
         }
     }

@@ -6,13 +6,14 @@ use crate::http::HttpService;
 use crate::http1;
 use crate::io::Io;
 use crate::listen::{ServerHere, Stage, reached};
+use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
 use crate::tls::Newest;
-use crate::window::{LARGE, SMALL, Window};
+use crate::window::{SMALL, Window};
 use dl_inference_grpc::Frame;
 use dl_inference_wire::KeyFields;
+use h2::PingPong;
 use h2::server::Connection;
-use h2::{Ping, PingPong};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rustls::ServerConfig;
@@ -22,7 +23,6 @@ use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Waker};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::task::spawn_local;
@@ -187,9 +187,8 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
                 connection.graceful_shutdown(); // the last id is said after a PING, so that no call is lost
                 next = Stage::Closed;
             }
-            _ = window.wants_to_grow() => {
-                let room = io.common.budget.has_ample_room();
-                window.grew(room && connection.set_initial_window_size(LARGE).is_ok());
+            size = window.wanted(&io.common.budget) => {
+                window.set(size, connection.set_initial_window_size(size).is_ok());
             }
             _ = &mut tick => {
                 match vitals.check(writer, connection.has_streams()) {
@@ -221,14 +220,10 @@ enum Verdict {
 
 /// When a connection was last heard of, and when it is to end.
 struct Vitals {
-    keepalive: Duration,
-    keepalive_timeout: Duration,
+    signs: Signs,
     idle_timeout: Option<Duration>,
     retires: Option<Instant>,
-    heard: Instant,
-    pinged: Option<Instant>,
     idle_since: Option<Instant>,
-    ping_pong: Option<PingPong>,
     /// When to check.
     next: Instant,
 }
@@ -238,14 +233,10 @@ impl Vitals {
         let settings = &io.common.settings;
         let now = Instant::now();
         let mut vitals = Vitals {
-            keepalive: settings.keepalive(),
-            keepalive_timeout: settings.keepalive_timeout(),
+            signs: Signs::new(settings.keepalive(), settings.keepalive_timeout(), Duration::ZERO, ping_pong),
             idle_timeout: settings.idle_timeout(),
             retires: retirement(io),
-            heard: now,
-            pinged: None,
             idle_since: Some(now),
-            ping_pong,
             next: now,
         };
         vitals.set_next(now);
@@ -253,23 +244,16 @@ impl Vitals {
     }
 
     fn set_next(&mut self, now: Instant) {
-        let alive = self.pinged.map_or(self.heard + self.keepalive, |pinged| pinged + self.keepalive_timeout);
         let idle = self.idle_timeout.map(|limit| self.idle_since.unwrap_or(now) + limit);
-        self.next = [idle, self.retires].into_iter().flatten().fold(alive, Instant::min);
+        self.next = [idle, self.retires].into_iter().flatten().fold(self.signs.next(), Instant::min);
     }
 
     fn check(&mut self, writer: &Coalesce<Socket>, busy: bool) -> Verdict {
         let now = Instant::now();
-        if writer.was_heard() {
-            (self.heard, self.pinged) = (now, None);
-        }
         self.idle_since = if busy { None } else { self.idle_since.or(Some(now)) };
         let mut verdict = Verdict::Fine;
-        if self.pinged.is_some_and(|pinged| now >= pinged + self.keepalive_timeout) {
+        if !self.signs.check(writer.was_heard(), true) {
             return Verdict::Dead;
-        } else if self.pinged.is_none() && now >= self.heard + self.keepalive {
-            self.ping();
-            self.pinged = Some(now);
         }
         let is_idle = |limit| self.idle_since.is_some_and(|since| now >= since + limit);
         if self.retires.is_some_and(|at| now >= at) || self.idle_timeout.is_some_and(is_idle) {
@@ -278,12 +262,5 @@ impl Vitals {
         }
         self.set_next(now);
         verdict
-    }
-
-    fn ping(&mut self) {
-        if let Some(ping_pong) = &mut self.ping_pong {
-            let _ = ping_pong.poll_pong(&mut Context::from_waker(Waker::noop())); // makes room for the next one
-            let _ = ping_pong.send_ping(Ping::opaque());
-        }
     }
 }

@@ -93,7 +93,11 @@ impl Stream {
     /// Gives each message to who has asked for one. Returns why it cannot go on.
     pub async fn read(&self, io: &Io, messages: &mut Messages) -> Failure {
         loop {
-            self.asked.notified().await;
+            tokio::select! {
+                biased;
+                _ = self.asked.notified() => {}
+                failure = messages.take_in() => return failure,
+            }
             if self.on_message.borrow().is_none() {
                 continue;
             }

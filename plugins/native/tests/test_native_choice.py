@@ -1,8 +1,9 @@
-"""A process with models uses the native codecs where they are installed, unless its config says otherwise."""
+"""What a process that uses the native plugins has of them: codecs, and the interpreter's switch interval."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from dl_inference_core.app import App
 from dl_inference_core.config import Config, PluginOptions
 from dl_inference_core.plugins import Plugins
+from dl_inference_core.testing.loopback import serving
 from dl_inference_core.wire import codecs
 from dl_inference_core.wire.protocol import OPENINFERENCE_AS_REQUESTED, PROTOCOLS
 
@@ -55,3 +57,14 @@ def test_protocols_without_a_native_codec_keep_the_cores() -> None:
     before = PROTOCOLS["tfserving_classify"].codec
     codecs.use(native.NativeCodecs(PluginOptions()))
     assert PROTOCOLS["tfserving_classify"].codec is before
+
+
+@pytest.mark.parametrize(("given", "left"), [(0.005, 0.0005), (0.0001, 0.0001)])
+async def test_serving_lowers_the_switch_interval_and_leaves_a_shorter_one(given: float, left: float) -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(given)
+        async with serving(native.NativeTransport(native.NativeTransport.Options())):
+            assert sys.getswitchinterval() == pytest.approx(left)
+    finally:
+        sys.setswitchinterval(before)

@@ -144,6 +144,11 @@ impl Deframer {
         self.held().is_empty()
     }
 
+    /// Bytes that have come and belong to no message that was returned.
+    pub fn len(&self) -> usize {
+        self.held().len()
+    }
+
     pub fn push(&mut self, piece: Bytes) -> Result<(), Failure> {
         if !self.charge.grow(piece.len()) {
             return Err(no_room());

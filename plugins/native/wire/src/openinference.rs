@@ -45,11 +45,12 @@ pub fn decode(body: &[u8]) -> Plain<Request<'_>> {
         return Err(NotPlain);
     }
     let mut tensors: Vec<Tensor<'_>> = Vec::with_capacity(inputs.len());
-    for (index, input) in inputs.into_iter().enumerate() {
-        let values = match (raw, input.contents) {
-            (true, None) => Values::Raw(raws[index]),
-            (false, Some(values)) => values,
-            (false, None) if list_of(input.dtype).is_some() => Values::Raw(&[]),
+    let mut raws = raws.into_iter();
+    for input in inputs {
+        let values = match (raws.next(), input.contents) {
+            (Some(bytes), None) => Values::Raw(bytes),
+            (None, Some(values)) => values,
+            (None, None) if list_of(input.dtype).is_some() => Values::Raw(&[]),
             _ => return Err(NotPlain),
         };
         cost.add_values(values);

@@ -165,5 +165,5 @@ impl Response<'_> {
 }
 
 fn numbers(bytes: &[u8]) -> impl Iterator<Item = [u8; 8]> {
-    bytes.chunks_exact(8).map(|chunk| chunk.try_into().unwrap())
+    bytes.as_chunks().0.iter().copied()
 }

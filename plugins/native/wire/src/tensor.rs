@@ -75,7 +75,7 @@ pub struct Shape {
 
 impl Shape {
     pub fn sizes(&self) -> &[isize] {
-        &self.sizes[..self.dimensions]
+        self.sizes.get(..self.dimensions).unwrap_or_default()
     }
 
     pub fn push(&mut self, size: u64) -> Plain<()> {

@@ -16,10 +16,12 @@ pub fn size(write: impl Fn(&mut Writer<'_>)) -> usize {
     counter.at
 }
 
-/// Has `write` fill `out`, which has its `size`.
+/// Has `write` fill `out`, which has its `size`. Bytes that `out` has no room for are dropped.
 pub fn fill(out: &mut [u8], write: impl Fn(&mut Writer<'_>)) {
+    let size = out.len();
     let mut writer = Writer { out: Some(out), at: 0 };
     write(&mut writer);
+    debug_assert_eq!(writer.at, size);
 }
 
 fn varint_size(value: u64) -> usize {
@@ -29,20 +31,29 @@ fn varint_size(value: u64) -> usize {
 /// Writes a varint at `at`; where it ends.
 #[inline]
 fn put_varint(out: &mut [u8], mut at: usize, mut value: u64) -> usize {
-    while value >= 0x80 {
-        out[at] = value as u8 | 0x80;
-        value >>= 7;
+    loop {
+        let Some(place) = out.get_mut(at) else { return at };
         at += 1;
+        if value < 0x80 {
+            *place = value as u8;
+            return at;
+        }
+        *place = value as u8 | 0x80;
+        value >>= 7;
     }
-    out[at] = value as u8;
-    at + 1
 }
 
 impl Writer<'_> {
+    /// Where the next `size` bytes go, if they are written.
+    #[inline]
+    fn place(&mut self, size: usize) -> Option<&mut [u8]> {
+        self.out.as_mut()?.get_mut(self.at..self.at + size)
+    }
+
     #[inline]
     fn put(&mut self, bytes: &[u8]) {
-        if let Some(out) = &mut self.out {
-            out[self.at..self.at + bytes.len()].copy_from_slice(bytes);
+        if let Some(place) = self.place(bytes.len()) {
+            place.copy_from_slice(bytes);
         }
         self.at += bytes.len();
     }
@@ -84,13 +95,10 @@ impl Writer<'_> {
     pub fn message(&mut self, number: u32, write: impl Fn(&mut Writer<'_>)) {
         let size = size(&write);
         self.header(number, size);
-        match &mut self.out {
-            None => self.at += size,
-            Some(out) => {
-                fill(&mut out[self.at..self.at + size], write);
-                self.at += size;
-            }
+        if let Some(place) = self.place(size) {
+            fill(place, write);
         }
+        self.at += size;
     }
 
     fn header(&mut self, number: u32, size: usize) {
@@ -113,25 +121,26 @@ impl Writer<'_> {
     }
 
     fn each<const N: usize>(&mut self, number: u32, bytes: &[u8], value: impl Fn([u8; N]) -> u64) {
-        let values = || bytes.chunks_exact(N).map(|chunk| value(chunk.try_into().unwrap()));
+        let values = || bytes.as_chunks().0.iter().map(|number| value(*number));
         let size = values().map(varint_size).sum();
         self.header(number, size);
-        if let Some(out) = &mut self.out {
-            values().fold(self.at, |at, value| put_varint(out, at, value));
+        if let Some(place) = self.place(size) {
+            values().fold(0, |at, value| put_varint(place, at, value));
         }
         self.at += size;
     }
 
     /// The numbers of `bytes`, of `N` bytes each, as packed doubles, even if there are none.
     pub fn doubles<const N: usize>(&mut self, number: u32, bytes: &[u8], double: impl Fn([u8; N]) -> f64) {
-        self.header(number, bytes.len() / N * 8);
-        if self.out.is_none() {
-            self.at += bytes.len() / N * 8;
-            return;
+        let (numbers, _) = bytes.as_chunks();
+        let size = numbers.len() * 8;
+        self.header(number, size);
+        if let Some(place) = self.place(size) {
+            for (place, number) in place.as_chunks_mut().0.iter_mut().zip(numbers) {
+                *place = double(*number).to_le_bytes();
+            }
         }
-        for chunk in bytes.chunks_exact(N) {
-            self.put(&double(chunk.try_into().unwrap()).to_le_bytes());
-        }
+        self.at += size;
     }
 
     /// A tensor's values in the list in which they travel, if it is not empty.

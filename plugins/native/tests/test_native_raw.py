@@ -1,0 +1,380 @@
+"""Clients of HTTP/2 that send what no official client sends: floods, resets without end, streams that nobody reads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from resource import getpagesize
+from typing import Any
+
+import pytest
+from hpack import Encoder
+
+from dl_inference_core.errors import Code
+from dl_inference_core.testing.loopback import ECHO, DirectService, official
+from dl_inference_core.transport import Exchange, Limits
+
+native = pytest.importorskip("dl_inference_native", exc_type=ImportError)
+
+HELD, SHORT = b"\x0a\x04held", b"\x0a\x05short"
+DATA, HEADERS, PRIORITY, RESET, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 2, 3, 4, 6, 7, 8, 9
+END_STREAM, END_HEADERS, ACK = 1, 4, 1
+INITIAL_WINDOW_SIZE = 4
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+MIB = 1 << 20
+COUNT = 20_000
+"""Calls that are reset; 100,000 take 12 s on one of two busy cores."""
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def head(stream: int, *, end: bool = False) -> bytes:
+    fields = {":method": "POST", ":scheme": "http", ":path": ECHO, ":authority": "x", "te": "trailers"}
+    block = Encoder().encode([*fields.items(), ("content-type", "application/grpc")])
+    return frame(HEADERS, END_HEADERS | (END_STREAM if end else 0), stream, block)
+
+
+def data(stream: int, message: bytes, *, end: bool = True) -> bytes:
+    """A whole message, in frames of 16 KiB."""
+    whole = b"\0" + len(message).to_bytes(4, "big") + message
+    pieces = [whole[at : at + 16384] for at in range(0, len(whole), 16384)]
+    flags = [0] * (len(pieces) - 1) + [END_STREAM if end else 0]
+    return b"".join(frame(DATA, flag, stream, piece) for flag, piece in zip(flags, pieces, strict=True))
+
+
+def update(stream: int, grows: int) -> bytes:
+    return frame(WINDOW_UPDATE, 0, stream, grows.to_bytes(4, "big"))
+
+
+def reset(stream: int) -> bytes:
+    return frame(RESET, 0, stream, (8).to_bytes(4, "big"))
+
+
+class Raw:
+    """A connection that sends any bytes.
+
+    Attributes:
+        received: how many frames of each kind have come.
+        resets: the streams that the server has reset, in order, with its reasons.
+        window: what the server has said last of the windows of its streams.
+        closed: once the server has closed the connection.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int, *, answers_pings: bool
+    ) -> None:
+        self.received = dict.fromkeys(range(10), 0)
+        self.resets: list[tuple[int, int]] = []
+        self._answers_pings = answers_pings
+        self.window = 0
+        self.closed = asyncio.Event()
+        self._reader, self._writer = reader, writer
+        self._pong = asyncio.Event()
+        self.send(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HL", INITIAL_WINDOW_SIZE, window)))
+        self.reading = asyncio.create_task(self._read())
+
+    def send(self, frames: bytes) -> None:
+        self._writer.write(frames)
+
+    async def settled(self) -> None:
+        """Wait until the server has looked at all that was sent, or has closed the connection."""
+        self._pong.clear()
+        self.send(frame(PING, 0, 0, b"settled?"))
+        with contextlib.suppress(ConnectionError):
+            await self._writer.drain()
+        await self._pong.wait()
+
+    async def _read(self) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                size, kind, flags, stream = struct.unpack(">3sBBL", await self._reader.readexactly(9))
+                payload = await self._reader.readexactly(int.from_bytes(size, "big"))
+                self.received[kind] += 1
+                if kind == PING and flags == ACK:
+                    self._pong.set()
+                elif kind == PING and self._answers_pings:
+                    self.send(frame(PING, ACK, 0, payload))
+                elif kind == RESET:
+                    self.resets.append((stream, int.from_bytes(payload, "big")))
+                elif kind == SETTINGS and not flags:
+                    said = dict(struct.iter_unpack(">HL", payload))
+                    self.window = said.get(INITIAL_WINDOW_SIZE, self.window)
+                    self.send(frame(SETTINGS, ACK, 0))
+        self.closed.set()
+        self._pong.set()
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+        await self.reading
+
+
+@asynccontextmanager
+async def raw(address: str, *, window: int = 1000, answers_pings: bool = True) -> AsyncIterator[Raw]:
+    host, _, port = address.rpartition(":")
+    client = Raw(*await asyncio.open_connection(host, int(port)), window, answers_pings=answers_pings)
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+class Echoes(DirectService):
+    """Answers at once: HELD never, SHORT by itself, all else by 2,000 bytes."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        super().__init__(self._answer)
+
+    def _answer(self, exchange: Exchange) -> None:
+        self.begun += 1
+        if exchange.message != HELD:
+            exchange.reply(SHORT if exchange.message == SHORT else bytes(2000))
+
+
+@asynccontextmanager
+async def serving(service: Any, **options: Any) -> AsyncIterator[tuple[str, Any]]:
+    """An address, and the I/O threads that answer there."""
+    transport = native.NativeTransport(native.NativeTransport.Options(**options))
+    server = await transport.serve(service, ("127.0.0.1:0",), Limits())
+    try:
+        yield f"127.0.0.1:{server.ports[0]}", transport._threads
+    finally:
+        await server.drain(0)
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not reached():  # noqa: ASYNC110 - an I/O thread sets no event
+            await asyncio.sleep(0.02)
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
+
+
+# Resets
+
+
+def overflow(stream: int) -> bytes:
+    return head(stream) + update(stream, 2**31 - 1)
+
+
+def overflow_of_one_begun(stream: int) -> bytes:
+    # The call before has begun by now, and its client waits for the answer.
+    before = update(stream - 2, 2**31 - 1) if stream > 1 else b""
+    return head(stream) + data(stream, HELD) + before
+
+
+BY_THE_SERVER = {
+    "a window that grows by nothing": lambda stream: head(stream) + update(stream, 0),
+    "a window that grows too large": overflow,
+    "the same of a call that has begun": overflow_of_one_begun,
+    "data after the end": lambda stream: head(stream, end=True) + data(stream, SHORT),
+    "headers after the end": lambda stream: head(stream, end=True) + head(stream),
+    "a priority of a wrong length": lambda stream: head(stream) + frame(PRIORITY, 0, stream, bytes(4)),
+    "more than the window": lambda stream: head(stream) + data(stream, bytes(70_000), end=False),
+}
+
+
+@pytest.mark.parametrize("wrong", BY_THE_SERVER.values(), ids=BY_THE_SERVER)
+async def test_a_client_that_makes_the_server_reset_loses_its_connection(wrong: Callable[[int], bytes]) -> None:
+    """MadeYouReset, CVE-2025-8671: such resets have to count as the client's own do."""
+    service = Echoes()
+    opened = 0
+    async with serving(service) as (address, threads), official(address) as channel, raw(address) as client:
+        while not client.closed.is_set():
+            assert opened < 11_000, "the connection takes any number of them"
+            client.send(b"".join(wrong(2 * number + 1) for number in range(opened, opened + 50)))
+            opened += 50
+            await client.settled()
+            if opened % 1000 == 0:
+                assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+        await service.has_ended(service.begun)
+        await until(lambda: threads.buffered_bytes() == 0)
+
+
+@pytest.mark.parametrize("answers_pings", [True, False])
+async def test_nor_does_it_get_more_after_a_goaway(answers_pings: bool) -> None:
+    """Without an answer to the PING that goes with it, a GOAWAY leaves new calls to be taken, and they count."""
+    service = Echoes()
+    async with (
+        serving(service, connection_age_s=1) as (address, threads),
+        raw(address, answers_pings=answers_pings) as client,
+    ):
+        client.send(head(1) + data(1, HELD))
+        await until(lambda: client.received[GOAWAY] == (2 if answers_pings else 1))
+        for first in range(1, 11_000, 50):
+            client.send(b"".join(overflow_of_one_begun(2 * number + 1) for number in range(first + 1, first + 51)))
+            await client.settled()
+            if client.closed.is_set():
+                break
+        assert service.begun == 1 if answers_pings else client.closed.is_set()
+        await client.close()
+        await service.has_ended(service.begun)
+        await until(lambda: threads.buffered_bytes() == 0)
+
+
+async def test_a_client_that_has_not_ended_its_call_is_told_so_after_the_answer() -> None:
+    service = DirectService(lambda exchange: exchange.reply(SHORT), streaming=True)
+    async with serving(service) as (address, _), raw(address) as client:
+        client.send(head(1))
+        await until(lambda: bool(client.resets))
+        assert client.received[HEADERS] == 2, "the head and the trailers of the answer"
+        assert client.received[DATA] == 1
+        assert client.resets == [(1, 0)], "without an error, by which some clients would discard the answer"
+
+
+def cancelled(number: int) -> tuple[bytes, bytes]:
+    """A call, and its reset, at each stage: before its message, within it, before the answer, within the answer."""
+    stream = 2 * number + 1
+    sent = (b"", data(stream, HELD, end=False)[:-1], data(stream, HELD), data(stream, b"\x0a\x04long"))[number % 4]
+    if number % 4 == 1:
+        sent = frame(DATA, 0, stream, sent[9:])
+    return head(stream) + sent, reset(stream)
+
+
+async def test_any_number_of_calls_may_be_cancelled() -> None:
+    """Rapid reset, CVE-2023-44487: nothing may be left of them, and others are answered meanwhile."""
+    service = Echoes()
+    early = 0
+    async with serving(service) as (address, threads), official(address) as channel, raw(address) as client:
+        for first in range(0, COUNT, 100):
+            calls = [cancelled(number) for number in range(first, first + 100)]
+            client.send(b"".join(call for call, _ in calls[:50]))
+            if first % 200:
+                await client.settled()
+            # Half of the calls are reset in the moment in which they come.
+            client.send(b"".join(reset for _, reset in calls[:50]))
+            client.send(b"".join(call + reset for call, reset in calls[50:]))
+            await client.settled()
+            assert not client.closed.is_set()
+            if first % 1000 == 0:
+                assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+            if first == COUNT // 4:
+                early = resident()
+        await service.has_ended(service.begun)
+        await until(lambda: threads.buffered_bytes() == 0)
+        assert service.begun > COUNT // 8, "some have come as far as the service"
+        assert {code for _, code in service.endings} <= {Code.OK, Code.CANCELLED}
+        assert resident() - early < 32 * MIB
+
+
+# Floods
+
+
+async def flood(address: str, first: bytes, piece: bytes, most: int) -> tuple[int, bool]:
+    """Send `piece` over and over and read nothing, until the server takes no more for a second or closes the
+    connection. How many bytes it took, and whether it closed."""
+    host, _, port = address.rpartition(":")
+    loop = asyncio.get_running_loop()
+    taken = 0
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.setblocking(False)
+        await loop.sock_connect(client, (host, int(port)))
+        try:
+            await loop.sock_sendall(client, PREFACE + frame(SETTINGS, 0, 0) + first)
+            while taken < most:
+                async with asyncio.timeout(1):
+                    await loop.sock_sendall(client, piece)
+                taken += len(piece)
+        except TimeoutError:
+            return taken, False
+        except ConnectionError:
+            return taken, True
+    return taken, False
+
+
+@pytest.mark.parametrize("piece", [frame(PING, 0, 0, bytes(8)), frame(SETTINGS, 0, 0)], ids=["pings", "settings"])
+async def test_answers_that_nobody_reads_stop_the_flood(piece: bytes) -> None:
+    """Each is to be answered. Where the client does not read, the kernel's buffers fill, and then nothing is taken."""
+    async with serving(Echoes()) as (address, _), official(address) as channel:
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+        before = resident()
+        taken, _ = await flood(address, b"", piece * (65536 // len(piece)), 128 * MIB)
+        assert taken < 64 * MIB
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+        assert resident() - before < 32 * MIB
+
+
+@pytest.mark.parametrize("size", [0, 1, 16384])
+async def test_headers_without_an_end_end_the_connection(size: int) -> None:
+    """CVE-2024-27316 and others: frames of CONTINUATION that are kept, or decoded, without end."""
+    async with serving(Echoes()) as (address, _), official(address) as channel:
+        block = head(1)[9:]
+        first = frame(HEADERS, 0, 1, block)
+        # A field that is not put into the table: ":authority" without a value takes two bytes.
+        piece = frame(CONTINUATION, 0, 1, (b"\x01\x00" * size)[:size])
+        taken, closed = await flood(address, first, piece * max(1, 8192 // len(piece)), 16 * MIB)
+        assert closed
+        assert taken < 8 * MIB
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+
+
+# Windows, and what waits in them
+
+
+async def next_of(exchange: Exchange) -> bytes:
+    loop = asyncio.get_running_loop()
+    told: asyncio.Future[bytes] = loop.create_future()
+    exchange.on_message(lambda message: loop.call_soon_threadsafe(told.set_result, bytes(message or b"")))
+    return await told
+
+
+async def test_what_streams_that_nobody_reads_hold_is_in_the_budget() -> None:
+    exchanges: list[Exchange] = []
+    service = DirectService(exchanges.append, streaming=True)
+    message = bytes(60_000)
+    async with serving(service, buffer_mb=16) as (address, threads), raw(address) as client:
+        for number in range(400):  # 24 MB
+            client.send(head(2 * number + 1) + data(2 * number + 1, message, end=False))
+            await client.settled()
+        await until(lambda: threads.buffered_bytes() > 15 * MIB and len(service.endings) > 100)
+        assert threads.buffered_bytes() <= 16 * MIB
+        assert {code for _, code in service.endings} == {Code.RESOURCE_EXHAUSTED}
+        assert await next_of(exchanges[0]) == message, "what waits is not lost"
+        await client.close()
+        await until(lambda: len(service.endings) == 400)
+        exchanges.clear()
+        await until(lambda: threads.buffered_bytes() == 0)
+
+
+async def test_a_stream_that_is_read_slowly_takes_in_no_more_than_its_window() -> None:
+    exchanges: list[Exchange] = []
+    service = DirectService(exchanges.append, streaming=True)
+    messages = [bytes([number]) * 10_000 for number in range(100)]
+    async with serving(service) as (address, threads), raw(address) as client:
+        client.send(head(1) + b"".join(data(1, each, end=False) for each in messages[:6]))
+        await until(lambda: threads.buffered_bytes() > 60_000)
+        for number, message in enumerate(messages):
+            assert await next_of(exchanges[0]) == message
+            assert threads.buffered_bytes() < 70_000
+            if number + 6 < len(messages):
+                client.send(data(1, messages[number + 6], end=False))
+        assert not client.closed.is_set(), "the window had room for each"
+        assert client.received[WINDOW_UPDATE] > 5
+
+
+async def test_windows_grow_for_large_messages_and_shrink_after_them() -> None:
+    service = Echoes()
+    async with serving(service) as (address, _), raw(address) as client:
+        await client.settled()
+        small = client.window
+        assert small == 65_535
+        client.send(head(1))
+        client.send(head(3) + data(3, bytes(50_000)))
+        await until(lambda: client.window == MIB)
+        await until(lambda: client.window == small)  # by itself, ten seconds later
+        client.send(data(1, bytes(60_000)))  # by a window that has been a large one
+        await until(lambda: client.window == MIB)
+        await until(lambda: service.begun == 2)
