@@ -180,6 +180,16 @@ fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
     }
 }
 
+fn begin_http(io: &Io, py: Python<'_>, call: &HttpCall, body: Body) -> PyResult<()> {
+    let begin = if call.is_page { &call.service.begin_page } else { &call.service.begin };
+    begin.call1(py, (http_exchange(io, py, call, Some(body))?,)).map(drop)
+}
+
+fn fail_http(io: &Io, py: Python<'_>, call: &HttpCall, refusal: Refusal) -> PyResult<()> {
+    let (which, detail) = refusal.told();
+    call.service.fail.call1(py, (http_exchange(io, py, call, None)?, which, detail)).map(drop)
+}
+
 /// The exchange of a request; `body` is used where it is made.
 fn http_exchange(io: &Io, py: Python<'_>, call: &HttpCall, body: Option<Body>) -> PyResult<Py<HttpExchange>> {
     if let Some(exchange) = &*call.exchange.borrow() {
@@ -234,15 +244,8 @@ fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
             }
             Err(failure) => done.call1(py, (convert::error(py, helpers, &failure)?, py.None(), ())).map(drop),
         },
-        Event::BeginHttp(call, body) => {
-            let service = &call.service;
-            let begin = if call.is_page { &service.begin_page } else { &service.begin };
-            begin.call1(py, (http_exchange(io, py, &call, Some(body))?,)).map(drop)
-        }
-        Event::FailHttp(call, refusal) => {
-            let (which, detail) = refusal.told();
-            call.service.fail.call1(py, (http_exchange(io, py, &call, None)?, which, detail)).map(drop)
-        }
+        Event::BeginHttp(call, body) => begin_http(io, py, &call, body),
+        Event::FailHttp(call, refusal) => fail_http(io, py, &call, refusal),
         Event::Callback(callback) => callback.call0(py).map(drop),
         Event::Message { callback, message } => {
             let message = message.map(|frame| convert::message(py, frame.message())).transpose()?;

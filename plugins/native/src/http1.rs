@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 /// Of a head that is too large, and of a body, no more is read ahead.
@@ -73,11 +74,7 @@ pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
             }
         }
     }
-    let watched = connection.into_parts().io.into_inner();
-    tokio::select! {
-        _ = timeout(GOODBYE, watched.until_closed()) => {}
-        _ = reached(&mut stage, Stage::Closed) => {}
-    }
+    connection.into_parts().io.into_inner().until_closed(&mut stage).await;
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -187,8 +184,14 @@ struct Watched {
 
 impl Watched {
     /// Passes over what the client still sends.
-    async fn until_closed(mut self) {
-        while !self.progress.closed.get() && self.socket.read(&mut [0; 1024]).await.is_ok_and(|size| size > 0) {}
+    async fn until_closed(mut self, stage: &mut watch::Receiver<Stage>) {
+        let closed = async {
+            while !self.progress.closed.get() && self.socket.read(&mut [0; 1024]).await.is_ok_and(|n| n > 0) {}
+        };
+        tokio::select! {
+            _ = timeout(GOODBYE, closed) => {}
+            _ = reached(stage, Stage::Closed) => {}
+        }
     }
 }
 

@@ -166,6 +166,20 @@ impl Io {
         self.http_calls.borrow().get(&id).cloned()
     }
 
+    fn end_http(&self, id: u64, answer: Answer) {
+        if let Some(call) = self.http_call(id) {
+            call.end(self, answer);
+        }
+    }
+
+    fn on_http_cancel(&self, exchange: &HttpShared, callback: Py<PyAny>) {
+        match self.http_call(exchange.id) {
+            Some(call) => call.on_cancel(self, callback),
+            None if exchange.has_left() => self.tell(Event::Callback(callback)),
+            None => self.tell(Event::Forget(callback)),
+        }
+    }
+
     async fn take_commands(self: &Rc<Self>, mut inbox: mpsc::UnboundedReceiver<Command>) {
         let mut commands = Vec::with_capacity(TOGETHER);
         while inbox.recv_many(&mut commands, TOGETHER).await > 0 {
@@ -190,16 +204,8 @@ impl Io {
                 None if exchange.has_left() => self.tell(Event::Callback(callback)),
                 None => self.tell(Event::Forget(callback)),
             },
-            Command::EndHttp(id, answer) => {
-                if let Some(call) = self.http_call(id) {
-                    call.end(self, *answer);
-                }
-            }
-            Command::OnHttpCancel(exchange, callback) => match self.http_call(exchange.id) {
-                Some(call) => call.on_cancel(self, callback),
-                None if exchange.has_left() => self.tell(Event::Callback(callback)),
-                None => self.tell(Event::Forget(callback)),
-            },
+            Command::EndHttp(id, answer) => self.end_http(id, *answer),
+            Command::OnHttpCancel(exchange, callback) => self.on_http_cancel(&exchange, callback),
             Command::OnMessage(id, callback) => self.register(id, callback, Call::on_message),
             Command::OnWritable(id, callback) => self.register(id, callback, Call::on_writable),
             Command::Send(id, frame) => {
