@@ -120,14 +120,14 @@ def _varies(system: System) -> bool:
 
 
 class _Started:
-    """Servers that run until the end, each setting of a system once."""
+    """Servers that run until the end, or until their system is needed with another setting: one of each system."""
 
     def __init__(self, stack: ExitStack, model: Model, folder: Path, expected: Floats, settings: Settings) -> None:
         self._stack = stack
         self._settings = settings
         self._what = model, folder
         self._expected = expected
-        self._servers: dict[tuple[str, str], Server] = {}
+        self._servers: dict[str, tuple[Setting, ExitStack, Server]] = {}
 
     def servers(
         self, chosen: Sequence[System], in_flight: int, failed: dict[str, str]
@@ -141,13 +141,18 @@ class _Started:
         return running
 
     def _server(self, system: System, setting: Setting) -> Server:
-        key = system.name, setting.name
-        if key not in self._servers:
-            server = self._stack.enter_context(system.running(*self._what, setting, self._expected))
-            if system.polls:
-                server.pause()
-            self._servers[key] = server
-        return self._servers[key]
+        if system.name in self._servers:
+            its_setting, its_stack, server = self._servers[system.name]
+            if its_setting == setting:
+                return server
+            del self._servers[system.name]
+            its_stack.close()
+        own = self._stack.enter_context(ExitStack())
+        server = own.enter_context(system.running(*self._what, setting, self._expected))
+        if system.polls:
+            server.pause()
+        self._servers[system.name] = setting, own, server
+        return server
 
 
 @contextmanager

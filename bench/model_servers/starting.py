@@ -44,12 +44,14 @@ def model_toml(model: Model, setting: Setting) -> str:
 
 @contextmanager
 def ours(transport: str, model: Model, folder: Path, setting: Setting) -> Iterator[Server]:
-    """Our node, with its metrics."""
-    (folder / model.name / "model.toml").write_text(model_toml(model, setting), encoding="utf-8")
-    config = f"http_port = 0\n[models]\ndirectory = {str(folder)!r}\n"
-    config += f"[backends.torch]\nintra_op_threads = {model.threads}\n"
-    with serving(transport, config) as server:
-        yield server
+    """Our node, with its metrics, and a folder of its own: a node that runs takes up a `model.toml` that changes."""
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(folder, place, copy_function=os.link, dirs_exist_ok=True)
+        (Path(place) / model.name / "model.toml").write_text(model_toml(model, setting), encoding="utf-8")
+        config = f"http_port = 0\n[models]\ndirectory = {place!r}\n"
+        config += f"[backends.torch]\nintra_op_threads = {model.threads}\n"
+        with serving(transport, config) as server:
+            yield server
 
 
 def _values(model: Model, setting: Setting) -> dict[str, Any]:
