@@ -69,8 +69,8 @@ def site_with_fakes(tmp_path: Path) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A test that is a coroutine function runs on an event loop of its own, for at most 30 seconds; its lab closes in as
-    many."""
+    """A test that is a coroutine function runs on an event loop of its own, for at most 30 seconds. Then its labs have
+    as long to close."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
