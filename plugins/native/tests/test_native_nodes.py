@@ -76,7 +76,7 @@ async def test_calls_on_a_connection_that_passes_nothing_end_and_the_next_one_wo
     async with (
         serving(make(), {HOLD: hold, ECHO: echo}) as node,
         proxied(node) as (address, proxy),
-        connected(make(keepalive_s=1, keepalive_timeout_s=1), address) as connection,
+        connected(make(keepalive_s=1, keepalive_timeout_s=2), address) as connection,
     ):
         calls = [asyncio.ensure_future(error_of(ask(connection, HOLD, MESSAGE, timeout_s=50))) for _ in range(3)]
         await hold.was_entered()
@@ -88,24 +88,11 @@ async def test_calls_on_a_connection_that_passes_nothing_end_and_the_next_one_wo
         hold.release.set()
 
 
-async def test_a_node_that_answers_late_keeps_its_connection() -> None:
-    hold = Hold()
-    async with (
-        serving(make(), {HOLD: hold}) as node,
-        connected(make(keepalive_s=1, keepalive_timeout_s=1), node) as connection,
-    ):
-        call = asyncio.ensure_future(ask(connection, HOLD, MESSAGE, timeout_s=50))
-        await hold.was_entered()
-        await asyncio.sleep(5)
-        hold.release.set()
-        assert await call == MESSAGE
-
-
 async def test_a_node_of_grpcs_own_is_not_asked_more_often_than_it_allows() -> None:
-    """By default it ends the connection at the fourth PING that comes without data between."""
+    """By default it ends the connection at the fourth PING that comes without data between: here after 17 seconds."""
 
     async def late(message: bytes, _: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        await asyncio.sleep(14)
+        await asyncio.sleep(20)
         return message
 
     server = grpc.aio.server()
@@ -114,7 +101,7 @@ async def test_a_node_of_grpcs_own_is_not_asked_more_often_than_it_allows() -> N
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with connected(make(keepalive_s=1, keepalive_timeout_s=2), f"127.0.0.1:{port}") as connection:
+        async with connected(make(keepalive_s=1, keepalive_timeout_s=4), f"127.0.0.1:{port}") as connection:
             assert await ask(connection, HOLD, MESSAGE, timeout_s=50) == MESSAGE
     finally:
         await server.stop(0)
