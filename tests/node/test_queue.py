@@ -239,11 +239,12 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
 async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the request may wait."""
     loop, delays = asyncio.get_running_loop(), []
-    monkeypatch.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
     rig = Rig()
     request = queued(timeout_s=3600)
-    rig.queue.put(request)
-    await asyncio.sleep(0)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
+        rig.queue.put(request)
+        await asyncio.sleep(0)
     assert delays == [1.0]
 
 

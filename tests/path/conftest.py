@@ -96,7 +96,16 @@ class Process:
         return {labels: float(value) for labels, _, value in samples}
 
     def attempts(self) -> dict[str, float]:
-        """How many attempts at nodes ended with which outcome."""
+        """How many attempts at nodes ended with which outcome. A transport may count an attempt after its client has
+        the answer, so they are read until they stay, or for a second."""
+        end = time.monotonic() + 1
+        counts, now = None, self._attempts()
+        while counts != now and time.monotonic() < end:
+            time.sleep(0.05)
+            counts, now = now, self._attempts()
+        return now
+
+    def _attempts(self) -> dict[str, float]:
         totals: dict[str, float] = {}
         for labels, count in self.counts("dl_inference_attempts_total").items():
             outcome = labels.partition('outcome="')[2].partition('"')[0]

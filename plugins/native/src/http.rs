@@ -10,7 +10,8 @@ use crate::server::Service;
 use bytes::Buf;
 use dl_inference_grpc::{Failure, Frame, PREFIX, check_header_bytes};
 use h2::server::SendResponse;
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TRANSFER_ENCODING, UPGRADE};
+use h2::{Reason, SendStream};
+use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, Version};
 use pyo3::prelude::*;
@@ -256,7 +257,8 @@ fn plain(io: &Io, status: StatusCode, said: &str) -> Answer {
 /// `answer` as it goes out: with its length, without what belongs to a connection, and without a body where none may be.
 fn complete(answer: Answer, verb: &Method) -> Answer {
     let (mut head, mut body) = answer.into_parts();
-    for name in [CONNECTION, HeaderName::from_static("keep-alive"), TRANSFER_ENCODING, UPGRADE] {
+    let (keep_alive, proxy) = (HeaderName::from_static("keep-alive"), HeaderName::from_static("proxy-connection"));
+    for name in [CONNECTION, keep_alive, proxy, TE, TRANSFER_ENCODING, UPGRADE] {
         head.headers.remove(name);
     }
     if let Some(frame) = &mut body {
@@ -281,6 +283,7 @@ pub async fn answer_stream(
     body: Incomplete,
     mut respond: SendResponse<Frame>,
 ) {
+    let patience = io.common.settings.body_timeout();
     let answer = tokio::select! {
         biased;
         answer = answer(io, server, head, body) => answer,
@@ -288,7 +291,21 @@ pub async fn answer_stream(
     };
     let (head, body) = answer.into_parts();
     let out = respond.send_response(Response::from_parts(head, ()), body.is_none());
-    if let (Ok(mut out), Some(frame)) = (out, body) {
-        let _ = out.send_data(frame, true); // else the client left: there is nobody to tell
+    if let (Ok(mut out), Some(frame)) = (out, body)
+        && send(&mut out, frame, patience).await.is_none()
+    {
+        out.send_reset(Reason::CANCEL); // where the client has left, there is nobody to tell
     }
+}
+
+/// Sends as much as the client takes at a time. None where it has left, or takes nothing for `patience`: an answer that
+/// nobody reads would use the budget for ever.
+async fn send(out: &mut SendStream<Frame>, mut frame: Frame, patience: Duration) -> Option<()> {
+    while frame.has_remaining() {
+        out.reserve_capacity(frame.remaining());
+        let room = timeout(patience, poll_fn(|cx| out.poll_capacity(cx))).await.ok()??.ok()?;
+        let part = frame.split_to(room);
+        out.send_data(part, !frame.has_remaining()).ok()?;
+    }
+    Some(())
 }

@@ -6,7 +6,7 @@ use crate::server::{CONNECTION_WINDOW, DECODED_HEADERS, FRAME_BYTES, SMALL_FRAME
 use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Wire, connect_tcp, connect_unix};
 use crate::tls::Newest;
-use crate::window::{SMALL, Window};
+use crate::window::{LARGE, SMALL, Window};
 use bytes::Bytes;
 use dl_inference_grpc::{Code, Failure};
 use h2::client::{Connection, SendRequest};
@@ -246,8 +246,8 @@ async fn drive(
         tokio::select! {
             biased;
             _ = poll_fn(|cx| writer.poll_and_send(cx, |cx| Pin::new(&mut connection).poll(cx))) => return,
-            size = window.wanted(&common.budget) => {
-                window.set(size, connection.set_initial_window_size(size).is_ok());
+            _ = window.wants_to_grow(&common.budget) => {
+                window.grew(connection.set_initial_window_size(LARGE).is_ok());
             }
             _ = &mut tick => {
                 let in_flight = Rc::strong_count(&window) > 1;

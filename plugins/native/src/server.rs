@@ -9,7 +9,7 @@ use crate::listen::{ServerHere, Stage, reached};
 use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
 use crate::tls::Newest;
-use crate::window::{SMALL, Window};
+use crate::window::{LARGE, SMALL, Window};
 use dl_inference_grpc::Frame;
 use dl_inference_wire::KeyFields;
 use h2::PingPong;
@@ -187,8 +187,8 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
                 connection.graceful_shutdown(); // the last id is said after a PING, so that no call is lost
                 next = Stage::Closed;
             }
-            size = window.wanted(&io.common.budget) => {
-                window.set(size, connection.set_initial_window_size(size).is_ok());
+            _ = window.wants_to_grow(&io.common.budget) => {
+                window.grew(connection.set_initial_window_size(LARGE).is_ok());
             }
             _ = &mut tick => {
                 match vitals.check(writer, connection.has_streams()) {

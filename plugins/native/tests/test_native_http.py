@@ -47,6 +47,24 @@ async def failing(_: Request) -> Response:
     raise RuntimeError("this is expected")
 
 
+async def cancelled(_: Request) -> Response:
+    raise asyncio.CancelledError
+
+
+class Late(Response):
+    """Stays after the answer, until the application is told of the end."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await super().__call__(scope, receive, send)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope["app"].state.left.set()
+
+
+async def late(_: Request) -> Response:
+    return Late(b"late")
+
+
 async def waiting(request: Request) -> Response:
     while not await request.is_disconnected():  # noqa: ASYNC110 - starlette has no event
         await asyncio.sleep(0.01)
@@ -57,7 +75,9 @@ async def waiting(request: Request) -> Response:
 @pytest.fixture
 def app() -> Starlette:
     methods = ["GET", "POST", "PUT"]
-    routes = [Route("/failing", failing), Route("/waiting", waiting), Route("/{rest:path}", scope_of, methods=methods)]
+    kinds = {"failing": failing, "cancelled": cancelled, "late": late, "waiting": waiting}
+    routes = [Route(f"/{name}", kind) for name, kind in kinds.items()]
+    routes.append(Route("/{rest:path}", scope_of, methods=methods))
     starlette = Starlette(routes=routes)
     starlette.state.left = asyncio.Event()
     return starlette
@@ -109,6 +129,7 @@ class Http2:
         self._heads: dict[int, dict[str, str]] = {}
         self._bodies: dict[int, bytes] = {}
         self._ended: set[int] = set()
+        self._resets: dict[int, Any] = {}
 
     def send(self, verb: str, path: str, body: bytes = b"", *, ends: bool = True, **headers: str) -> int:
         """The number of the request's stream; a body fits into the first window."""
@@ -135,6 +156,14 @@ class Http2:
                 self._writer.write(self._http.data_to_send())
         return int(self._heads[stream][":status"]), self._heads[stream], self._bodies[stream]
 
+    async def reset_of(self, stream: int) -> Any:
+        """The code with which the server resets a stream."""
+        async with asyncio.timeout(20):
+            while stream not in self._resets:
+                for event in self._http.receive_data(await self._reader.read(65_536)):
+                    self._take(event)
+        return self._resets[stream]
+
     def _take(self, event: Any) -> None:
         if isinstance(event, h2.events.ResponseReceived):
             self._heads[event.stream_id] = dict(event.headers)
@@ -144,6 +173,8 @@ class Http2:
             self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif isinstance(event, h2.events.StreamEnded):
             self._ended.add(event.stream_id)
+        elif isinstance(event, h2.events.StreamReset):
+            self._resets[event.stream_id] = event.error_code
         assert not isinstance(event, h2.events.ConnectionTerminated)
 
 
@@ -196,6 +227,41 @@ async def test_an_application_that_fails(serve_http: Any, app: Starlette, caplog
         assert (await one.ask("GET", "/failing")).status == 500
         assert (await one.ask("GET", "/page")).status == 200
     assert "this is expected" in caplog.text
+
+
+async def test_an_application_that_is_cancelled(serve_http: Any, app: Starlette) -> None:
+    async with serve_http(HeldService(), app) as served, client(served) as asking:
+        answer = await asking.ask("GET", "/cancelled")
+        assert (answer.status, answer.body) == (500, b"Internal Server Error\n")
+
+
+async def test_an_application_that_stays_after_its_answer_hears_of_the_end(serve_http: Any, app: Starlette) -> None:
+    async with serve_http(HeldService(), app) as served, client(served) as asking:
+        assert (await asking.ask("GET", "/late")).body == b"late"
+        async with asyncio.timeout(20):
+            await app.state.left.wait()
+
+
+async def test_so_many_pages_are_answered_at_one_time(serve_http: Any, app: Starlette) -> None:
+    async with serve_http(HeldService(), app) as served:
+        async with http2(served) as crowd, http2(served) as other:
+            streams = [crowd.send("GET", "/waiting") for _ in range(101)]
+            status, _, body = await crowd.answer(streams[-1])
+            assert (status, body) == (503, b"The server answers as many requests for pages as it may.\n")
+            assert (await other.answer(other.send("GET", "/page")))[0] == 503
+        async with http2(served) as other, asyncio.timeout(20):
+            while (await other.answer(other.send("GET", "/page")))[0] == 503:  # noqa: ASYNC110 - the crowd leaves
+                await asyncio.sleep(0.05)
+
+
+async def test_an_answer_by_http_2_that_nobody_reads(serve_http: Any, app: Starlette) -> None:
+    service = HeldService(lambda exchange: exchange.reply(200, {}, bytes(1 << 20)))
+    async with serve_http(service, app, body_timeout_s=2) as served, http2(served) as asking:
+        unread = asking.send("GET", "/api/unread")
+        await service.begun()
+        assert served.transport._threads.buffered_bytes() > 1 << 19
+        await served.has_freed_all()
+        assert await asking.reset_of(unread) == h2.errors.ErrorCodes.CANCEL
 
 
 async def test_an_application_hears_that_its_client_has_left(serve_http: Any, app: Starlette) -> None:
