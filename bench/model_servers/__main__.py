@@ -137,7 +137,7 @@ def installed(chosen: Collection[System], console: Console) -> tuple[dict[str, s
             absent[system.name] = str(error)
             continue
         except metadata.PackageNotFoundError as error:
-            absent[system.name] = f"{error.name} is not installed: make native"
+            absent[system.name] = f"{error.name} is not installed: make setup"
             continue
         with console.status(f"installing {system.name}"):
             try:

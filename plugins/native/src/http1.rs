@@ -115,7 +115,12 @@ impl Progress {
 
     fn has_written<T>(&self, polled: Poll<T>) -> Poll<T> {
         match polled {
-            Poll::Ready(_) => self.stuck.set(None),
+            Poll::Ready(_) => {
+                // The next request may have begun while the answer went out: its time for headers begins now.
+                if self.stuck.take().is_some() && self.doing.get().0 == Doing::Reading {
+                    self.enter(Doing::Reading);
+                }
+            }
             Poll::Pending => self.stuck.set(self.stuck.get().or_else(|| Some(Instant::now()))),
         }
         polled
@@ -123,8 +128,10 @@ impl Progress {
 
     fn is_dead(&self, settings: &Settings, now: Instant) -> bool {
         let (doing, since) = self.doing.get();
-        doing == Doing::Reading && now >= since + settings.headers_timeout()
-            || self.stuck.get().is_some_and(|since| now >= since + settings.body_timeout())
+        match self.stuck.get() {
+            Some(stuck) => now >= stuck + settings.body_timeout(),
+            None => doing == Doing::Reading && now >= since + settings.headers_timeout(),
+        }
     }
 
     fn is_idle_too_long(&self, settings: &Settings, now: Instant) -> bool {

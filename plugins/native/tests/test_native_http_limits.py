@@ -253,6 +253,16 @@ async def test_an_answer_that_nobody_reads(serve_http: Any) -> None:
         await served.has_freed_all()
 
 
+async def test_the_next_request_does_not_end_an_answer_that_goes_out_slowly(serve_http: Any) -> None:
+    service = HeldService(lambda exchange: exchange.reply(200, {}, bytes(30 << 20)))
+    async with serve_http(service, headers_timeout_s=1) as served, silent(served.port) as client:
+        client.send("GET", "/api/")
+        await service.begun()
+        client.write(b"GET /api/ HTTP/1.1\r\n")
+        await asyncio.sleep(4)  # the time for headers, and the second in which nobody looks, twice
+        assert len((await client.answer()).body) == 30 << 20
+
+
 @asynccontextmanager
 async def silent(port: int) -> AsyncIterator[HttpClient]:
     """A client that reads 64 KiB at most."""
