@@ -65,7 +65,7 @@ class ModelThread:
         """Held to take requests and to give the thread up: a thread that was given up takes none."""
         self._thread: threading.Thread | None = None
 
-    def start(self, name: str, ended: Callable[[], None], may_begin: Callable[[], bool] = lambda: True) -> None:
+    def start(self, name: str, ended: Callable[[], None], may_begin: Callable[[], bool]) -> None:
         """Take items until the queue ends.
 
         Args:

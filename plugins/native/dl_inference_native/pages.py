@@ -47,7 +47,7 @@ class Pages:
         """Answer a whole request. Any thread."""
         if self._room.acquire(blocking=False):
             answer = _Answer(exchange, self._loop)
-            exchange.on_cancel(answer.leave)
+            exchange.on_cancel(answer.end)
             call_soon(self._loop, partial(self._start, exchange, answer))
         else:
             exchange.reply(503, _TEXT, b"The server answers as many requests for pages as it may.\n")
@@ -99,23 +99,23 @@ class _Answer:
     def __init__(self, exchange: _native.HttpExchange, loop: asyncio.AbstractEventLoop) -> None:
         self._exchange = exchange
         self._loop = loop
-        self._end = asyncio.Event()
+        self._ended = asyncio.Event()
         self._has_received = False
         self._status = 500
         self._headers = Headers()
         self._parts: list[bytes] = []
         self.has_ended = False
 
-    def leave(self) -> None:
-        """The client has left. Any thread."""
+    def end(self) -> None:
+        """It is whole, or the client has left. Any thread."""
         self.has_ended = True
-        call_soon(self._loop, self._end.set)
+        call_soon(self._loop, self._ended.set)
 
     async def receive(self) -> dict[str, Any]:
         if not self._has_received:
             self._has_received = True
             return {"type": "http.request", "body": self._exchange.body, "more_body": False}
-        await self._end.wait()
+        await self._ended.wait()
         return {"type": "http.disconnect"}
 
     async def send(self, message: Any) -> None:
@@ -128,4 +128,4 @@ class _Answer:
             self._parts.append(message.get("body", b""))
             if not message.get("more_body", False):
                 self._exchange.reply(self._status, self._headers, b"".join(self._parts))
-                self.leave()
+                self.end()
