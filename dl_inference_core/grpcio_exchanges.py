@@ -146,7 +146,7 @@ class GrpcioExchange(UnaryExchange):
             if (attempt := self._next) is not None:
                 self._next = None
                 attempt.abandon()
-            service.ended(self, Code.UNKNOWN if self._code is None else self._code)
+            service.ended_all(((self, Code.UNKNOWN if self._code is None else self._code),))
         # Not by `abort`, whose exception leads to itself by way of this frame: the message would be garbage.
         if self._error is not None:
             self._context.set_code(_STATUS[self._error.code])

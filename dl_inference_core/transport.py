@@ -274,11 +274,12 @@ class Service(Interface):
     def begin_all(self, exchanges: Sequence[Exchange]) -> None:
         """Exchanges have come: whole requests of unary methods, and streams that are open."""
 
-    def ended(self, exchange: Exchange, code: Code) -> None:
-        """An exchange has ended, after it was begun; the `Done` of its attempts may come before or after. Its client
-        may have the answer already.
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
+        """Exchanges have ended, after they were begun; the `Done` of their attempts may come before or after. Their
+        clients may have the answers already.
 
-        CANCELLED says that the client has left, that its deadline has passed, or that a drain has cancelled it.
+        CANCELLED says that the client has left, that its deadline has passed, or that a drain has cancelled the
+        exchange.
         """
 
 

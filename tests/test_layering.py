@@ -125,7 +125,7 @@ class Node:
         for exchange in exchanges:
             exchange.reply(ANSWER)
 
-    def ended(self, exchange, code):
+    def ended_all(self, ended):
         pass
 
 async def main():

@@ -113,7 +113,7 @@ class _Service(ABC):
     @abstractmethod
     def begin_all(self, exchanges: Sequence[Exchange]) -> None: ...
 
-    def ended(self, exchange: Exchange, code: Code) -> None:
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
         """Nothing is kept of exchanges."""
 
 

@@ -177,8 +177,8 @@ class MemoryTransport(Transport):
         """End all attempts well, as a native transport does: the client has its answer before `done` is called.
         Returns how many there were."""
         attempts, self.attempts = self.attempts, []
+        self.service.ended_all([(attempt.exchange, Code.OK) for attempt in attempts])
         for number, attempt in enumerate(attempts):
-            self.service.ended(attempt.exchange, Code.OK)
             attempt.done(None, (), _ATTEMPT_S[number % 3])
         return len(attempts)
 
@@ -202,12 +202,9 @@ class MemoryTransport(Transport):
         Raises:
             InferenceError: a request has failed.
         """
-        answers = []
-        ended = self._ended
-        while ended:
-            exchange, message, error = ended.popleft()
+        outcomes = [self._ended.popleft() for _ in range(len(self._ended))]
+        for _, _, error in outcomes:
             if error is not None:
                 raise error
-            self.service.ended(exchange, Code.OK)
-            answers.append(message)
-        return answers
+        self.service.ended_all([(exchange, Code.OK) for exchange, _, _ in outcomes])
+        return [message for _, message, _ in outcomes]

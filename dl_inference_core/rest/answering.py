@@ -246,7 +246,7 @@ class _Exchange(UnaryExchange):
             self._open.pop()
         except IndexError:
             return False
-        self._api.dispatcher.ended(self, code)
+        self._api.dispatcher.ended_all(((self, code),))
         return True
 
     def leave(self) -> None:

@@ -99,9 +99,14 @@ class CoroutineService:
             else:
                 self._coroutines.answer_stream(exchange, self._streaming[exchange.method])
 
-    def ended(self, exchange: Exchange, code: Code) -> None:
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
+        self.endings.extend(_endings(ended))
+
+
+def _endings(ended: Sequence[tuple[Exchange, Code]]) -> list[tuple[str, Code]]:
+    for _, code in ended:
         assert isinstance(code, Code), "equal to a number, but no number"
-        self.endings.append((exchange.method, code))
+    return [(exchange.method, code) for exchange, code in ended]
 
 
 class DirectService:
@@ -122,9 +127,8 @@ class DirectService:
         for exchange in exchanges:
             self._begin(exchange)
 
-    def ended(self, exchange: Exchange, code: Code) -> None:
-        assert isinstance(code, Code), "equal to a number, but no number"
-        self.endings.append((exchange.method, code))
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
+        self.endings.extend(_endings(ended))
         self._loop.call_soon_threadsafe(self._ended.set)
 
     async def has_ended(self, count: int) -> None:

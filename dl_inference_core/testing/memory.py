@@ -131,7 +131,7 @@ class MemoryExchange(UnaryExchange):
         with self._lock:
             self._on_cancel = []  # callbacks lead back here: the message would be garbage
         if self._service is not None:
-            self._service.ended(self, code)
+            self._service.ended_all(((self, code),))
         self._told = True
         if self._on_end is not None:
             self._on_end()

@@ -108,11 +108,12 @@ class Counting:
             self.open.update(exchanges)
         self._dispatcher.begin_all(exchanges)
 
-    def ended(self, exchange: Exchange, code: Code) -> None:
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
         with self._lock:
-            self.open.remove(exchange)  # KeyError: it has ended twice
-            self.codes[code] += 1
-        self._dispatcher.ended(exchange, code)
+            for exchange, code in ended:
+                self.open.remove(exchange)  # KeyError: it has ended twice
+                self.codes[code] += 1
+        self._dispatcher.ended_all(ended)
 
 
 Call = Callable[[str, bytes, Metadata, float | None], Awaitable[bytes]]

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
@@ -61,8 +61,17 @@ class _Helpers:
     """What `_native` needs of the core to speak of errors and times."""
 
     now = staticmethod(time.monotonic)
-    code_of = Code
+    codes = tuple(Code)
     key_of = RoutingKey
+
+    @staticmethod
+    def tell_done(ended: Sequence[tuple[seam.Done, InferenceError | None, Trailers, float]]) -> None:
+        """Attempts have ended: many at a time, since a call from Rust takes 0.2 µs more than one from here."""
+        for done, error, trailers, seconds in ended:
+            try:
+                done(error, trailers, seconds)
+            except Exception:
+                _log.exception("the end of an attempt could not be told")
 
     @staticmethod
     def error_of(code: int, message: str, trailers: Trailers) -> InferenceError:

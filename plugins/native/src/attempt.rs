@@ -1,20 +1,21 @@
 //! Requests to nodes: those of exchanges that are forwarded, and those that belong to no exchange.
 
 use crate::body::{Messages, failure_of};
-use crate::call::{Call, End, Shared};
+use crate::call::{Call, End, GRPC, Shared};
 use crate::events::{Event, Raised, Which};
 use crate::io::Io;
 use crate::node::{NodeHere, Sender, Target};
 use crate::python::convert;
 use bytes::Bytes;
 use dl_inference_grpc::{
-    ACCEPTED, Charge, Code, Failure, Frame, PREFIX, check_header_bytes, check_size, message_of, status_of,
-    timeout_header,
+    ACCEPTED, Charge, Code, Failure, Frame, GRPC_TIMEOUT, PREFIX, check_header_bytes, check_size, is_reserved,
+    message_of, status_of,
 };
 use h2::Reason;
 use http::uri::{PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderValue, Method, Request, Uri, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, header};
 use pyo3::prelude::*;
+use std::collections::HashSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,6 +26,9 @@ use tokio::time::{Instant, timeout_at};
 
 /// How often a request is sent to a node that has not looked at it.
 const SENT: usize = 3;
+/// Headers of a request that are the protocol's own.
+const OWN_HEADERS: usize = 4;
+const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
 
 /// Cancels an attempt, from any thread; once is enough, also before it has begun.
 #[derive(Clone, Default)]
@@ -40,11 +44,35 @@ impl Cancel {
     }
 }
 
+/// The metadata of a request to a node.
+pub struct Metadata {
+    /// The exchange whose client's metadata goes on, but for what `own` names too.
+    pub of: Option<Arc<Shared>>,
+    pub own: HeaderMap,
+}
+
+impl Metadata {
+    /// With room for the protocol's own headers.
+    fn headers(&self) -> HeaderMap {
+        let of = self.of.as_ref().filter(|shared| shared.has_metadata).map(|shared| &shared.headers);
+        let mut headers = HeaderMap::with_capacity(of.map_or(0, HeaderMap::len) + self.own.len() + OWN_HEADERS);
+        for (name, value) in of.into_iter().flatten() {
+            if !is_reserved(name.as_str(), false) && !self.own.contains_key(name) {
+                headers.append(name.clone(), value.clone());
+            }
+        }
+        for (name, value) in &self.own {
+            headers.append(name.clone(), value.clone());
+        }
+        headers
+    }
+}
+
 /// A request to a node.
 pub struct Ask {
     pub target: Arc<Target>,
     pub path: PathAndQuery,
-    pub metadata: HeaderMap,
+    pub metadata: Metadata,
     /// The whole frame.
     pub frame: Bytes,
     pub timeout: Option<f64>,
@@ -65,7 +93,7 @@ impl From<Failure> for Unanswered {
 
 impl Ask {
     /// The message and the trailers of the node's answer; the call is reset at the node where that is not waited for.
-    pub async fn run(self, io: &Io) -> Result<(Frame, HeaderMap), Failure> {
+    pub async fn run(&self, io: &Io) -> Result<(Frame, HeaderMap), Failure> {
         if self.target.closed.load(Ordering::Acquire) {
             return Err(Failure::new(Code::UNAVAILABLE, "the connection was closed"));
         }
@@ -95,7 +123,6 @@ impl Ask {
     /// Sends the request; again, by a new connection, where a node that says goodbye has not looked at it.
     async fn ask(&self, io: &Io, node: &Rc<NodeHere>, until: Option<Instant>) -> Result<(Frame, HeaderMap), Failure> {
         check_size("Sent", self.frame.len().saturating_sub(PREFIX), self.target.message_bytes)?;
-        check_header_bytes(&self.metadata, io.common.settings.header_bytes())?;
         let mut sent = 0;
         loop {
             let sender = node.sender(io).await?;
@@ -107,7 +134,16 @@ impl Ask {
         }
     }
 
-    fn request(&self, until: Option<Instant>) -> Result<Request<()>, Failure> {
+    fn request(&self, io: &Io, until: Option<Instant>) -> Result<Request<()>, Failure> {
+        let mut headers = self.metadata.headers();
+        check_header_bytes(&headers, io.common.settings.header_bytes())?;
+        headers.insert(header::CONTENT_TYPE, GRPC);
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        headers.insert(GRPC_ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));
+        if let Some(until) = until {
+            headers
+                .insert(GRPC_TIMEOUT, io.timeouts.borrow_mut().header(until.saturating_duration_since(Instant::now())));
+        }
         let mut uri = Uri::default().into_parts();
         uri.scheme = Some(if self.target.tls.is_some() { Scheme::HTTPS } else { Scheme::HTTP });
         uri.authority = Some(self.target.authority.clone());
@@ -116,14 +152,7 @@ impl Ask {
         *request.method_mut() = Method::POST;
         *request.version_mut() = http::Version::HTTP_2;
         *request.uri_mut() = Uri::from_parts(uri).map_err(|error| Failure::new(Code::INTERNAL, error.to_string()))?;
-        let headers = request.headers_mut();
-        *headers = self.metadata.clone();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-        headers.insert(header::TE, HeaderValue::from_static("trailers"));
-        headers.insert("grpc-accept-encoding", HeaderValue::from_static(ACCEPTED));
-        if let Some(until) = until {
-            headers.insert("grpc-timeout", timeout_header(until.saturating_duration_since(Instant::now())));
-        }
+        *request.headers_mut() = headers;
         Ok(request)
     }
 
@@ -141,7 +170,7 @@ impl Ask {
             let refused = error.is_reset() && error.is_remote() && error.reason() == Some(Reason::REFUSED_STREAM);
             Unanswered { failure: failure_of(&error, "node"), unprocessed: refused || unseen && !writer.is_closed() }
         };
-        let (answer, mut out) = sender.send.send_request(self.request(until)?, false).map_err(failed)?;
+        let (answer, mut out) = sender.send.send_request(self.request(io, until)?, false).map_err(failed)?;
         let window = sender.window.clone();
         drop(sender); // or this call would count as one that still may open a stream
         // The whole message is in memory already, so h2 may hold what the node's window has no room for. A node that
@@ -206,7 +235,7 @@ impl Extras {
 }
 
 /// Begins an attempt of an exchange that this thread has, or had.
-pub fn forward(io: &Rc<Io>, forward: Forward) {
+pub fn forward(io: &Rc<Io>, mut forward: Box<Forward>) {
     let call = io.calls.borrow().get(&forward.exchange.id).cloned().filter(|call| !call.has_ended());
     match &call {
         Some(call) => call.began(&forward.ask.cancel),
@@ -215,12 +244,10 @@ pub fn forward(io: &Rc<Io>, forward: Forward) {
     let io = io.clone();
     spawn_local(async move {
         let begun = Instant::now();
-        let cancel = forward.ask.cancel.clone();
-        let done = forward.done;
-        let outcome = attempt(&io, call.as_deref(), forward.ask, forward.allow_empty, forward.extras).await;
+        let outcome = attempt(&io, call.as_deref(), &mut forward).await;
         let seconds = begun.elapsed().as_secs_f64();
         if let (Err(_), Some(call)) = (&outcome, &call) {
-            call.attempt_ended(&cancel);
+            call.attempt_ended(&forward.ask.cancel);
         }
         let (error, trailers) = match outcome {
             Ok(trailers) => (None, trailers),
@@ -230,43 +257,45 @@ pub fn forward(io: &Rc<Io>, forward: Forward) {
             }
             Err(error) => (Some(error), HeaderMap::new()),
         };
-        io.tell(Event::Done { done, error, trailers, seconds });
+        io.tell(Event::Done { done: forward.done, error, trailers, seconds });
     });
 }
 
-/// Has the node answer, and gives a good answer to the client; returns the node's trailers.
-async fn attempt(
-    io: &Io,
-    call: Option<&Call>,
-    mut ask: Ask,
-    allow_empty: bool,
-    extras: Option<Arc<Extras>>,
-) -> Result<HeaderMap, Raised> {
-    let cancel = ask.cancel.clone();
+/// Has the node answer, and gives a good answer to the client; returns the node's trailers that a service may read.
+async fn attempt(io: &Io, call: Option<&Call>, forward: &mut Forward) -> Result<HeaderMap, Raised> {
+    let Forward { ask, extras, .. } = forward;
     let changed = change(io, extras.as_ref(), Which::Request, || message_of(&ask.frame)).await?;
     if let Some(frame) = &changed {
         ask.frame = frame.bytes().clone();
     }
-    let request = ask.frame.clone();
     let (frame, trailers) = ask.run(io).await?;
     let answer = frame.message();
-    let good = dl_inference_wire::well_formed(&answer) || allow_empty && answer.is_empty();
+    let good = dl_inference_wire::well_formed(&answer) || forward.allow_empty && answer.is_empty();
     if !good {
         let message = "the answer is not a protobuf message".to_owned();
         return Err(Failure { code: Code::MALFORMED, message, trailers }.into());
     }
     let frame = change(io, extras.as_ref(), Which::Answer, || answer.clone()).await?.unwrap_or(frame);
     let call = call.filter(|call| !call.has_ended()).ok_or_else(Failure::cancelled)?;
-    call.attempt_ended(&cancel); // before the others are cancelled
+    call.attempt_ended(&ask.cancel); // before the others are cancelled
+    let (to_client, readable) = shared_out(trailers, &call.server.service.private_trailers);
+    call.end(io, End::Ok { frame: Some(frame), trailers: to_client });
+    if let Some(extras) = extras.clone().filter(|extras| extras.offer.is_some()) {
+        io.tell(Event::Offer { extras, request: message_of(&ask.frame), answer });
+    }
+    Ok(readable)
+}
+
+/// A node's trailers as they go to the client, and as the service reads them.
+fn shared_out(trailers: HeaderMap, private: &HashSet<String>) -> (HeaderMap, HeaderMap) {
+    if trailers.keys().all(|name| is_reserved(name.as_str(), true)) {
+        return (trailers, HeaderMap::new()); // as most are
+    }
     let mut to_client = trailers.clone();
-    for name in &call.server.service.private_trailers {
+    for name in private {
         to_client.remove(name.as_str());
     }
-    call.end(io, End::Ok { frame: Some(frame), trailers: to_client });
-    if let Some(extras) = extras.filter(|extras| extras.offer.is_some()) {
-        io.tell(Event::Offer { extras, request: message_of(&request), answer });
-    }
-    Ok(trailers)
+    (to_client, trailers)
 }
 
 /// The message that a function of `extras` makes; None where none does.

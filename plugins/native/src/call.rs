@@ -11,7 +11,9 @@ use crate::python::Exchange;
 use crate::server::{ServedMethod, Service};
 use crate::stream::Stream;
 use crate::window::Window;
-use dl_inference_grpc::{ACCEPTED, Code, Failure, Frame, check_headers, check_size, status_headers, timeout_of};
+use dl_inference_grpc::{
+    ACCEPTED, Code, Failure, Frame, GRPC_STATUS, check_headers, check_size, status_headers, timeout_of,
+};
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::request::Parts;
@@ -28,16 +30,17 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+pub const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 
 /// What every thread may read of an exchange.
 pub struct Shared {
     pub id: u64,
-    pub path: String,
+    pub method: Arc<ServedMethod>,
     pub headers: HeaderMap,
+    /// Whether some of the headers are the client's own metadata.
+    pub has_metadata: bool,
     /// The request; of a stream, an empty one.
     pub frame: Frame,
-    pub streams: bool,
     /// Of a stream: bytes that were given to `send` and are not sent yet.
     pub unsent: AtomicUsize,
     /// Written by the I/O thread alone.
@@ -92,10 +95,11 @@ pub async fn run(
         return Box::pin(answer_stream(io, server, head, body, respond)).await; // apart: each call would have room for it
     }
     let service = &server.service;
-    let (streams, deadline) = match admit(&io, service, &head) {
+    let Admitted { method, has_metadata, deadline } = match admit(&io, service, &head) {
         Ok(admitted) => admitted,
         Err(failure) => return fail(respond, failure),
     };
+    let streams = method.streams;
     let limit = service.message_bytes;
     let mut messages = Messages::new(body, &head.headers, limit, Code::INVALID_ARGUMENT, io.charge(), window);
     let mut frame = Frame::none(io.charge());
@@ -108,10 +112,10 @@ pub async fn run(
     }
     let shared = Arc::new(Shared {
         id: io.next_id(),
-        path: head.uri.path().to_owned(),
+        method,
         headers: head.headers,
+        has_metadata,
         frame,
-        streams,
         unsent: AtomicUsize::new(0),
         left: AtomicBool::new(false),
     });
@@ -134,21 +138,36 @@ pub async fn run(
         _ = call.over.notified() => {}
         _ = poll_fn(|cx| call.poll_reset(cx)) => call.leave(&io, None),
         _ = passes(deadline) => call.leave(&io, Some(Failure::deadline())),
-        _ = call.carry(&io, &mut messages) => {}
+        _ = carry(&call, &io, &mut messages) => {}
     }
     io.calls.borrow_mut().remove(&call.shared.id);
 }
 
-/// Whether a call streams, and its deadline; a failure where it is refused by its headers.
-fn admit(io: &Io, service: &Service, head: &Parts) -> Result<(bool, Option<Instant>), Failure> {
+/// What the headers of a call say.
+struct Admitted {
+    method: Arc<ServedMethod>,
+    has_metadata: bool,
+    deadline: Option<Instant>,
+}
+
+/// A failure where a call is refused by its headers.
+fn admit(io: &Io, service: &Service, head: &Parts) -> Result<Admitted, Failure> {
     let path = head.uri.path();
-    let Some(ServedMethod { streams, .. }) = service.methods.get(path) else {
+    let Some(method) = service.methods.get(path).cloned() else {
         return Err(Failure::new(Code::UNIMPLEMENTED, format!("there is no method {path}")));
     };
-    check_headers(&head.headers, io.common.settings.header_bytes())?;
+    let has_metadata = check_headers(&head.headers, io.common.settings.header_bytes())?;
     match timeout_of(&head.headers)? {
         Some(Duration::ZERO) => Err(Failure::deadline()),
-        timeout => Ok((*streams, timeout.map(|given| Instant::now() + given))),
+        timeout => Ok(Admitted { method, has_metadata, deadline: timeout.map(|given| Instant::now() + given) }),
+    }
+}
+
+/// As `Call::carry`. Apart: each call would have room for what a stream needs.
+async fn carry(call: &Call, io: &Io, messages: &mut Messages) {
+    match &call.stream {
+        Some(stream) => Box::pin(call.carry(stream, io, messages)).await,
+        None => pending().await,
     }
 }
 
@@ -159,6 +178,7 @@ async fn read_request(
     respond: &mut SendResponse<Frame>,
 ) -> Option<Result<Frame, Failure>> {
     let read = tokio::select! {
+        biased;
         read = messages.at_most_one() => read,
         _ = passes(deadline) => return Some(Err(Failure::deadline())),
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return None,
@@ -197,9 +217,8 @@ impl Call {
         }
     }
 
-    /// Reads and writes the messages of a stream until all is sent. Never returns of a unary call.
-    async fn carry(&self, io: &Io, messages: &mut Messages) {
-        let Some(stream) = &self.stream else { return pending().await };
+    /// Reads and writes the messages of a stream until all is sent.
+    async fn carry(&self, stream: &Stream, io: &Io, messages: &mut Messages) {
         let mut write = pin!(stream.write(io, self));
         tokio::select! {
             failure = stream.read(io, messages) => self.end(io, End::Failed(failure)),
@@ -348,7 +367,7 @@ impl End {
     pub fn trailers(self) -> Option<HeaderMap> {
         match self {
             End::Ok { mut trailers, .. } => {
-                trailers.insert("grpc-status", HeaderValue::from_static("0"));
+                trailers.insert(GRPC_STATUS, HeaderValue::from_static("0"));
                 Some(trailers)
             }
             End::Failed(failure) | End::Left(Some(failure)) => Some(status_headers(failure)),

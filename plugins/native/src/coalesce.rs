@@ -12,8 +12,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 const SMALL: usize = 16 << 10;
 /// No more than this is held.
 const HELD: usize = 64 << 10;
-/// A buffer of more than this is given back when it is empty: a connection that is idle keeps little.
-const KEPT: usize = 4 << 10;
+/// A buffer of more than this is given back when it is empty; a smaller one stays until the connection rests.
+const KEPT: usize = 16 << 10;
 
 struct Inner<T> {
     stream: T,
@@ -59,9 +59,14 @@ impl<T: AsyncWrite + Unpin> Coalesce<T> {
         Rc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Whether anything was received since the last call of this.
+    /// Whether anything was received since the last call of this. Where nothing was, the connection rests, and keeps no
+    /// buffer.
     pub fn was_heard(&self) -> bool {
-        std::mem::take(&mut self.0.borrow_mut().heard)
+        let mut inner = self.0.borrow_mut();
+        if !inner.heard && inner.held.is_empty() {
+            inner.held = Vec::new();
+        }
+        std::mem::take(&mut inner.heard)
     }
 
     /// Polls a connection; where it has nothing more to do, sends what it wrote.

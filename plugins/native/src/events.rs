@@ -4,17 +4,24 @@ use crate::attempt::Extras;
 use crate::call::Call;
 use crate::http::HttpCall;
 use crate::http_body::{Body, Refusal};
-use crate::io::{Io, Timed};
+use crate::io::{Io, Timed, begin_turn, end_turn};
 use crate::python::{Exchange, HttpExchange, convert};
+use crate::server::Service;
 use bytes::Bytes;
 use dl_inference_grpc::{Code, Failure, Frame};
 use http::HeaderMap;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
+use std::task::Poll;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
+
+/// Events for which there is always room.
+const KEPT: usize = 1024;
 
 /// What Python is to be told.
 pub enum Event {
@@ -97,14 +104,24 @@ pub struct Helpers {
     pub status_of: Py<PyAny>,
     /// `(exception) -> InferenceError`: of one that a function of `Extras` raised.
     pub raised: Py<PyAny>,
-    /// `(code) -> errors.Code`
-    pub code_of: Py<PyAny>,
+    /// The `errors.Code`s, in the order of their numbers.
+    pub codes: Vec<Py<PyAny>>,
+    /// `([(done, error or None, trailers, seconds)])`: calls each `done(error, trailers, seconds)`.
+    pub tell_done: Py<PyAny>,
     /// `(error or None)`: ends this process, which was forked from one that serves.
     pub end_child: Py<PyAny>,
     /// `(model, version, label) -> RoutingKey`
     pub key_of: Py<PyAny>,
     /// `time.monotonic`
     pub now: Py<PyAny>,
+}
+
+impl Helpers {
+    /// UNKNOWN in the place of one that gRPC has not. None where Python has given no codes.
+    fn code(&self, code: Code) -> Option<&Py<PyAny>> {
+        let get = |code: Code| self.codes.get(usize::from(code.0));
+        get(code).or_else(|| get(Code::UNKNOWN))
+    }
 }
 
 /// The events that wait for the end of the turn.
@@ -124,27 +141,86 @@ impl Events {
 
 /// Tells Python of events for as long as the thread lives.
 pub async fn turns(io: Rc<Io>) {
+    let (mut events, mut commands) = (vec![], vec![]);
     loop {
         io.events.some.notified().await;
-        tokio::task::yield_now().await; // the other tasks that are ready come first
-        let events = io.events.waiting.take();
+        others_first().await;
+        std::mem::swap(&mut *io.events.waiting.borrow_mut(), &mut events);
+        begin_turn(commands);
         // None where the interpreter is shutting down: there is nobody to tell.
-        Python::try_attach(|py| turn(&io, py, events));
+        Python::try_attach(|py| turn(&io, py, &mut events));
+        commands = end_turn();
+        commands.drain(..).for_each(|command| io.take(command));
+        events.clear();
+        events.shrink_to(KEPT);
+        commands.shrink_to(KEPT);
     }
 }
 
-fn turn(io: &Io, py: Python<'_>, events: Vec<Event>) {
-    let (mut begun, mut late) = (vec![], vec![]);
-    for event in events {
-        match event {
-            Event::Begin(call) => begun.push(call),
-            Event::Ended { ref call, .. } if !call.has_begun() => late.push(event),
-            event => told(io, py, tell(io, py, event)),
+/// Has the other tasks that are ready come first. `tokio::task::yield_now` would look for input too, with a system call.
+async fn others_first() {
+    let mut waited = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut waited, true) {
+            return Poll::Ready(());
         }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+/// What of a turn goes to Python many at a time.
+#[derive(Default)]
+struct Turn {
+    begun: Vec<Rc<Call>>,
+    done: Vec<Done>,
+    ended: Vec<(Rc<Call>, Code)>,
+    /// Those that have ended before they begin.
+    late: Vec<(Rc<Call>, Code)>,
+}
+
+/// What `Helpers.tell_done` takes of one attempt.
+type Done = (Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64);
+
+/// Attempts and exchanges that have ended come first: they make room for those that begin.
+fn turn(io: &Io, py: Python<'_>, events: &mut Vec<Event>) {
+    let mut turn = Turn::default();
+    for event in events.drain(..) {
+        told(io, py, turn.take(io, py, event));
     }
-    begin(io, py, begun);
-    for event in late {
-        told(io, py, tell(io, py, event));
+    if !turn.done.is_empty() {
+        told(io, py, io.common.helpers.tell_done.call1(py, (turn.done,)).map(drop));
+    }
+    tell_ended(io, py, turn.ended);
+    begin(io, py, turn.begun);
+    tell_ended(io, py, turn.late);
+}
+
+impl Turn {
+    /// Keeps an event for later in the turn, or tells of it.
+    fn take(&mut self, io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
+        match event {
+            Event::Begin(call) => self.begun.push(call),
+            Event::Ended { call, code, callbacks } => {
+                for callback in callbacks {
+                    told(io, py, callback.call0(py).map(drop));
+                }
+                let list = if call.has_begun() { &mut self.ended } else { &mut self.late };
+                list.push((call, code));
+            }
+            Event::Done { done, error, trailers, seconds } => {
+                let helpers = &io.common.helpers;
+                let error = match error {
+                    None => py.None(),
+                    Some(Raised::Failure(failure)) => convert::error(py, helpers, &failure)?,
+                    Some(Raised::ByPython(error)) => helpers.raised.call1(py, (error.into_value(py),))?,
+                };
+                self.done.push((done, error, convert::metadata(py, &trailers, true)?, seconds));
+            }
+            event => return tell(io, py, event),
+        }
+        Ok(())
     }
 }
 
@@ -161,13 +237,28 @@ fn told(io: &Io, py: Python<'_>, outcome: PyResult<()>) {
     }
 }
 
+/// The service of the first item, and all items of that service, which leave `items`.
+fn of_one_service<T>(items: &mut Vec<T>, call_of: impl Fn(&T) -> &Rc<Call>) -> Option<(Arc<Service>, Vec<T>)> {
+    let service = call_of(items.first()?).server.service.clone();
+    let is_its = |item: &T| Arc::ptr_eq(&call_of(item).server.service, &service);
+    let (these, others) = std::mem::take(items).into_iter().partition(is_its);
+    *items = others;
+    Some((service, these))
+}
+
+/// Calls `ended_all` once for each service.
+fn tell_ended(io: &Io, py: Python<'_>, mut ended: Vec<(Rc<Call>, Code)>) {
+    while let Some((service, these)) = of_one_service(&mut ended, |(call, _)| call) {
+        let pair = |(call, code): (Rc<Call>, Code)| Some((call.take_exchange()?, io.common.helpers.code(code)?));
+        let pairs: Vec<_> = these.into_iter().filter_map(pair).collect();
+        told(io, py, service.ended_all.call1(py, (pairs,)).map(drop));
+    }
+}
+
 /// Calls `begin_all` once for each service.
 fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
     let mut clock = Clock::default();
-    while let Some(first) = calls.first() {
-        let service = first.server.service.clone();
-        let (these, others): (Vec<_>, Vec<_>) =
-            calls.into_iter().partition(|call| Arc::ptr_eq(&call.server.service, &service));
+    while let Some((service, these)) = of_one_service(&mut calls, |call| call) {
         let make = |call: &Rc<Call>| {
             let deadline = call.deadline.map(|deadline| clock.read(io, py, deadline)).transpose()?;
             let exchange = Py::new(py, Exchange::new(py, call, io, deadline)?)?;
@@ -176,7 +267,6 @@ fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
         };
         let exchanges: PyResult<Vec<_>> = these.iter().map(make).collect();
         told(io, py, exchanges.and_then(|exchanges| service.begin_all.call1(py, (exchanges,)).map(drop)));
-        calls = others;
     }
 }
 
@@ -221,22 +311,7 @@ impl Clock {
 fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
     let helpers = &io.common.helpers;
     match event {
-        Event::Begin(_) | Event::Forget(_) => Ok(()),
-        Event::Ended { call, code, callbacks } => {
-            for callback in callbacks {
-                told(io, py, callback.call0(py).map(drop));
-            }
-            let code = helpers.code_of.call1(py, (code.0,))?;
-            call.server.service.ended.call1(py, (call.take_exchange(), code)).map(drop)
-        }
-        Event::Done { done, error, trailers, seconds } => {
-            let error = match error {
-                None => py.None(),
-                Some(Raised::Failure(failure)) => convert::error(py, helpers, &failure)?,
-                Some(Raised::ByPython(error)) => helpers.raised.call1(py, (error.into_value(py),))?,
-            };
-            done.call1(py, (error, convert::metadata(py, &trailers, true)?, seconds)).map(drop)
-        }
+        Event::Begin(_) | Event::Ended { .. } | Event::Done { .. } | Event::Forget(_) => Ok(()),
         Event::Called { done, outcome } => match outcome {
             Ok((frame, trailers)) => {
                 let trailers = convert::metadata(py, &trailers, true)?;

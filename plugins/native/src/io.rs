@@ -9,6 +9,7 @@ use crate::call::{Call, End, Shared};
 use crate::events::{Event, Events, Helpers};
 use crate::fork::Process;
 use crate::http::{Answer, HttpCall, HttpShared};
+use crate::ids::ById;
 use crate::listen::{self, ServerHere};
 use crate::node::NodeHere;
 use crate::node::Target;
@@ -16,10 +17,9 @@ use crate::python::routing::Keys;
 use crate::server::Service;
 use crate::settings::Settings;
 use crate::socket::{MovingListener, MovingStream};
-use dl_inference_grpc::{Budget, Charge, Frame};
+use dl_inference_grpc::{Budget, Charge, Frame, Timeouts};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -83,7 +83,17 @@ pub struct Outbox {
 impl Outbox {
     /// False, and no effect, where the thread has ended, or belongs to the process that this one was forked from.
     pub fn send(&self, command: Command) -> bool {
-        self.is_of_this_process() && self.sender.send(command).is_ok()
+        if !self.is_of_this_process() {
+            return false;
+        }
+        let left = HERE.with_borrow_mut(|here| match here {
+            Some(Here { outbox, turn: Some(commands) }) if outbox.is(self) && !matches!(command, Command::Stop) => {
+                commands.push(command);
+                None
+            }
+            _ => Some(command),
+        });
+        left.is_none_or(|command| self.sender.send(command).is_ok())
     }
 
     pub fn is_of_this_process(&self) -> bool {
@@ -109,23 +119,45 @@ pub struct Io {
     pub outbox: Outbox,
     pub common: Arc<Common>,
     pub events: Events,
-    pub calls: RefCell<HashMap<u64, Rc<Call>>>,
-    pub http_calls: RefCell<HashMap<u64, Rc<HttpCall>>>,
-    pub servers: RefCell<HashMap<u64, Rc<ServerHere>>>,
-    pub nodes: RefCell<HashMap<u64, Rc<NodeHere>>>,
+    pub calls: RefCell<ById<Rc<Call>>>,
+    pub http_calls: RefCell<ById<Rc<HttpCall>>>,
+    pub servers: RefCell<ById<Rc<ServerHere>>>,
+    pub nodes: RefCell<ById<Rc<NodeHere>>>,
     pub keys: RefCell<Keys>,
+    pub timeouts: RefCell<Timeouts>,
     next: Cell<u64>,
 }
 
+/// What an I/O thread knows of itself.
+struct Here {
+    outbox: Outbox,
+    /// During a turn: the commands that Python gives this very thread, which it follows at the turn's end.
+    turn: Option<Vec<Command>>,
+}
+
 thread_local! {
-    /// Where this thread's commands go, if it is an I/O thread.
-    static HERE: RefCell<Option<Outbox>> = const { RefCell::new(None) };
+    /// None on all other threads.
+    static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
+}
+
+/// Has this thread keep the commands that it gives itself, for `end_turn`.
+pub fn begin_turn(room: Vec<Command>) {
+    HERE.with_borrow_mut(|here| {
+        if let Some(here) = here {
+            here.turn = Some(room);
+        }
+    });
+}
+
+/// The commands that were kept.
+pub fn end_turn() -> Vec<Command> {
+    HERE.with_borrow_mut(|here| here.as_mut().and_then(|here| here.turn.take())).unwrap_or_default()
 }
 
 /// The outbox of the I/O thread that this is, if it is one of `outboxes`; else the first.
 pub fn here_or_first(outboxes: &[Outbox]) -> Option<Outbox> {
     HERE.with_borrow(|here| match here {
-        Some(here) if outboxes.iter().any(|each| each.is(here)) => Some(here.clone()),
+        Some(Here { outbox, .. }) if outboxes.iter().any(|each| each.is(outbox)) => Some(outbox.clone()),
         _ => outboxes.first().cloned(),
     })
 }
@@ -142,6 +174,7 @@ impl Io {
             servers: RefCell::default(),
             nodes: RefCell::default(),
             keys: RefCell::default(),
+            timeouts: RefCell::default(),
             next: Cell::new(0),
         }
     }
@@ -180,6 +213,7 @@ impl Io {
         }
     }
 
+    /// Follows commands until one says to stop.
     async fn take_commands(self: &Rc<Self>, mut inbox: mpsc::UnboundedReceiver<Command>) {
         let mut commands = Vec::with_capacity(TOGETHER);
         while inbox.recv_many(&mut commands, TOGETHER).await > 0 {
@@ -192,7 +226,7 @@ impl Io {
         }
     }
 
-    fn take(self: &Rc<Self>, command: Command) {
+    pub fn take(self: &Rc<Self>, command: Command) {
         match command {
             Command::Serve { id, service, listeners } => listen::serve(self, id, &service, listeners),
             Command::Accepted { id, service, stream } => listen::accepted(self, id, &service, stream),
@@ -213,7 +247,7 @@ impl Io {
                     call.send(frame);
                 }
             }
-            Command::Forward(forward) => attempt::forward(self, *forward),
+            Command::Forward(forward) => attempt::forward(self, forward),
             Command::Call { ask, done } => {
                 let io = self.clone();
                 spawn_local(async move {
@@ -264,7 +298,7 @@ impl Io {
 }
 
 fn run(io: Io, inbox: mpsc::UnboundedReceiver<Command>) {
-    HERE.set(Some(io.outbox.clone()));
+    HERE.set(Some(Here { outbox: io.outbox.clone(), turn: None }));
     let io = Rc::new(io);
     match tokio::runtime::Builder::new_current_thread().enable_all().build_local(Default::default()) {
         Ok(runtime) => {

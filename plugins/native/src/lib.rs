@@ -11,6 +11,7 @@ mod fork;
 mod http;
 mod http1;
 mod http_body;
+mod ids;
 mod io;
 mod listen;
 mod node;

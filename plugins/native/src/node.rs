@@ -118,7 +118,7 @@ impl NodeHere {
                 continue;
             }
             if self.tries.get() == tries {
-                self.connect(io).await;
+                Box::pin(self.connect(io)).await; // apart: each request would have room for a handshake
             }
             if self.live.borrow().is_none() {
                 break;

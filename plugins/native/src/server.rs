@@ -14,6 +14,7 @@ use dl_inference_grpc::Frame;
 use dl_inference_wire::KeyFields;
 use h2::PingPong;
 use h2::server::Connection;
+use http::uri::PathAndQuery;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rustls::ServerConfig;
@@ -60,16 +61,25 @@ pub struct ServedMethod {
     /// As Python has it.
     pub path: Py<PyString>,
     pub streams: bool,
+    /// As a request to a node has it.
+    pub sent: PathAndQuery,
     /// Where the routing key stands in a request.
     pub key: Option<KeyFields>,
+}
+
+impl ServedMethod {
+    /// Its path, if that is `path`.
+    pub fn path_if(&self, path: &str) -> Option<PathAndQuery> {
+        (self.sent == path).then(|| self.sent.clone())
+    }
 }
 
 /// A `Service` of Python: read once, when it is served.
 pub struct Service {
     pub begin_all: Py<PyAny>,
-    pub ended: Py<PyAny>,
+    pub ended_all: Py<PyAny>,
     /// By path.
-    pub methods: HashMap<String, ServedMethod>,
+    pub methods: HashMap<String, Arc<ServedMethod>>,
     pub private_trailers: HashSet<String>,
     pub message_bytes: usize,
     pub connections: usize,

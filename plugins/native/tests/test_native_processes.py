@@ -28,7 +28,7 @@ class Service:  # it asks nothing of the event loop, which ends before the I/O t
         for exchange in exchanges:
             self.begin(exchange)
 
-    def ended(self, exchange, code):
+    def ended_all(self, ended):
         pass
 
 

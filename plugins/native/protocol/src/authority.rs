@@ -96,18 +96,21 @@ impl Authorities {
     /// `bytes` are the next ones of the connection.
     pub fn pass(&mut self, bytes: &mut [u8]) {
         let mut rest = bytes;
-        while let [first, ..] = rest {
+        while !rest.is_empty() {
             let passed = if self.preface < PREFACE {
                 self.preface += 1;
                 1
             } else if self.payload == 0 {
-                self.take_head(*first);
-                1
+                self.take_head(rest)
             } else if self.passed_over > 0 && !self.padding_next {
                 self.pass_over(rest.len())
+            } else if let Some(passed) = self.pass_string(rest.len()) {
+                passed
             } else {
                 self.payload -= 1;
-                self.take_payload(first);
+                if let Some(first) = rest.first_mut() {
+                    self.take_payload(first);
+                }
                 1
             };
             rest = rest.get_mut(passed..).unwrap_or_default();
@@ -122,13 +125,26 @@ impl Authorities {
         passed
     }
 
-    fn take_head(&mut self, byte: u8) {
-        if let Some(place) = self.head.get_mut(self.in_head) {
-            *place = byte;
+    /// Passes over a string that is not an authority, of `most` bytes; returns how many those were, if any.
+    fn pass_string(&mut self, most: usize) -> Option<usize> {
+        let Block::InValue { left, authority: None } = &mut self.block else { return None };
+        let passed = (*left - 1).min(most).min(self.payload.checked_sub(self.padding)?);
+        if self.padding_next || passed == 0 {
+            return None;
         }
-        self.in_head += 1;
+        *left -= passed;
+        self.payload -= passed;
+        Some(passed)
+    }
+
+    /// Takes as much of a frame's head as there is; returns how many bytes those were.
+    fn take_head(&mut self, bytes: &[u8]) -> usize {
+        let missing = self.head.get_mut(self.in_head..).unwrap_or_default();
+        let taken = missing.len().min(bytes.len());
+        missing.iter_mut().zip(bytes).for_each(|(place, byte)| *place = *byte);
+        self.in_head += taken;
         if self.in_head < FRAME_HEAD {
-            return;
+            return taken;
         }
         self.in_head = 0;
         let [a, b, c, kind, flags, ..] = self.head;
@@ -143,6 +159,7 @@ impl Authorities {
         if kind == HEADERS {
             self.block = Block::Field;
         }
+        taken
     }
 
     fn take_payload(&mut self, byte: &mut u8) {

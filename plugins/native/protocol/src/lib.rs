@@ -13,5 +13,5 @@ pub use budget::{Budget, Charge};
 pub use encoding::{ACCEPTED, Encoding};
 pub use frames::{Deframer, Frame, Message, PREFIX, check_size, message_of};
 pub use metadata::{check_header_bytes, check_headers, decode_binary, encode_binary, is_reserved};
-pub use status::{Code, Failure, status_headers, status_of};
-pub use timeout::{timeout_header, timeout_of};
+pub use status::{Code, Failure, GRPC_STATUS, status_headers, status_of};
+pub use timeout::{GRPC_TIMEOUT, Timeouts, timeout_of};

@@ -3,7 +3,7 @@
 use crate::status::{Code, Failure};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, header};
 
 /// The values of metadata that one call may have. Each costs some memory, however short it is.
 const MOST_VALUES: usize = 900;
@@ -43,9 +43,9 @@ fn too_large(sizes: String) -> Failure {
     Failure::new(Code::RESOURCE_EXHAUSTED, format!("received metadata size exceeds hard limit ({sizes})"))
 }
 
-/// A failure where a client's headers are not gRPC's, or hold too many values.
-pub fn check_headers(headers: &HeaderMap, most_bytes: usize) -> Result<(), Failure> {
-    if headers.get("te").is_none_or(|te| te != "trailers") {
+/// Whether a client's headers have metadata; a failure where they are not gRPC's, or hold too many values.
+pub fn check_headers(headers: &HeaderMap, most_bytes: usize) -> Result<bool, Failure> {
+    if headers.get(header::TE).is_none_or(|te| te != "trailers") {
         return Err(Failure::new(Code::INVALID_ARGUMENT, "expected the header te: trailers"));
     }
     let mut values = 0;
@@ -64,7 +64,8 @@ pub fn check_headers(headers: &HeaderMap, most_bytes: usize) -> Result<(), Failu
     if values > MOST_VALUES {
         return Err(too_large(format!("{values} vs. {MOST_VALUES} values")));
     }
-    check_header_bytes(headers, most_bytes)
+    check_header_bytes(headers, most_bytes)?;
+    Ok(values > 0)
 }
 
 #[cfg(test)]
@@ -105,10 +106,11 @@ mod tests {
             headers.insert(name, HeaderValue::from_str(value).unwrap());
             check_headers(&headers, 1 << 20).map_err(|failure| failure.message)
         };
-        assert_eq!(checked("x-bin", "AAE=,/w"), Ok(()));
+        assert_eq!(checked("x-bin", "AAE=,/w"), Ok(true));
+        assert_eq!(checked("user-agent", "x"), Ok(false));
         assert_eq!(checked("x-bin", "!?"), Err("the metadata x-bin is not base64".to_owned()));
         assert_eq!(checked("te", "x"), Err("expected the header te: trailers".to_owned()));
-        assert_eq!(checked("x-bin", &["AA"; MOST_VALUES].join(",")), Ok(()));
+        assert_eq!(checked("x-bin", &["AA"; MOST_VALUES].join(",")), Ok(true));
         assert!(checked("x-bin", &["AA"; 1000].join(",")).unwrap_err().contains("(1000 vs. 900 values)"));
     }
 }

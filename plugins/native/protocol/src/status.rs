@@ -1,6 +1,9 @@
 //! The end of a call: its code, its message and what goes beside it.
 
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+
+/// The name of a status's code.
+pub const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 /// A status of gRPC, or one of the two that exist in this process alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +52,7 @@ impl Failure {
 /// The trailers of a status: the code, the message percent-encoded, and the metadata.
 pub fn status_headers(failure: Failure) -> HeaderMap {
     let Failure { code, message, mut trailers } = failure;
-    trailers.insert("grpc-status", HeaderValue::from(code.0));
+    trailers.insert(GRPC_STATUS, HeaderValue::from(code.0));
     if !message.is_empty()
         && let Ok(value) = HeaderValue::from_bytes(&percent_encoded(&message))
     {
@@ -94,7 +97,7 @@ fn percent_decoded(text: &[u8]) -> String {
 
 /// The trailers of a call that has ended OK, from the last headers that the node sent; else the failure.
 pub fn status_of(http: StatusCode, mut trailers: HeaderMap) -> Result<HeaderMap, Failure> {
-    let Some(status) = trailers.get("grpc-status") else {
+    let Some(status) = trailers.get(GRPC_STATUS) else {
         // gRPC's own mapping, doc/http-grpc-status-mapping.md.
         let code = match http.as_u16() {
             400 => Code::INTERNAL,

@@ -1,12 +1,17 @@
 //! The header `grpc-timeout`.
 
 use crate::status::{Code, Failure};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use std::time::Duration;
+
+/// The name of the header.
+pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
+/// The longest timeout in microseconds: three digits of seconds, and the five zeros that gRPC has room for.
+const LONGEST: u64 = 99_900_000_000_000;
 
 /// The time that a client gives a call; None where it gives none.
 pub fn timeout_of(headers: &HeaderMap) -> Result<Option<Duration>, Failure> {
-    let Some(value) = headers.get("grpc-timeout") else { return Ok(None) };
+    let Some(value) = headers.get(GRPC_TIMEOUT) else { return Ok(None) };
     let text = value.to_str().unwrap_or_default();
     parsed(text).map(Some).ok_or_else(|| {
         let expected = "at most 8 digits and one of H, M, S, m, u and n";
@@ -31,17 +36,43 @@ fn parsed(text: &str) -> Option<Duration> {
     })
 }
 
-/// `timeout` in at most 8 digits, rounded up.
-pub fn timeout_header(timeout: Duration) -> HeaderValue {
-    let micros = timeout.as_micros();
-    let text = if micros < 100_000_000 {
-        format!("{}u", micros.max(1))
-    } else if micros < 99_999_999_000 {
-        format!("{}m", micros.div_ceil(1000))
+/// Makes headers, and keeps the last one: routes have few timeouts.
+#[derive(Debug)]
+pub struct Timeouts {
+    micros: u64,
+    header: HeaderValue,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Timeouts { micros: 1, header: HeaderValue::from_static("1u") }
+    }
+}
+
+impl Timeouts {
+    /// `timeout`, rounded up to three digits. Values that come again and again are one byte each in HPACK; values that
+    /// never do would fill its table, which is searched for each request.
+    pub fn header(&mut self, timeout: Duration) -> HeaderValue {
+        let micros = u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX).clamp(1, LONGEST);
+        let step = 10u64.pow(micros.ilog10().saturating_sub(2));
+        let micros = micros.div_ceil(step) * step;
+        if micros != self.micros
+            && let Ok(header) = HeaderValue::from_str(&text(micros))
+        {
+            *self = Timeouts { micros, header };
+        }
+        self.header.clone()
+    }
+}
+
+fn text(micros: u64) -> String {
+    if !micros.is_multiple_of(1000) {
+        format!("{micros}u")
+    } else if !micros.is_multiple_of(1_000_000) {
+        format!("{}m", micros / 1000)
     } else {
-        format!("{}S", micros.div_ceil(1_000_000).min(99_999_999))
-    };
-    HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("1u"))
+        format!("{}S", micros / 1_000_000)
+    }
 }
 
 #[cfg(test)]
@@ -74,9 +105,22 @@ mod tests {
         }
     }
 
+    fn timeout_header(timeout: Duration) -> HeaderValue {
+        Timeouts::default().header(timeout)
+    }
+
+    #[test]
+    fn nearly_equal_times_have_one_header() {
+        let headers: Vec<_> =
+            (0..1000).map(|micros| timeout_header(Duration::from_micros(60_000_000 - micros))).collect();
+        assert!(headers.iter().all(|header| header == "60S"));
+        assert_eq!(timeout_header(Duration::from_micros(1_234_567)), "1240m");
+        assert_eq!(timeout_header(Duration::from_micros(12_345)), "12400u");
+    }
+
     #[test]
     fn a_header_is_read_as_at_least_what_it_was_made_of() {
-        for micros in [0, 1, 999, 99_999_999, 100_000_001, 99_999_999_000, 99_999_999_001, 1 << 45] {
+        for micros in [0, 1, 999, 1001, 999_001, 99_999_999, 100_000_001, 99_999_999_000, 99_999_999_001, 1 << 45] {
             let given = Duration::from_micros(micros);
             let text = timeout_header(given);
             assert!(text.len() <= 9);

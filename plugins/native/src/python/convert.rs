@@ -8,6 +8,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyString, PyTuple};
+use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
 
 /// From this size on, a message is a view of what was received; a smaller one is copied, which costs less.
@@ -55,7 +56,7 @@ pub fn frame_of<E: From<Failure> + From<PyErr>>(message: &Bound<'_, PyAny>, char
 
 /// Metadata as Python has it: in order, without what is the protocol's own.
 pub fn metadata(py: Python<'_>, headers: &HeaderMap, are_trailers: bool) -> PyResult<Py<PyTuple>> {
-    let mut pairs = Vec::with_capacity(headers.len());
+    let mut pairs = vec![];
     for (name, value) in headers {
         let name = name.as_str();
         if is_reserved(name, are_trailers) {
@@ -82,17 +83,6 @@ pub fn first_value(py: Python<'_>, headers: &HeaderMap, key: &str) -> PyResult<O
     Ok(Some(text(py, value).into_any().unbind()))
 }
 
-/// The headers that are a client's own metadata.
-pub fn own_headers(headers: &HeaderMap) -> HeaderMap {
-    let mut own = HeaderMap::new();
-    for (name, value) in headers {
-        if !is_reserved(name.as_str(), false) {
-            own.append(name.clone(), value.clone());
-        }
-    }
-    own
-}
-
 fn text<'py>(py: Python<'py>, value: &HeaderValue) -> Bound<'py, PyString> {
     latin1(py, value.as_bytes())
 }
@@ -107,6 +97,35 @@ pub fn latin1<'py>(py: Python<'py>, bytes: &[u8]) -> Bound<'py, PyString> {
 pub fn header_value(value: &Bound<'_, PyString>) -> PyResult<HeaderValue> {
     let bytes: Result<Vec<u8>, _> = value.to_str()?.chars().map(u8::try_from).collect();
     HeaderValue::from_bytes(&bytes.map_err(value_error)?).map_err(value_error)
+}
+
+thread_local! {
+    /// Metadata of this thread's last attempt, and its headers.
+    static LAST: RefCell<Option<(Py<PyTuple>, HeaderMap)>> = const { RefCell::new(None) };
+}
+
+/// As `headers_of`. A gateway often gives the very same object for request after request.
+pub fn headers_of_attempt(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<HeaderMap> {
+    let Some(tuple) = metadata.and_then(|metadata| metadata.cast_exact::<PyTuple>().ok()) else {
+        return headers_of(metadata);
+    };
+    let last = LAST.with_borrow(|last| match last {
+        Some((known, headers)) if known.is(tuple) => Some(headers.clone()),
+        _ => None,
+    });
+    if let Some(headers) = last {
+        return Ok(headers);
+    }
+    let headers = headers_of(metadata)?;
+    if never_changes(tuple) {
+        drop(LAST.replace(Some((tuple.clone().unbind(), headers.clone()))));
+    }
+    Ok(headers)
+}
+
+/// Whether all of its items are tuples too. Of strings and bytes they are, or `headers_of` would have refused them.
+fn never_changes(tuple: &Bound<'_, PyTuple>) -> bool {
+    tuple.iter_borrowed().all(|pair| pair.is_exact_instance_of::<PyTuple>())
 }
 
 /// Raises ValueError where HTTP/2 has no such header.

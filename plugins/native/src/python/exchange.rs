@@ -1,8 +1,8 @@
 //! Exchanges and attempts.
 
-use super::convert::{first_value, frame_of, headers_of, message, metadata, own_headers};
+use super::convert::{first_value, frame_of, headers_of, headers_of_attempt, message, metadata, value_error};
 use super::{Node, locked};
-use crate::attempt::{Cancel, Extras, Forward};
+use crate::attempt::{Cancel, Extras, Forward, Metadata};
 use crate::call::{Call, End, Shared};
 use crate::events::Raised;
 use crate::io::{Command, Common, Io, Outbox};
@@ -10,7 +10,7 @@ use crate::stream::MOST_UNSENT;
 use blake2::digest::consts::U16;
 use blake2::{Blake2b, Digest};
 use dl_inference_grpc::{Charge, Code, Failure, Frame};
-use http::HeaderMap;
+use http::uri::PathAndQuery;
 use pyo3::exceptions::PyTypeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
@@ -26,9 +26,15 @@ pub struct Exchange {
     shared: Arc<Shared>,
     outbox: Outbox,
     common: Arc<Common>,
+    // Members are read without a call of Rust, which takes 50 ns.
+    #[pyo3(get)]
     method: Py<PyString>,
-    deadline: Option<f64>,
-    key: Option<Py<PyAny>>,
+    /// A float or None.
+    #[pyo3(get)]
+    deadline: Py<PyAny>,
+    /// A `RoutingKey` or None.
+    #[pyo3(get)]
+    key: Py<PyAny>,
     message: Place,
     metadata: Place,
     /// Whether the service has replaced the metadata.
@@ -39,21 +45,19 @@ pub struct Exchange {
 impl Exchange {
     /// The exchange of a call that has come to this I/O thread.
     pub fn new(py: Python<'_>, call: &Call, io: &Io, deadline: Option<f64>) -> PyResult<Exchange> {
-        let (method, key) = match call.server.service.methods.get(&call.shared.path) {
-            Some(method) => (method.path.clone_ref(py), method.key.as_ref()),
-            None => (PyString::new(py, &call.shared.path).unbind(), None),
-        };
+        let method = &call.shared.method;
         let find = |fields| {
             let key_of = &io.common.helpers.key_of;
             io.keys.borrow_mut().find(py, fields, &call.shared.frame.message(), key_of)
         };
+        let key = method.key.as_ref().map(find).transpose()?.flatten();
         Ok(Exchange {
-            key: key.map(find).transpose()?.flatten(),
+            key: key.unwrap_or_else(|| py.None()),
             shared: call.shared.clone(),
             outbox: io.outbox.clone(),
             common: io.common.clone(),
-            method,
-            deadline,
+            method: method.path.clone_ref(py),
+            deadline: deadline.into_pyobject(py)?.unbind(),
             message: Mutex::default(),
             metadata: Mutex::default(),
             has_new_metadata: AtomicBool::new(false),
@@ -79,22 +83,21 @@ impl Exchange {
     }
 
     /// The metadata for a node: the client's, with `added` in the place of entries with the same keys.
-    fn metadata_with(&self, py: Python<'_>, added: Option<&Bound<'_, PyAny>>) -> PyResult<HeaderMap> {
-        let mut headers = if self.has_new_metadata.load(Ordering::Acquire) {
-            headers_of(Some(self.metadata(py)?.bind(py)))?
-        } else {
-            own_headers(&self.shared.headers)
-        };
-        let added = headers_of(added)?;
+    fn metadata_with(&self, py: Python<'_>, added: Option<&Bound<'_, PyAny>>) -> PyResult<Metadata> {
+        let added = headers_of_attempt(added)?;
+        if !self.has_new_metadata.load(Ordering::Acquire) {
+            return Ok(Metadata { of: Some(self.shared.clone()), own: added });
+        }
+        let mut headers = headers_of(Some(self.metadata(py)?.bind(py)))?;
         for name in added.keys() {
             headers.remove(name);
         }
         headers.extend(added);
-        Ok(headers)
+        Ok(Metadata { of: None, own: headers })
     }
 
     fn must_stream(&self, py: Python<'_>, instead: &str) -> PyResult<()> {
-        if self.shared.streams {
+        if self.shared.method.streams {
             return Ok(());
         }
         Err(PyTypeError::new_err(format!("{} is unary: {instead}", self.method.bind(py))))
@@ -140,16 +143,6 @@ impl Exchange {
         Ok(())
     }
 
-    #[getter]
-    fn method(&self) -> &Py<PyString> {
-        &self.method
-    }
-
-    #[getter]
-    fn deadline(&self) -> Option<f64> {
-        self.deadline
-    }
-
     /// Becomes an object of Python when it is asked for; a message that is only forwarded never does.
     #[getter]
     fn message(&self, py: Python<'_>) -> PyResult<Py<PyAny>> {
@@ -167,14 +160,10 @@ impl Exchange {
         self.has_new_metadata.store(true, Ordering::Release);
     }
 
-    #[getter]
-    fn key(&self, py: Python<'_>) -> Option<Py<PyAny>> {
-        self.key.as_ref().map(|key| key.clone_ref(py))
-    }
-
     fn find_metadata(&self, py: Python<'_>, key: &str) -> PyResult<Option<Py<PyAny>>> {
         if !self.has_new_metadata.load(Ordering::Acquire) {
-            return first_value(py, &self.shared.headers, key);
+            let headers = self.shared.has_metadata.then_some(&self.shared.headers);
+            return headers.map_or(Ok(None), |headers| first_value(py, headers, key));
         }
         for pair in self.metadata(py)?.bind(py).try_iter()? {
             let (name, value): (Bound<'_, PyString>, Bound<'_, PyAny>) = pair?.extract()?;
@@ -245,12 +234,17 @@ impl Exchange {
         allow_empty: bool,
         extras: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Attempt> {
-        if self.shared.streams {
+        if self.shared.method.streams {
             let said = format!("{method}: only unary exchanges of a transport's server are forwarded");
             return Err(PyTypeError::new_err(said));
         }
         let metadata = self.metadata_with(py, metadata)?;
-        let ask = connection.get().ask(method, self.shared.frame.bytes().clone(), metadata, timeout_s)?;
+        let path = self
+            .shared
+            .method
+            .path_if(method)
+            .map_or_else(|| PathAndQuery::try_from(method).map_err(value_error), Ok)?;
+        let ask = connection.get().ask(path, self.shared.frame.bytes().clone(), metadata, timeout_s);
         let attempt = Attempt(ask.cancel.clone());
         let extras = extras.map(|extras| extras_of(py, extras)).transpose()?.map(Arc::new);
         let forward = Forward { exchange: self.shared.clone(), ask, done, allow_empty, extras };

@@ -3,14 +3,13 @@
 use super::convert::{frame_of, headers_of, value_error};
 use super::exchange::Attempt;
 use super::threads::{ClientTls, Threads};
-use crate::attempt::{Ask, Cancel};
+use crate::attempt::{Ask, Cancel, Metadata};
 use crate::events::Raised;
 use crate::io::{Command, Common};
 use crate::node::{NodeTls, Target};
 use crate::tls;
 use bytes::Bytes;
 use dl_inference_grpc::{Charge, Frame};
-use http::HeaderMap;
 use http::uri::{Authority, PathAndQuery};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
@@ -27,15 +26,8 @@ pub struct Node {
 }
 
 impl Node {
-    pub fn ask(&self, path: &str, frame: Bytes, metadata: HeaderMap, timeout: Option<f64>) -> PyResult<Ask> {
-        Ok(Ask {
-            target: self.target.clone(),
-            path: PathAndQuery::try_from(path).map_err(value_error)?,
-            metadata,
-            frame,
-            timeout,
-            cancel: Cancel::default(),
-        })
+    pub fn ask(&self, path: PathAndQuery, frame: Bytes, metadata: Metadata, timeout: Option<f64>) -> Ask {
+        Ask { target: self.target.clone(), path, metadata, frame, timeout, cancel: Cancel::default() }
     }
 }
 
@@ -85,7 +77,9 @@ impl Node {
                 return Err(PyErr::from_value(error.into_bound(py)));
             }
         };
-        let ask = self.ask(method, frame.bytes().clone(), headers_of(Some(metadata))?, timeout_s)?;
+        let path = PathAndQuery::try_from(method).map_err(value_error)?;
+        let metadata = Metadata { of: None, own: headers_of(Some(metadata))? };
+        let ask = self.ask(path, frame.bytes().clone(), metadata, timeout_s);
         let attempt = Attempt(ask.cancel.clone());
         let sent =
             self.common.outboxes.first().is_some_and(|first| first.send(Command::Call { ask: Box::new(ask), done }));

@@ -44,6 +44,8 @@ pub struct Keys {
     made: HashMap<Vec<u8>, Py<PyAny>>,
     /// The bytes by which a key is looked up.
     bytes: Vec<u8>,
+    /// The key of the last message: the next one is often for the same model.
+    last: (Vec<u8>, Option<Py<PyAny>>),
 }
 
 impl Keys {
@@ -58,15 +60,27 @@ impl Keys {
     ) -> PyResult<Option<Py<PyAny>>> {
         let Some(key) = find_key(fields, message) else { return Ok(None) };
         write(&mut self.bytes, &key);
-        if let Some(made) = self.made.get(&self.bytes) {
+        if let (bytes, Some(made)) = &self.last
+            && *bytes == self.bytes
+        {
             return Ok(Some(made.clone_ref(py)));
         }
-        let made = key_of.call1(py, to_python(py, &key)?)?;
+        let made = match self.made.get(&self.bytes) {
+            Some(made) => made.clone_ref(py),
+            None => self.make(py, &key, key_of)?,
+        };
+        self.last.0.clone_from(&self.bytes);
+        self.last.1 = Some(made.clone_ref(py));
+        Ok(Some(made))
+    }
+
+    fn make(&mut self, py: Python<'_>, key: &Key<'_>, key_of: &Py<PyAny>) -> PyResult<Py<PyAny>> {
+        let made = key_of.call1(py, to_python(py, key)?)?;
         if self.made.len() >= MOST {
             self.made.clear();
         }
         self.made.insert(self.bytes.clone(), made.clone_ref(py));
-        Ok(Some(made))
+        Ok(made)
     }
 }
 

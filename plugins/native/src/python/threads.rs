@@ -12,6 +12,7 @@ use crate::settings::Settings;
 use crate::socket::{Moving, MovingListener};
 use crate::tls::{self, Newest, Shown};
 use dl_inference_wire::KeyFields;
+use http::uri::PathAndQuery;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rustls::{ClientConfig, ServerConfig};
@@ -49,7 +50,7 @@ fn seconds(given: f64) -> Duration {
 
 /// What is read of a `Service` of Python's, but for the limits.
 struct Methods {
-    methods: HashMap<String, ServedMethod>,
+    methods: HashMap<String, Arc<ServedMethod>>,
     private_trailers: HashSet<String>,
 }
 
@@ -60,7 +61,9 @@ fn methods_of(service: &Bound<'_, PyAny>) -> PyResult<Methods> {
         let interned = PyString::intern(service.py(), &path).unbind();
         let streams = method.getattr("streaming")?.is_truthy()?;
         let key: Option<Fields> = method.getattr("key")?.extract()?;
-        methods.insert(path, ServedMethod { path: interned, streams, key: key.map(KeyFields::from) });
+        let sent = PathAndQuery::try_from(path.as_str()).map_err(value_error)?;
+        let method = ServedMethod { path: interned, streams, sent, key: key.map(KeyFields::from) };
+        methods.insert(path, Arc::new(method));
     }
     let names = service.getattr("private_trailers")?;
     let private_trailers = names.try_iter()?.map(|name| name?.extract()).collect::<PyResult<_>>()?;
@@ -105,7 +108,7 @@ impl Threads {
         let Methods { methods, private_trailers } = methods_of(service)?;
         let service = Arc::new(Service {
             begin_all: service.getattr("begin_all")?.unbind(),
-            ended: service.getattr("ended")?.unbind(),
+            ended_all: service.getattr("ended_all")?.unbind(),
             methods,
             private_trailers,
             message_bytes,
