@@ -70,7 +70,8 @@ class Routes:
             ModelNotFound: there is no such upstream, or none at all.
         """
         key = exchange.key or protocol.read_key(exchange.message)
-        return self._find_unkeyed(exchange, protocol) if key.model is None else self.find(key.model), key
+        model = key.model
+        return self._find_unkeyed(exchange, protocol) if model is None else self.find(model), key
 
     def _find_unkeyed(self, exchange: Exchange, protocol: Protocol) -> Upstream:
         label = protocol.key_metadata

@@ -148,7 +148,7 @@ class Forwarder:
         forwarding = _Forwarding(self, exchange, protocol, hops, now)
         self.lock.acquire()  # `with` takes 0.1 µs more
         try:
-            nodes = self.pool.steady()
+            nodes = self.pool.steady
             if nodes and self.limited:
                 nodes = self.admission.free(nodes)
             # Nearly always one of `nodes` is chosen, and the lock released, with nothing else to be done.

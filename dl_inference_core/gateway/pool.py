@@ -208,6 +208,8 @@ class Pool:
 
     Attributes:
         nodes: all of them; only the event loop changes it.
+        steady: the nodes that may be chosen, where no health has changed and each may have its whole share of the
+            requests; else none: ask `due` and `usable`.
         changed: called on any thread when another answer than before may be right to which nodes may be chosen. The
             caller may hold the lock of a route: it must not wait for one. Must not raise.
         returned: likewise, called with a node that was ejected or half-open, and is healthy again.
@@ -218,6 +220,7 @@ class Pool:
         self._now = endpoints.clock.now
         self._snapshot = Snapshot()
         self._outdated = False
+        self.steady: Sequence[Node] = ()
         self._steady = False
         """Whether all of the nodes that may be chosen may have their whole share."""
         self._spared: set[Node] = set()
@@ -231,6 +234,7 @@ class Pool:
     def outdate(self) -> None:
         """The health of a node has changed. Any thread."""
         self._outdated = True
+        self.steady = ()
         self.changed()
 
     def snapshot(self) -> Snapshot:
@@ -240,12 +244,10 @@ class Pool:
             self._snapshot = snapshot = self._judged()
             self._steady = not (snapshot.half_open or snapshot.starting)
             self._spared = set()
+            self.steady = snapshot.usable if self._steady else ()
+            if self._outdated:  # again, meanwhile: `outdate` may have come before the line above
+                self.steady = ()
         return self._snapshot
-
-    def steady(self) -> Sequence[Node]:
-        """The nodes that may be chosen, where no health has changed and each may have its whole share of the requests;
-        else none: ask `due` and `usable`."""
-        return self._snapshot.usable if self._steady and not self._outdated else ()
 
     def usable(self) -> Sequence[Node]:
         """The nodes that may be chosen this time."""
@@ -329,7 +331,7 @@ class Pool:
         before, self.nodes = self.nodes, tuple(nodes)
         # A route without requests must not hold on to nodes that left.
         self._snapshot, self._spared, self._offered = Snapshot(), set(), ()
-        self._steady, self._outdated = False, True
+        self._steady, self._outdated, self.steady = False, True, ()
         stay = set(nodes)
         gone = [node for node in before if node not in stay]
         for node in gone:

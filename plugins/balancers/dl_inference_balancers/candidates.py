@@ -19,6 +19,8 @@ from typing import Generic, TypeVar
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Balancer, Node, Outcome
 
+SUCCESS, NEUTRAL = Outcome.SUCCESS, Outcome.NEUTRAL  # CPython 3.11 takes 0.1 µs to look up a member of an enumeration
+
 
 class OverEligible(Balancer):
     """A strategy over the nodes that have a weight; where none has, over all, as if each had the weight 1.
@@ -80,10 +82,10 @@ class Trusting(OverEligible, Generic[State]):
         """What is kept of a node of which nothing is known yet."""
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
-        if outcome is Outcome.SUCCESS:
+        if outcome is SUCCESS:
             if self.doubted and (trust := self.doubted.get(node)) is not None:
                 self._trust(node, (trust + 1) / 2)
-        elif outcome is not Outcome.NEUTRAL and node in self._known:
+        elif outcome is not NEUTRAL and node in self._known:
             self._trust(node, self.doubted.get(node, 1.0) / 2)
 
     def returned(self, node: Node) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
-from dl_inference_balancers.candidates import State, Trusting
+from dl_inference_balancers.candidates import NEUTRAL, SUCCESS, State, Trusting
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Node, Outcome
 from dl_inference_core.transport import Exchange
@@ -178,12 +178,12 @@ class PeakEwma(LoadAware[_Average]):
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
         super().record(node, outcome, seconds)
         average = self._known.get(node)
-        if average is None or outcome is Outcome.NEUTRAL:
+        if average is None or outcome is NEUTRAL:
             return
         now = self.clock()
-        if seconds > average.seconds or (outcome is Outcome.SUCCESS and not average.measured):
+        if seconds > average.seconds or (outcome is SUCCESS and not average.measured):
             average.seconds = seconds
-        elif outcome is Outcome.SUCCESS:
+        elif outcome is SUCCESS:
             kept = math.exp((average.at - now) / self.options.decay_s)
             average.seconds = average.seconds * kept + seconds * (1 - kept)
         else:
@@ -306,7 +306,7 @@ class Prequal(LoadAware[_Latencies]):
 
     def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
         super().record(node, outcome, seconds)
-        if outcome is Outcome.SUCCESS and (latencies := self._known.get(node)) is not None:
+        if outcome is SUCCESS and (latencies := self._known.get(node)) is not None:
             latencies.add(node.in_flight, seconds, self.clock())
 
     def _first(self, node: Node) -> _Latencies:

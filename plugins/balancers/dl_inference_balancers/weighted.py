@@ -10,7 +10,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 from pydantic import Field
 
-from dl_inference_balancers.candidates import OverEligible
+from dl_inference_balancers.candidates import NEUTRAL, SUCCESS, OverEligible
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.gateway.balancing import Balancer, Node, Outcome
 from dl_inference_core.transport import Exchange
@@ -97,17 +97,16 @@ class SmoothWeightedRoundRobin(Balancer):
         if nodes is not self._given:
             self._arrange(nodes)
         best = None
-        highest = first = 0
         for group in self._groups.values():
             group.added = added = group.added + group.weight
-            ahead, place, _ = group.heap[0]
-            current = added - ahead
-            if best is None or current > highest or (current == highest and place < first):
-                best, highest, first = group, current, place
+            entry = group.heap[0]
+            current = added - entry[0]
+            if best is None or current > highest or (current == highest and entry[1] < first[1]):
+                best, highest, first = group, current, entry
         if best is None:
             self._turn += 1
             return nodes[self._turn % len(nodes)]
-        ahead, place, chosen = best.heap[0]
+        ahead, place, chosen = first
         self.shares[chosen].ahead = ahead = ahead + self._total
         heapreplace(best.heap, (ahead, place, chosen))
         if best.stale:
@@ -243,10 +242,10 @@ class EffectiveWeightedRoundRobin(SmoothWeightedRoundRobin):
         share = self.shares.get(node)
         if share is None or not (weight := share.weight):
             return
-        if outcome is Outcome.SUCCESS:
+        if outcome is SUCCESS:
             if lost := share.most - weight:
                 self._weigh(node, share, weight + ((lost + 1) >> 1))
-        elif outcome is not Outcome.NEUTRAL and weight > 1:
+        elif outcome is not NEUTRAL and weight > 1:
             self._weigh(node, share, weight >> 1)
 
     def returned(self, node: Node) -> None:

@@ -3,6 +3,7 @@
 use crate::body::{Messages, failure_of};
 use crate::call::{Call, End, GRPC, Shared};
 use crate::events::{Event, Raised, Which};
+use crate::flag::Flag;
 use crate::io::Io;
 use crate::node::{NodeHere, Sender, Target};
 use crate::python::convert;
@@ -20,7 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 use tokio::time::{Instant, timeout_at};
 
@@ -32,11 +33,11 @@ const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-en
 
 /// Cancels an attempt, from any thread; once is enough, also before it has begun.
 #[derive(Clone, Default)]
-pub struct Cancel(Arc<Notify>);
+pub struct Cancel(Arc<Flag>);
 
 impl Cancel {
     pub fn cancel(&self) {
-        self.0.notify_one();
+        self.0.raise();
     }
 
     pub fn is(&self, other: &Cancel) -> bool {
@@ -48,7 +49,7 @@ impl Cancel {
 pub struct Metadata {
     /// The exchange whose client's metadata goes on, but for what `own` names too.
     pub of: Option<Arc<Shared>>,
-    pub own: HeaderMap,
+    pub own: Arc<HeaderMap>,
 }
 
 impl Metadata {
@@ -61,7 +62,7 @@ impl Metadata {
                 headers.append(name.clone(), value.clone());
             }
         }
-        for (name, value) in &self.own {
+        for (name, value) in &*self.own {
             headers.append(name.clone(), value.clone());
         }
         headers
@@ -111,7 +112,7 @@ impl Ask {
         };
         let outcome = tokio::select! {
             biased;
-            _ = self.cancel.0.notified() => Err(Failure::cancelled()),
+            _ = self.cancel.0.raised() => Err(Failure::cancelled()),
             outcome = asking => outcome.unwrap_or_else(|_| Err(Failure::deadline())),
         };
         if outcome.is_err() && self.target.closed.load(Ordering::Acquire) {

@@ -3,6 +3,7 @@
 use crate::attempt::Cancel;
 use crate::body::{Messages, failure_of};
 use crate::events::Event;
+use crate::flag::Flag;
 use crate::http::answer_stream;
 use crate::http_body::Incomplete;
 use crate::io::Io;
@@ -27,7 +28,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 pub const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
@@ -75,7 +75,7 @@ pub struct Call {
     /// None once the head of the answer was sent.
     pub respond: RefCell<Option<SendResponse<Frame>>>,
     ended: Cell<bool>,
-    over: Notify,
+    over: Flag,
     exchange: RefCell<Option<Py<Exchange>>>,
     on_cancel: RefCell<Vec<Py<PyAny>>>,
     attempts: RefCell<Vec<Cancel>>,
@@ -126,7 +126,7 @@ pub async fn run(
         stream: streams.then(Stream::default),
         respond: RefCell::new(Some(respond)),
         ended: Cell::new(false),
-        over: Notify::new(),
+        over: Flag::default(),
         exchange: RefCell::default(),
         on_cancel: RefCell::default(),
         attempts: RefCell::default(),
@@ -135,7 +135,7 @@ pub async fn run(
     io.tell(Event::Begin(call.clone()));
     tokio::select! {
         biased;
-        _ = call.over.notified() => {}
+        _ = call.over.raised() => {}
         _ = poll_fn(|cx| call.poll_reset(cx)) => call.leave(&io, None),
         _ = passes(deadline) => call.leave(&io, Some(Failure::deadline())),
         _ = carry(&call, &io, &mut messages) => {}
@@ -274,7 +274,7 @@ impl Call {
                 let code = end.code();
                 self.finish(end);
                 self.tell_ended(io, code, callbacks);
-                self.over.notify_one();
+                self.over.raise();
             }
         }
     }

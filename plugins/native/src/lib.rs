@@ -7,6 +7,7 @@ mod call;
 mod coalesce;
 mod codecs;
 mod events;
+mod flag;
 mod fork;
 mod http;
 mod http1;
@@ -14,6 +15,8 @@ mod http_body;
 mod ids;
 mod io;
 mod listen;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod memory;
 mod node;
 mod python;
 mod server;

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyMemoryView, PyString, PyTuple};
 use std::cell::RefCell;
 use std::ffi::{c_int, c_void};
+use std::sync::Arc;
 
 /// From this size on, a message is a view of what was received; a smaller one is copied, which costs less.
 const VIEWED: usize = 4096;
@@ -101,13 +102,13 @@ pub fn header_value(value: &Bound<'_, PyString>) -> PyResult<HeaderValue> {
 
 thread_local! {
     /// Metadata of this thread's last attempt, and its headers.
-    static LAST: RefCell<Option<(Py<PyTuple>, HeaderMap)>> = const { RefCell::new(None) };
+    static LAST: RefCell<Option<(Py<PyTuple>, Arc<HeaderMap>)>> = const { RefCell::new(None) };
 }
 
 /// As `headers_of`. A gateway often gives the very same object for request after request.
-pub fn headers_of_attempt(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<HeaderMap> {
+pub fn headers_of_attempt(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<Arc<HeaderMap>> {
     let Some(tuple) = metadata.and_then(|metadata| metadata.cast_exact::<PyTuple>().ok()) else {
-        return headers_of(metadata);
+        return headers_of(metadata).map(Arc::new);
     };
     let last = LAST.with_borrow(|last| match last {
         Some((known, headers)) if known.is(tuple) => Some(headers.clone()),
@@ -116,7 +117,7 @@ pub fn headers_of_attempt(metadata: Option<&Bound<'_, PyAny>>) -> PyResult<Heade
     if let Some(headers) = last {
         return Ok(headers);
     }
-    let headers = headers_of(metadata)?;
+    let headers = Arc::new(headers_of(metadata)?);
     if never_changes(tuple) {
         drop(LAST.replace(Some((tuple.clone().unbind(), headers.clone()))));
     }

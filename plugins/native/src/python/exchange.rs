@@ -92,8 +92,8 @@ impl Exchange {
         for name in added.keys() {
             headers.remove(name);
         }
-        headers.extend(added);
-        Ok(Metadata { of: None, own: headers })
+        headers.extend(added.as_ref().clone());
+        Ok(Metadata { of: None, own: Arc::new(headers) })
     }
 
     fn must_stream(&self, py: Python<'_>, instead: &str) -> PyResult<()> {

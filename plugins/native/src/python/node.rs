@@ -78,7 +78,7 @@ impl Node {
             }
         };
         let path = PathAndQuery::try_from(method).map_err(value_error)?;
-        let metadata = Metadata { of: None, own: headers_of(Some(metadata))? };
+        let metadata = Metadata { of: None, own: Arc::new(headers_of(Some(metadata))?) };
         let ask = self.ask(path, frame.bytes().clone(), metadata, timeout_s);
         let attempt = Attempt(ask.cancel.clone());
         let sent =
