@@ -118,7 +118,7 @@ def _calls(app: App, share: float) -> Parts:
         balancer.record(balancer.choose(fakes, EXCHANGE), success, _SECONDS)
 
     def choose_on_route() -> None:
-        route.picker.record(route.picker.choose(nodes, EXCHANGE), success, _SECONDS)
+        route.picker.record(route.picker.choose(nodes, EXCHANGE, route.clock.now()), success, _SECONDS)
 
     def count() -> None:
         app.metrics.requests(loads.PROTOCOL.name, loads.MODEL).count(Code.OK, _SECONDS)

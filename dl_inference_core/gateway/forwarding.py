@@ -75,7 +75,7 @@ class Forwarder:
         """Of everything that belongs to the route."""
         pool.changed = self._changed
         pool.returned = self._returned
-        self.picker = Picker(balancer, metrics)
+        self.picker = Picker(balancer, metrics, clock)
         self.recent = Recent()
         self.actions: list[Callable[[], None]] = []
         """What requests do once the lock is released."""
@@ -144,15 +144,15 @@ class Forwarder:
         """
         before = exchange.find_metadata(HOPS)
         hops = self._first_hop if before is None else self._next_hop(str(before))
-        now = self.clock.now()
-        forwarding = _Forwarding(self, exchange, protocol, hops, now)
         self.lock.acquire()  # `with` takes 0.1 µs more
         try:
+            now = self.clock.now()
+            forwarding = _Forwarding(self, exchange, protocol, hops, now)
             nodes = self.pool.steady
             if nodes and self.limited:
                 nodes = self.admission.free(nodes)
             # Nearly always one of `nodes` is chosen, and the lock released, with nothing else to be done.
-            node = forwarding.choose(nodes) if nodes else None
+            node = forwarding.choose(nodes, now) if nodes else None
             if node is None:
                 self._admit(forwarding)
             actions = self.take_actions() if self.actions else ()
@@ -300,15 +300,16 @@ class _Forwarding:
     def admitted(self, nodes: Sequence[Node]) -> None:
         """Choose one of `nodes` and count an attempt on it, which is begun once the lock is released."""
         if nodes:
-            node = self.choose(nodes)
+            node = self.choose(nodes, self._route.clock.now())
             self._route.after(lambda: self.attempt(node, self._route.clock.now()))
         else:
             self._fail_later(self._error or NoNodeAvailable(f"route {self._route.name} has no nodes"))
 
-    def choose(self, nodes: Sequence[Node]) -> Node:
-        """Choose one of `nodes`, and count an attempt on it, for `attempt` without the lock."""
+    def choose(self, nodes: Sequence[Node], now: float) -> Node:
+        """Choose one of `nodes`, and count an attempt on it, for `attempt` without the lock. `now` is on the route's
+        clock."""
         route = self._route
-        node = route.picker.choose(nodes, self._exchange)
+        node = route.picker.choose(nodes, self._exchange, now)
         self.tried.append(node)
         self._running += 1
         node.in_flight += 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 
 from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
+from dl_inference_core.gateway.clock import Clock
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.transport import Exchange
@@ -31,9 +31,10 @@ class Picker:
         takes_reports: whether it wants to know of loads.
     """
 
-    def __init__(self, balancer: Balancer, metrics: Metrics) -> None:
+    def __init__(self, balancer: Balancer, metrics: Metrics, clock: Clock) -> None:
         self._fallback = RoundRobin(RoundRobin.Options())
         self._metrics = metrics
+        self._now = clock.now
         self._complained_of: Balancer | None = None
         self.use("", balancer)
 
@@ -47,9 +48,8 @@ class Picker:
         self._slow: deque[tuple[float, float]] = deque(maxlen=_SLOW_TIMES)
         """When slow choices began, and what they took."""
 
-    def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
-        """One of `nodes`, of which there is at least one."""
-        begun = time.monotonic()
+    def choose(self, nodes: Sequence[Node], exchange: Exchange, begun: float) -> Node:
+        """One of `nodes`, of which there is at least one. `begun` is the time."""
         try:
             node = self.balancer.choose(nodes, exchange)
             if nodes is not self._given:  # a set takes the same time for four nodes and for a thousand
@@ -59,7 +59,7 @@ class Picker:
         except Exception:
             self._failed()
             node = self._fallback.choose(nodes, exchange)
-        if (now := time.monotonic()) - begun > _SLOW_S:
+        if (now := self._now()) - begun > _SLOW_S:
             self._kept_waiting(begun, now)
         return node  # type: ignore[return-value] # one of `nodes`
 

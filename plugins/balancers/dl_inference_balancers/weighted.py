@@ -96,14 +96,15 @@ class SmoothWeightedRoundRobin(Balancer):
     def choose(self, nodes: Sequence[Node], exchange: Exchange) -> Node:
         if nodes is not self._given:
             self._arrange(nodes)
-        best = None
+        best = first = None
+        highest = 0
         for group in self._groups.values():
             group.added = added = group.added + group.weight
             entry = group.heap[0]
             current = added - entry[0]
-            if best is None or current > highest or (current == highest and entry[1] < first[1]):
+            if first is None or current > highest or (current == highest and entry[1] < first[1]):
                 best, highest, first = group, current, entry
-        if best is None:
+        if best is None or first is None:
             self._turn += 1
             return nodes[self._turn % len(nodes)]
         ahead, place, chosen = first

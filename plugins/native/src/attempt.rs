@@ -236,30 +236,34 @@ impl Extras {
 }
 
 /// Begins an attempt of an exchange that this thread has, or had.
-pub fn forward(io: &Rc<Io>, mut forward: Box<Forward>) {
+pub fn forward(io: &Rc<Io>, forward: Box<Forward>) {
     let call = io.calls.borrow().get(&forward.exchange.id).cloned().filter(|call| !call.has_ended());
-    match &call {
-        Some(call) => call.began(&forward.ask.cancel),
-        None => forward.ask.cancel.cancel(),
-    }
-    let io = io.clone();
-    spawn_local(async move {
-        let begun = Instant::now();
-        let outcome = attempt(&io, call.as_deref(), &mut forward).await;
-        let seconds = begun.elapsed().as_secs_f64();
-        if let (Err(_), Some(call)) = (&outcome, &call) {
-            call.attempt_ended(&forward.ask.cancel);
+    match call {
+        Some(call) => call.begin_attempt(forward),
+        None => {
+            forward.ask.cancel.cancel();
+            spawn_local(run(io.clone(), None, forward));
         }
-        let (error, trailers) = match outcome {
-            Ok(trailers) => (None, trailers),
-            Err(Raised::Failure(failure)) => {
-                let trailers = failure.trailers.clone();
-                (Some(Raised::Failure(failure)), trailers)
-            }
-            Err(error) => (Some(error), HeaderMap::new()),
-        };
-        io.tell(Event::Done { done: forward.done, error, trailers, seconds });
-    });
+    }
+}
+
+/// Takes an attempt to its end, and has Python told.
+pub async fn run(io: Rc<Io>, call: Option<Rc<Call>>, mut forward: Box<Forward>) {
+    let begun = Instant::now();
+    let outcome = attempt(&io, call.as_deref(), &mut forward).await;
+    let seconds = begun.elapsed().as_secs_f64();
+    if let (Err(_), Some(call)) = (&outcome, &call) {
+        call.attempt_ended(&forward.ask.cancel);
+    }
+    let (error, trailers) = match outcome {
+        Ok(trailers) => (None, trailers),
+        Err(Raised::Failure(failure)) => {
+            let trailers = failure.trailers.clone();
+            (Some(Raised::Failure(failure)), trailers)
+        }
+        Err(error) => (Some(error), HeaderMap::new()),
+    };
+    io.tell(Event::Done { done: forward.done, error, trailers, seconds });
 }
 
 /// Has the node answer, and gives a good answer to the client; returns the node's trailers that a service may read.

@@ -1,6 +1,6 @@
 //! The calls of clients, from their first headers to their end.
 
-use crate::attempt::Cancel;
+use crate::attempt::{self, Cancel, Forward};
 use crate::body::{Messages, failure_of};
 use crate::events::Event;
 use crate::flag::Flag;
@@ -12,6 +12,7 @@ use crate::python::Exchange;
 use crate::server::{ServedMethod, Service};
 use crate::stream::Stream;
 use crate::window::Window;
+use atomic_waker::AtomicWaker;
 use dl_inference_grpc::{
     ACCEPTED, Code, Failure, Frame, GRPC_STATUS, check_headers, check_size, status_headers, timeout_of,
 };
@@ -22,7 +23,7 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, header};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::future::{pending, poll_fn};
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -79,6 +80,10 @@ pub struct Call {
     exchange: RefCell<Option<Py<Exchange>>>,
     on_cancel: RefCell<Vec<Py<PyAny>>>,
     attempts: RefCell<Vec<Cancel>>,
+    /// Attempts that the call's task is to begin; and its waker.
+    #[allow(clippy::vec_box)] // as the command brought it: nothing is copied
+    coming: RefCell<Vec<Box<Forward>>>,
+    task: AtomicWaker,
 }
 
 /// Takes a call from its first headers to its end.
@@ -130,17 +135,44 @@ pub async fn run(
         exchange: RefCell::default(),
         on_cancel: RefCell::default(),
         attempts: RefCell::default(),
+        coming: RefCell::default(),
+        task: AtomicWaker::new(),
     });
+    let mut attempts = Attempts::default();
     io.calls.borrow_mut().insert(call.shared.id, call.clone());
     io.tell(Event::Begin(call.clone()));
     tokio::select! {
         biased;
+        _ = poll_fn(|cx| attempts.poll(&io, &call, cx)) => {}
         _ = call.over.raised() => {}
         _ = poll_fn(|cx| call.poll_reset(cx)) => call.leave(&io, None),
         _ = passes(deadline) => call.leave(&io, Some(Failure::deadline())),
         _ = carry(&call, &io, &mut messages) => {}
     }
     io.calls.borrow_mut().remove(&call.shared.id);
+    poll_fn(|cx| attempts.poll_to_end(&io, &call, cx)).await;
+}
+
+/// The attempts of a call that are under way. The call's task polls them: each would cost more as a task of its own.
+#[derive(Default)]
+struct Attempts(Vec<Pin<Box<dyn Future<Output = ()>>>>);
+
+impl Attempts {
+    /// Goes on with all of them, and with those that come. Never ready.
+    fn poll(&mut self, io: &Rc<Io>, call: &Rc<Call>, cx: &mut Context<'_>) -> Poll<()> {
+        call.task.register(cx.waker());
+        for forward in call.coming.take() {
+            self.0.push(Box::pin(attempt::run(io.clone(), Some(call.clone()), forward)));
+        }
+        self.0.retain_mut(|attempt| attempt.as_mut().poll(cx).is_pending());
+        Poll::Pending
+    }
+
+    /// As `poll`; ready once none is left.
+    fn poll_to_end(&mut self, io: &Rc<Io>, call: &Rc<Call>, cx: &mut Context<'_>) -> Poll<()> {
+        let _ = self.poll(io, call, cx);
+        if self.0.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+    }
 }
 
 /// What the headers of a call say.
@@ -345,8 +377,10 @@ impl Call {
         }
     }
 
-    pub fn began(&self, attempt: &Cancel) {
-        self.attempts.borrow_mut().push(attempt.clone());
+    pub fn begin_attempt(&self, forward: Box<Forward>) {
+        self.attempts.borrow_mut().push(forward.ask.cancel.clone());
+        self.coming.borrow_mut().push(forward);
+        self.task.wake();
     }
 
     pub fn attempt_ended(&self, attempt: &Cancel) {
