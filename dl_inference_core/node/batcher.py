@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from dl_inference_core.node.batching import Batching, Part
@@ -64,13 +65,20 @@ class BatchCost:
         fixed, each = self._line
         return fixed + each * requests
 
+    def requests_within(self, seconds: float) -> float:
+        """How many requests a batch may have that takes so many seconds. Any thread."""
+        fixed, each = self._line
+        if each:
+            return (seconds - fixed) / each
+        return inf if fixed <= seconds else 0.0
+
 
 class RecentConcurrency:
     """The largest number of requests that were here at one time during the last one to two seconds in which any came.
     Infinity before anything is known."""
 
     def __init__(self) -> None:
-        self._before = math.inf
+        self._before = inf
         self._now = 0.0
         self._window_ends = 0.0
 
@@ -88,8 +96,12 @@ class RecentConcurrency:
 
 
 class Batcher:
-    """Gathers requests for one call of the model, on one model thread. Iterate over the requests, and `add` each before
-    the next one; the iteration ends where the batch is complete."""
+    """Gathers requests for one call of the model, on one model thread.
+
+    Attributes:
+        parts: what the requests bring that need the model.
+        rows: of all parts.
+    """
 
     def __init__(
         self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest, *, at_once: bool
@@ -103,53 +115,58 @@ class Batcher:
         self._thread = thread
         self._first = first
         self._at_once = _AT_ONCE if at_once else 1
-        self._max_rows = batching.max_rows
         self._holds = batching.delay_s > 0
         self.parts: list[Part] = []
-        """What the requests bring that need the model."""
         self.rows = 0
-        """Of all parts."""
-        self._answered = 0
-        """Requests that were answered without the model."""
-        self._complete = False
         self._hold_until = first.queued_at + batching.delay_s
-        self._soonest = math.inf
+        self._soonest = inf
         """The first deadline that can be met."""
+        self._most = inf
+        """How many parts the model can answer by then."""
 
-    def __iter__(self) -> Iterator[QueuedRequest]:
-        yield self._first
-        while not self._complete:
-            taken = self._thread.take(min(self._at_once, self._max_rows - self.rows - self._answered))
+    def gather(self, prepare: Callable[[QueuedRequest, float], Part | None]) -> None:
+        """Take requests until the batch is complete.
+
+        Args:
+            prepare: what a request brings, at a time by `time.monotonic`; None if it is answered already.
+        """
+        parts, max_rows = self.parts, self._batching.max_rows
+        answered = 0  # requests that did not need the model
+        taken: Sequence[QueuedRequest] = (self._first,)
+        now = time.monotonic()
+        while True:
             for number, request in enumerate(taken, 1):
-                yield request
-                if self._complete:
+                part = prepare(request, now)
+                alone = False
+                if part is None:
+                    answered += 1
+                else:
+                    parts.append(part)
+                    self.rows += part.rows
+                    alone = not part.rows
+                    if self._holds or request.answer_by < self._soonest:
+                        self._heed(request, now)
+                if alone or self.rows + answered >= max_rows or len(parts) + 1 > self._most:
                     self._thread.put_back(taken[number:])
                     return
+            now = time.monotonic()
+            if self._soonest < inf:
+                self._most = self._cost.requests_within(self._soonest - now)
+                if len(parts) + 1 > self._most:
+                    return
+            taken = self._thread.take(min(self._at_once, max_rows - self.rows - answered))
             if not taken and not self._wait_for_more():
                 return
 
-    def add(self, request: QueuedRequest, part: Part | None) -> None:
-        """Args:
-        part: what `request` brings; None if it is answered already.
-        """
-        if part is None:
-            self._answered += 1
-        else:
-            self.parts.append(part)
-            self.rows += part.rows
-            if not part.rows or self._is_late_with(request):
-                self._complete = True
-        if self.rows + self._answered >= self._max_rows:
-            self._complete = True
-
-    def _is_late_with(self, request: QueuedRequest) -> bool:
-        """Whether one more request would make the model answer after a deadline that can still be met."""
-        deadline, now, seconds = request.exchange.deadline, time.monotonic(), self._cost.seconds
-        if self._holds and (deadline is None or now + seconds(1) <= deadline):
-            self._hold_until = min(self._hold_until, request.hold_until)
-        if deadline is not None and deadline < self._soonest and now + seconds(1) <= deadline:
-            self._soonest = deadline
-        return self._soonest < math.inf and now + seconds(len(self.parts) + 1) > self._soonest
+    def _heed(self, request: QueuedRequest, now: float) -> None:
+        """If the model can still answer `request` in time: do not hold the batch for too long for it, and do not let
+        the batch grow until the answer would come after its deadline."""
+        if now + self._cost.seconds(1) > request.answer_by:
+            return
+        self._hold_until = min(self._hold_until, request.hold_until)
+        if request.answer_by < self._soonest:
+            self._soonest = request.answer_by
+            self._most = self._cost.requests_within(self._soonest - now)
 
     def _wait_for_more(self) -> bool:
         """Returns whether to look for another request: False if the batch is not held any longer."""

@@ -86,6 +86,7 @@ class Part:
     """What one request brings into a batch.
 
     Attributes:
+        inputs: may be the request's own payload, which nobody changes: see `taken_inputs`.
         rows: 0 if it can share none.
         cut: by output the dimension and the length to which it is cut.
     """
@@ -101,6 +102,11 @@ class Part:
     def alone(cls, queued: Any, request: Request, inputs: Any) -> Part:
         """That of a request which shares no call of the model."""
         return cls(queued, request, inputs, (queued,), 0, {})
+
+    def taken_inputs(self) -> Any:
+        """The inputs for a call of the model, which may change a dict that it is given."""
+        given = self.inputs
+        return dict(given) if type(given) is dict and given is self.request.payload else given
 
 
 class Batching:
@@ -202,15 +208,18 @@ class Batching:
                 alike = by_key.setdefault(key, [])
             alike.append(part)
         for alike in by_key.values():
-            batch: list[Part] = []
-            rows = 0
-            for part in alike:
-                if batch and rows + part.rows > self.max_rows:
-                    yield batch
-                    batch, rows = [], 0
-                batch.append(part)
-                rows += part.rows
-            yield batch
+            yield from self._split(alike) if sum([part.rows for part in alike]) > self.max_rows else [alike]
+
+    def _split(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
+        batch: list[Part] = []
+        rows = 0
+        for part in parts:
+            if batch and rows + part.rows > self.max_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append(part)
+            rows += part.rows
+        yield batch
 
     def run(
         self,
@@ -230,8 +239,8 @@ class Batching:
             NotRowwise: the outputs cannot be taken apart.
             Exception: what `model` raised.
         """
-        rows = sum(part.rows for part in parts)
-        inputs = parts[0].inputs
+        rows = sum([part.rows for part in parts])
+        inputs = parts[0].taken_inputs()
         if len(parts) == 1 and not self._is_remade(rows):
             outputs = model(inputs)
             called(rows)
@@ -242,10 +251,13 @@ class Batching:
             outputs = self._call(inputs, rows, model, called)
         else:
             outputs = self._in_pieces(inputs, rows, model, lambda: between(parts), called)
+        named = tuple(outputs.items())
         shares, start = [], 0
         for part in parts:
             stop = start + part.rows
-            share = {name: value[start:stop] for name, value in outputs.items()}
+            share = {}
+            for name, value in named:
+                share[name] = value[start:stop]
             shares.append(_cut(share, part.cut) if part.cut else share)
             start = stop
         return shares

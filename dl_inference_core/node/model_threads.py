@@ -93,8 +93,10 @@ class ModelThread:
 
     def put_back(self, requests: Sequence[QueuedRequest]) -> None:
         """Leave `requests`, the last ones that were taken, to the next batch: nothing was done for them."""
+        if not requests:
+            return
         with self._lock:
-            if requests and not self._given_up:
+            if not self._given_up:
                 del self.requests[-len(requests) :]
                 self._queue.put_back(requests)
 

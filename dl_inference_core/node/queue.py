@@ -7,12 +7,12 @@ transport or an exchange while holding it. A thread is woken only if it sleeps.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
@@ -35,23 +35,26 @@ class QueuedRequest:
     """One exchange that waits for a model thread, or that a model thread works on. Its `tensors.Call`.
 
     Attributes:
-        protocol: of the exchange's message.
+        message: the exchange's, and `protocol` that of the message.
         shares_batches: whether it can share a call of the model. MultiInference cannot: it has one for each signature.
         queued_at: when it came, by `time.monotonic`.
+        answer_by: the exchange's deadline, by `time.monotonic`; infinity if it has none.
         asked_priority: the priority that the request asks for, from 1; 0 is the default.
         priority: its place among the queue's priorities, from 0; set by `RequestQueue.put`.
         expires_at: when it has waited in the queue for too long, by `time.monotonic`.
-        size: of its message, in bytes.
+        size: of the message, in bytes.
         taken: whether a model thread has taken it out of the queue.
         ended: whether it is answered or refused, or its client has left: nobody needs its answer any more.
     """
 
     __slots__ = (
         "__weakref__",
+        "answer_by",
         "asked_priority",
         "ended",
         "exchange",
         "expires_at",
+        "message",
         "priority",
         "protocol",
         "queued_at",
@@ -63,12 +66,15 @@ class QueuedRequest:
     def __init__(self, exchange: Exchange, protocol: Protocol, asked: Queueing = NO_QUEUEING) -> None:
         self.exchange = exchange
         self.protocol = protocol
+        self.message = message = exchange.message
         self.shares_batches = protocol.codec_at != ""
-        self.queued_at = time.monotonic()
+        self.queued_at = now = time.monotonic()
+        deadline = exchange.deadline
+        self.answer_by = inf if deadline is None else deadline
         self.asked_priority = asked.priority
         self.priority = 0
-        self.expires_at = self.queued_at + asked.timeout_s if asked.timeout_s else math.inf
-        self.size = len(exchange.message)
+        self.expires_at = now + asked.timeout_s if asked.timeout_s else inf
+        self.size = len(message)
         self.taken = False
         self.ended = False
 
@@ -78,10 +84,9 @@ class QueuedRequest:
 
     @property
     def hold_until(self) -> float:
-        """When a batch must not wait for more requests any longer, by `time.monotonic`: half the time to the deadline
-        or to `expires_at`."""
-        deadline = self.exchange.deadline
-        return (self.queued_at + (self.expires_at if deadline is None else min(deadline, self.expires_at))) / 2
+        """When a batch must not wait for more requests any longer, by `time.monotonic`: half the time to `answer_by` or
+        to `expires_at`."""
+        return (self.queued_at + min(self.answer_by, self.expires_at)) / 2
 
     @property
     def deadline(self) -> float | None:
@@ -96,8 +101,7 @@ class QueuedRequest:
         return request_id_of(self.exchange)
 
     def cancelled(self) -> bool:
-        deadline = self.exchange.deadline
-        return self.ended or (deadline is not None and time.monotonic() >= deadline)
+        return self.ended or time.monotonic() >= self.answer_by
 
     def __reduce__(self) -> tuple[type[CallSnapshot], tuple[float | None, Metadata, str]]:
         """A copy of a request, here or in another process, keeps the facts of its call but not the call."""
@@ -160,8 +164,8 @@ class RequestQueue:
         self.gathering = False
         self._enough_came = threading.Condition(self._lock)
         """Where the thread sleeps that holds its batch, until so many requests wait or one must not be held so long."""
-        self._sleeps_for = math.inf
-        self._sleeps_until = -math.inf
+        self._sleeps_for = inf
+        self._sleeps_until = -inf
 
     def configure(self, limits: QueueLimits, max_rows: int = 1, *, holds: bool = False) -> None:
         """Before the first request.
@@ -209,7 +213,7 @@ class RequestQueue:
                 self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
             if self._idle or self.gathering:
                 self._wake_for(request)
-        if request.expires_at < math.inf:
+        if request.expires_at < inf:
             self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
         if ousted is not None:
             self._refuse(ousted, self._full("a request of a higher priority has taken its place"))
@@ -342,7 +346,7 @@ class RequestQueue:
                 self._requests[request.priority].appendleft(request)
                 self._wake_for(request)
         for request in requests:
-            if request.expires_at < math.inf:  # its timer may have found it taken
+            if request.expires_at < inf:  # its timer may have found it taken
                 self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
 
     def _first(self) -> deque[QueuedRequest]:
@@ -387,7 +391,7 @@ class RequestQueue:
                 return True
             self._sleeps_until, self._sleeps_for = until, min(enough, expected)
             self._enough_came.wait(left_s)
-            self._sleeps_until, self._sleeps_for = -math.inf, math.inf
+            self._sleeps_until, self._sleeps_for = -inf, inf
         return True
 
     def stop_gathering(self) -> None:
