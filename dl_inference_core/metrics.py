@@ -105,8 +105,7 @@ class _Requests(Collector):
         self.counts: dict[tuple[str, str], RequestCounts] = {}
 
     def of(self, protocol: str, upstream: str) -> RequestCounts:
-        key = protocol, upstream
-        return self.counts.get(key) or self.counts.setdefault(key, RequestCounts())
+        return self.counts.setdefault((protocol, upstream), RequestCounts())
 
     def remove(self, upstream: str) -> None:
         for key in [key for key in tuple(self.counts) if key[1] == upstream]:
@@ -264,7 +263,7 @@ class Metrics:
 
     def requests(self, protocol: str, upstream: str) -> RequestCounts:
         """What counts the requests in `protocol` for `upstream`, which is "" where the routing key named none."""
-        return self._requests.of(protocol, upstream)
+        return self._requests.counts.get((protocol, upstream)) or self._requests.of(protocol, upstream)
 
     def batch(self, model: str, rows: int) -> None:
         """A model was called with so many rows of requests."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, Field, model_validator
@@ -74,7 +75,7 @@ class QueueLimits(PluginOptions):
 
 
 class Admission:
-    """What model threads work on, and whether one more request would be answered in time and finds room.
+    """What model threads work on, and whether one more request would be answered in time.
 
     Attributes:
         threads: how many model threads there are.
@@ -87,7 +88,7 @@ class Admission:
         """
         self._cost = cost
         self._delay_s = delay_s
-        self._limits = QueueLimits()
+        self._max_wait_s = inf
         self._max_rows = 1
         self._rows_each = 1.0  # mean rows of recent requests
         self._free_at: dict[int, float] = {}
@@ -103,7 +104,7 @@ class Admission:
         """Args:
         max_rows: the most rows that one batch may have.
         """
-        self._limits = limits
+        self._max_wait_s = limits.max_wait_ms / 1000 or inf
         self._max_rows = max_rows
 
     def begin(self, thread: int, requests: int, rows: int = 0) -> None:
@@ -144,24 +145,16 @@ class Admission:
         """
         if not self._foreseen:
             self._foresee()
-        came_at, deadline, max_wait_ms = request.queued_at, request.exchange.deadline, self._limits.max_wait_ms
-        wait_s, batch_s = max(self._first_free_at - came_at, 0.0), self._batch_s
+        came_at, batch_s = request.queued_at, self._batch_s
+        wait_s = max(self._first_free_at - came_at, 0.0)
         if before < self._worthwhile:
             batch_s = self._cost.seconds(before + 1)
         else:
             wait_s += batch_s * (before // self._worthwhile // self.threads)
         takes_s = wait_s + batch_s + self._delay_s()
-        if deadline is not None and came_at + _MARGIN * takes_s > deadline:
+        if came_at + _MARGIN * takes_s > request.answer_by:
             return f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline"
-        if max_wait_ms and wait_s * 1000 > max_wait_ms:
-            return f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {max_wait_ms})"
-        return ""
-
-    def why_full(self, request: QueuedRequest, waiting: int, size: int) -> str:
-        """Why there is no room for `request` beside `waiting` others, which have `size` bytes; "" if there is."""
-        limits = self._limits
-        if waiting >= limits.max_requests:
-            return f"{waiting} requests wait (max_requests)"
-        if waiting and size + request.size > limits.max_mb << 20:
-            return f"requests of {size} bytes wait, and this one has {request.size} (max_mb is {limits.max_mb})"
+        if wait_s > self._max_wait_s:
+            limit_ms = self._max_wait_s * 1000
+            return f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limit_ms:.0f})"
         return ""

@@ -145,27 +145,25 @@ class RequestQueue:
         self._name = name
         self._refuse = refuse
         self._loop = asyncio.get_running_loop()
-        self._limits = QueueLimits()
         self._admission = Admission(cost, delay_s)
         self._lock = threading.Lock()
         self._tasks: deque[Task] = deque()
-        self._requests: list[deque[QueuedRequest]] = [deque()]
-        """By priority."""
         self._waiting = 0  # requests, and
         self._bytes = 0  # their size
         self._item_came = threading.Condition(self._lock)
         """Where threads without work sleep."""
-        self._idle = 0  # threads that sleep there
+        self._idle = 0  # threads that sleep there,
+        self._woken = 0  # and of these, threads that were woken and do not run yet
         self._in_hand = 0  # requests that threads work on
         self._overflows = 0  # requests without room or time, since all that wait were looked at
         self._concurrency = RecentConcurrency()
         self._closed = False
-        self.holds = False
         self.gathering = False
         self._enough_came = threading.Condition(self._lock)
         """Where the thread sleeps that holds its batch, until so many requests wait or one must not be held so long."""
         self._sleeps_for = inf
         self._sleeps_until = -inf
+        self.configure(QueueLimits())
 
     def configure(self, limits: QueueLimits, max_rows: int = 1, *, holds: bool = False) -> None:
         """Before the first request.
@@ -174,10 +172,15 @@ class RequestQueue:
             max_rows: the most rows that one batch may have.
             holds: as the attribute.
         """
+        # To read an attribute of a pydantic model takes longer, and these are read for each request.
         self._limits = limits
+        self._max_requests = limits.max_requests
+        self._max_bytes = limits.max_mb << 20
+        self._lowest = limits.priorities - 1
         self._admission.configure(limits, max_rows)
         self.holds = holds
-        self._requests = [deque() for _ in range(limits.priorities)]
+        self._requests: list[deque[QueuedRequest]] = [deque() for _ in range(limits.priorities)]
+        """By priority."""
 
     # In
 
@@ -186,7 +189,7 @@ class RequestQueue:
         with self._lock:
             self._tasks.append(task)
             if self._idle:
-                self._item_came.notify()
+                self._wake()
             else:
                 self._enough_came.notify()
 
@@ -198,9 +201,9 @@ class RequestQueue:
             Overloaded: there is no room, or not enough time, for it.
             BadRequest: its metadata names a priority that does not exist.
         """
-        limits, ousted = self._limits, None
-        if limits.priorities > 1:
-            request.priority = limits.priority(request.exchange, request.asked_priority)
+        ousted = None
+        if self._lowest:
+            request.priority = self._limits.priority(request.exchange, request.asked_priority)
         with self._lock:
             if self._closed:
                 return False
@@ -211,7 +214,7 @@ class RequestQueue:
             self._bytes += request.size
             if self.holds:
                 self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
-            if self._idle or self.gathering:
+            if self.gathering or self._idle > self._woken:
                 self._wake_for(request)
         if request.expires_at < inf:
             self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
@@ -225,7 +228,13 @@ class RequestQueue:
         if self.gathering and (shares or not self._idle):
             if not shares or self._waiting >= self._sleeps_for or request.hold_until < self._sleeps_until:
                 self._enough_came.notify()
-        elif self._idle:
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake a thread that sleeps without work, if there is one. With the lock."""
+        if self._idle > self._woken:
+            self._woken += 1
             self._item_came.notify()
 
     def _expire_in_time(self, reference: weakref.ref[QueuedRequest]) -> None:
@@ -251,22 +260,30 @@ class RequestQueue:
             DeadlineExceeded: the deadline passed before the request came.
             Overloaded: there is no room or time for it.
         """
-        deadline = request.exchange.deadline
-        if deadline is not None and request.queued_at >= deadline:
+        if request.queued_at >= request.answer_by:
             raise DeadlineExceeded(f"the deadline passed before the request came to the queue of model {self._name}")
         before = self._waiting
-        if request.priority < len(self._requests) - 1:
+        if request.priority < self._lowest:
             before = sum(map(len, self._requests[: request.priority + 1]))
         late = self._admission.why_late(request, before)
-        full = self._admission.why_full(request, self._waiting, self._bytes)
-        if not late and not full:
+        has_room = self._waiting < self._max_requests and (
+            self._bytes + request.size <= self._max_bytes or not self._waiting
+        )
+        if has_room and not late:
             return None
         if self._drop_ended():
             return self._admit(request)
         ousted = None if late else self._oust(request)
         if ousted is None:
-            raise self._full(late or full)
+            raise self._full(late or self._describe_full(request))
         return ousted
+
+    def _describe_full(self, request: QueuedRequest) -> str:
+        if self._waiting >= self._max_requests:
+            return f"{self._waiting} requests wait (max_requests)"
+        return (
+            f"requests of {self._bytes} bytes wait, and this one has {request.size} (max_mb is {self._max_bytes >> 20})"
+        )
 
     def _drop_ended(self) -> bool:
         """Let go of the requests that nobody waits for, unless all were looked at a moment ago. Returns whether there
@@ -283,7 +300,7 @@ class RequestQueue:
     def _oust(self, request: QueuedRequest) -> QueuedRequest | None:
         """The request that would be served last, if `request` is served before it and finds room in its place."""
         for requests in self._requests[: request.priority : -1]:
-            if requests and self._bytes - requests[-1].size + request.size <= self._limits.max_mb << 20:
+            if requests and self._bytes - requests[-1].size + request.size <= self._max_bytes:
                 ousted = requests.pop()
                 self._waiting -= 1
                 self._bytes -= ousted.size
@@ -308,6 +325,7 @@ class RequestQueue:
                 self._idle += 1
                 self._item_came.wait()
                 self._idle -= 1
+                self._woken -= 1
             self._admission.begin(thread, 1)
             return item
 
@@ -399,12 +417,13 @@ class RequestQueue:
         with self._lock:
             self.gathering = False
             if self._waiting:
-                self._item_came.notify()
+                self._wake()
 
     def close(self) -> None:
         """Take no more requests, and end the threads once the queue is empty. Any thread."""
         with self._lock:
             self._closed = True
+            self._woken = self._idle
             self._item_came.notify_all()
             self._enough_came.notify()
 

@@ -81,14 +81,6 @@ class Protocol:
     allow_empty: bool = False
     read_queueing: Callable[[bytes | memoryview], Queueing] | None = None
 
-    def queueing(self, body: Message) -> Queueing:
-        """What a request says about its place in a model's queue.
-
-        Raises:
-            BadRequest: as `read_queueing`.
-        """
-        return NO_QUEUEING if self.read_queueing is None else self.read_queueing(body)
-
     @property
     def codec(self) -> Codec:
         """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
