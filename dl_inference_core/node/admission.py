@@ -146,9 +146,10 @@ class Admission:
         if not self._foreseen:
             self._foresee()
         came_at, batch_s = request.queued_at, self._batch_s
-        wait_s = max(self._first_free_at - came_at, 0.0)
+        wait_s = self._first_free_at - came_at if came_at < self._first_free_at else 0.0
         if before < self._worthwhile:
-            batch_s = self._cost.seconds(before + 1)
+            fixed_s, each_s = self._cost.line
+            batch_s = fixed_s + each_s * (before + 1)
         else:
             wait_s += batch_s * (before // self._worthwhile // self.threads)
         takes_s = wait_s + batch_s + self._delay_s()

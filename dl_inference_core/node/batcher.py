@@ -33,12 +33,13 @@ class BatchCost:
     batches had the same size, any size is expected to cost the same: then larger batches are tried, which tell b.
 
     Attributes:
+        line: a and b.
         worthwhile: the number of requests from which on a larger batch saves hardly any time per request.
     """
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-        self._line = (0.0, 0.0)
+        self.line = (0.0, 0.0)
         self.worthwhile = 1
 
     def learn(self, requests: int, seconds: float) -> None:
@@ -56,18 +57,18 @@ class BatchCost:
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
         fixed = mean_s - slope * mean
-        self._line = fixed, slope
+        self.line = fixed, slope
         many = slope <= _OVERHEAD * fixed / _UNBOUNDED
         self.worthwhile = _UNBOUNDED if many else max(1, math.ceil(fixed / (_OVERHEAD * slope)))
 
     def seconds(self, requests: float) -> float:
         """The expected cost; 0 before anything is known. Any thread."""
-        fixed, each = self._line
+        fixed, each = self.line
         return fixed + each * requests
 
     def requests_within(self, seconds: float) -> float:
         """How many requests a batch may have that takes so many seconds. Any thread."""
-        fixed, each = self._line
+        fixed, each = self.line
         if each:
             return (seconds - fixed) / each
         return inf if fixed <= seconds else 0.0
