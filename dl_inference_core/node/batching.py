@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -251,16 +252,11 @@ class Batching:
             outputs = self._call(inputs, rows, model, called)
         else:
             outputs = self._in_pieces(inputs, rows, model, lambda: between(parts), called)
-        named = tuple(outputs.items())
-        shares, start = [], 0
-        for part in parts:
-            stop = start + part.rows
-            share = {}
-            for name, value in named:
-                share[name] = value[start:stop]
-            shares.append(_cut(share, part.cut) if part.cut else share)
-            start = stop
-        return shares
+        shares: list[Any] = [{} for _ in parts]
+        for name, value in outputs.items():
+            for share, piece in zip(shares, _pieces(value, parts), strict=True):
+                share[name] = piece
+        return [_cut(share, part.cut) for share, part in zip(shares, parts, strict=True)] if self._buckets else shares
 
     def _is_remade(self, rows: int) -> bool:
         """Whether inputs of so many rows, of one request, are split or padded."""
@@ -303,6 +299,14 @@ def _named(outputs: Any) -> Iterable[tuple[str, Any]]:
     if not isinstance(outputs, Mapping):
         raise NotRowwise(f"the outputs are a {type(outputs).__qualname__}, no tensors by name")
     return outputs.items()
+
+
+def _pieces(value: Any, parts: Sequence[Part]) -> Iterable[Any]:
+    """The rows of each part, of an output that has those of all."""
+    if len(value) == len(parts):
+        return value[:, None]  # type: ignore[no-any-return]  # a row each: to iterate takes 0.1 µs less than to slice
+    stops = list(accumulate([part.rows for part in parts]))
+    return [value[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def _cut(outputs: Any, cut: Mapping[str, tuple[int, int]]) -> Any:

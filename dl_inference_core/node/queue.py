@@ -150,10 +150,8 @@ class RequestQueue:
         self._tasks: deque[Task] = deque()
         self._waiting = 0  # requests, and
         self._bytes = 0  # their size
-        self._item_came = threading.Condition(self._lock)
-        """Where threads without work sleep."""
-        self._idle = 0  # threads that sleep there,
-        self._woken = 0  # and of these, threads that were woken and do not run yet
+        self._sleeping: deque[threading.Lock] = deque()
+        """What threads without work sleep on: to release one wakes its thread, and takes less than a condition does."""
         self._in_hand = 0  # requests that threads work on
         self._overflows = 0  # requests without room or time, since all that wait were looked at
         self._concurrency = RecentConcurrency()
@@ -188,9 +186,7 @@ class RequestQueue:
         """Have a thread run `task` before any request. Limits do not hold for it. Any thread."""
         with self._lock:
             self._tasks.append(task)
-            if self._idle:
-                self._wake()
-            else:
+            if not self._wake():
                 self._enough_came.notify()
 
     def put(self, request: QueuedRequest) -> bool:
@@ -214,7 +210,7 @@ class RequestQueue:
             self._bytes += request.size
             if self.holds:
                 self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
-            if self.gathering or self._idle > self._woken:
+            if self.gathering or self._sleeping:
                 self._wake_for(request)
         if request.expires_at < inf:
             self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
@@ -225,17 +221,18 @@ class RequestQueue:
     def _wake_for(self, request: QueuedRequest) -> None:
         """Wake the thread that can do something about `request`, which has come. With the lock."""
         shares = request.shares_batches
-        if self.gathering and (shares or not self._idle):
+        if self.gathering and (shares or not self._sleeping):
             if not shares or self._waiting >= self._sleeps_for or request.hold_until < self._sleeps_until:
                 self._enough_came.notify()
         else:
             self._wake()
 
-    def _wake(self) -> None:
-        """Wake a thread that sleeps without work, if there is one. With the lock."""
-        if self._idle > self._woken:
-            self._woken += 1
-            self._item_came.notify()
+    def _wake(self) -> bool:
+        """Wake a thread that sleeps without work. Returns whether there was one. With the lock."""
+        if not self._sleeping:
+            return False
+        self._sleeping.popleft().release()
+        return True
 
     def _expire_in_time(self, reference: weakref.ref[QueuedRequest]) -> None:
         request = reference()
@@ -318,16 +315,17 @@ class RequestQueue:
         Raises:
             StopIteration: this thread shall end.
         """
-        with self._lock:
-            while (item := self._pop()) is None:
+        while True:
+            with self._lock:
+                if (item := self._pop()) is not None:
+                    self._admission.begin(thread, 1)
+                    return item
                 if self._closed:
                     raise StopIteration
-                self._idle += 1
-                self._item_came.wait()
-                self._idle -= 1
-                self._woken -= 1
-            self._admission.begin(thread, 1)
-            return item
+                woken = threading.Lock()
+                woken.acquire()
+                self._sleeping.append(woken)
+            woken.acquire()
 
     def _pop(self) -> QueuedRequest | Task | None:
         if self._tasks:
@@ -351,7 +349,9 @@ class RequestQueue:
             return taken
         with self._lock:
             while len(taken) < most and not self._awaits_thread() and (requests := self._first()):
-                while requests and len(taken) < most and requests[0].shares_batches:
+                for _ in range(min(most - len(taken), len(requests))):
+                    if not requests[0].shares_batches:
+                        break
                     taken.append(requests.popleft())
             self._hand_over(taken)
         return taken
@@ -387,7 +387,7 @@ class RequestQueue:
     def _awaits_thread(self) -> bool:
         """Whether a task waits for which no thread is free, or the first request shares no batch. With the lock."""
         requests = self._first()
-        return len(self._tasks) > self._idle or (bool(requests) and not requests[0].shares_batches)
+        return len(self._tasks) > len(self._sleeping) or (bool(requests) and not requests[0].shares_batches)
 
     def wait_for_more(self, until: float, enough: int) -> bool:
         """Sleep until `until`, by `time.monotonic`, but no longer than until `enough` requests wait, or one that cannot
@@ -423,8 +423,8 @@ class RequestQueue:
         """Take no more requests, and end the threads once the queue is empty. Any thread."""
         with self._lock:
             self._closed = True
-            self._woken = self._idle
-            self._item_came.notify_all()
+            while self._wake():
+                pass
             self._enough_came.notify()
 
     # What threads work on
