@@ -67,10 +67,10 @@ class BatchCost:
         return fixed + each * requests
 
     def requests_within(self, seconds: float) -> float:
-        """How many requests a batch may have that takes so many seconds. Any thread."""
+        """How many requests a batch has at most that takes so many seconds. Any thread."""
         fixed, each = self.line
         if each:
-            return (seconds - fixed) / each
+            return (seconds - fixed) // each
         return inf if fixed <= seconds else 0.0
 
 
@@ -97,82 +97,61 @@ class RecentConcurrency:
 
 
 class Batcher:
-    """Gathers requests for one call of the model, on one model thread.
+    """Gathers the requests that one call of the model takes. Model threads only."""
 
-    Attributes:
-        parts: what the requests bring that need the model.
-        rows: of all parts.
-    """
-
-    def __init__(
-        self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest, *, at_once: bool
-    ) -> None:
+    def __init__(self, batching: Batching, cost: BatchCost, *, at_once: bool) -> None:
         """Args:
+        cost: what batches cost lately.
         at_once: whether to take several requests out of the queue at once. Not where a request may take long before the
             model: another thread that becomes free meanwhile could begin the others.
         """
         self._batching = batching
         self._cost = cost
-        self._thread = thread
-        self._first = first
         self._at_once = _AT_ONCE if at_once else 1
-        self._holds = batching.delay_s > 0
-        self.parts: list[Part] = []
-        self.rows = 0
-        self._hold_until = first.queued_at + batching.delay_s
-        self._soonest = inf
-        """The first deadline that can be met."""
-        self._most = inf
-        """How many parts the model can answer by then."""
 
-    def gather(self, prepare: Callable[[QueuedRequest, float], Part | None]) -> None:
-        """Take requests until the batch is complete.
+    def gather(
+        self, first: QueuedRequest, thread: ModelThread, prepare: Callable[[QueuedRequest, float], Part | None]
+    ) -> list[Part]:
+        """What `first`, and the requests that `thread` then takes until the batch is complete, bring to the model.
 
         Args:
             prepare: what a request brings, at a time by `time.monotonic`; None if it is answered already.
         """
-        parts, max_rows = self.parts, self._batching.max_rows
-        answered = 0  # requests that did not need the model
-        taken: Sequence[QueuedRequest] = (self._first,)
+        max_rows, holds, cost = self._batching.max_rows, self._batching.delay_s > 0, self._cost
+        parts: list[Part] = []
+        rows = answered = 0  # rows of all parts; requests that did not need the model
+        hold_until = first.queued_at + self._batching.delay_s
+        soonest = most = inf  # the first deadline that can be met, and how many requests the model answers by then
+        taken: Sequence[QueuedRequest] = (first,)
         now = time.monotonic()
         while True:
             for number, request in enumerate(taken, 1):
                 part = prepare(request, now)
-                alone = False
                 if part is None:
                     answered += 1
                 else:
                     parts.append(part)
-                    self.rows += part.rows
-                    alone = not part.rows
-                    if self._holds or request.answer_by < self._soonest:
-                        self._heed(request, now)
-                if alone or self.rows + answered >= max_rows or len(parts) + 1 > self._most:
-                    self._thread.put_back(taken[number:])
-                    return
+                    rows += part.rows
+                    deadline = request.answer_by
+                    if (holds or deadline < soonest) and now + cost.seconds(1) <= deadline:
+                        hold_until = min(hold_until, request.hold_until)
+                        if deadline < soonest:
+                            soonest, most = deadline, cost.requests_within(deadline - now)
+                alone = part is not None and not part.rows
+                if alone or rows + answered >= max_rows or len(parts) >= most:
+                    thread.put_back(taken[number:])
+                    return parts
             now = time.monotonic()
-            if self._soonest < inf:
-                self._most = self._cost.requests_within(self._soonest - now)
-                if len(parts) + 1 > self._most:
-                    return
-            taken = self._thread.take(min(self._at_once, max_rows - self.rows - answered))
-            if not taken and not self._wait_for_more():
-                return
+            if soonest < inf and len(parts) >= (most := cost.requests_within(soonest - now)):
+                return parts
+            taken = thread.take(min(self._at_once, max_rows - rows - answered))
+            if not taken and not (holds and self._wait_for_more(thread, parts, rows, hold_until)):
+                return parts
 
-    def _heed(self, request: QueuedRequest, now: float) -> None:
-        """If the model can still answer `request` in time: do not hold the batch for too long for it, and do not let
-        the batch grow until the answer would come after its deadline."""
-        if now + self._cost.seconds(1) > request.answer_by:
-            return
-        self._hold_until = min(self._hold_until, request.hold_until)
-        if request.answer_by < self._soonest:
-            self._soonest = request.answer_by
-            self._most = self._cost.requests_within(self._soonest - now)
-
-    def _wait_for_more(self) -> bool:
+    def _wait_for_more(self, thread: ModelThread, parts: Sequence[Part], rows: int, until: float) -> bool:
         """Returns whether to look for another request: False if the batch is not held any longer."""
-        if not self._holds or self.rows in self._batching.preferred:
+        if rows in self._batching.preferred:
             return False
-        missing = self._batching.next_size(self.rows) - self.rows
-        rows_each = max(self.rows / len(self.parts), 1.0) if self.parts else 1.0
-        return self._thread.wait_for_more(self._hold_until, math.ceil(missing / rows_each))
+        missing = self._batching.next_size(rows) - rows
+        rows_each = max(rows / len(parts), 1.0) if parts else 1.0
+        return thread.wait_for_more(until, math.ceil(missing / rows_each))

@@ -199,8 +199,10 @@ class Batching:
             cut.update((output, (bucket.axis, length)) for output in bucket.outputs)
         return padded, cut
 
-    def batches(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
+    def batches(self, parts: list[Part]) -> list[list[Part]]:
         """`parts` in batches, the first ones first: none with more rows than it may have, unless one part alone has."""
+        if len(parts) == 1:
+            return [parts]
         by_key: dict[Key, list[Part]] = {}
         key: Key | None = None
         for part in parts:
@@ -208,10 +210,12 @@ class Batching:
                 key = part.key
                 alike = by_key.setdefault(key, [])
             alike.append(part)
-        for alike in by_key.values():
-            yield from self._split(alike) if sum([part.rows for part in alike]) > self.max_rows else [alike]
+        return [batch for alike in by_key.values() for batch in self._split(alike)]
 
-    def _split(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
+    def _split(self, parts: list[Part]) -> Iterator[list[Part]]:
+        if sum([part.rows for part in parts]) <= self.max_rows:
+            yield parts
+            return
         batch: list[Part] = []
         rows = 0
         for part in parts:

@@ -164,12 +164,12 @@ class Execution:
         thread: ModelThread,
         completions: Completions,
     ) -> int:
-        batcher = Batcher(batching, self._cost, thread, first, at_once=self._takes_what_fits)
-        batcher.gather(partial(self._prepare, instance, batching, completions))
-        thread.begin_model(len(batcher.parts), batcher.rows)
-        for batch in batching.batches(batcher.parts):
+        batcher = Batcher(batching, self._cost, at_once=self._takes_what_fits)
+        parts = batcher.gather(first, thread, partial(self._prepare, instance, batching, completions))
+        thread.begin_model(len(parts), sum([part.rows for part in parts]))
+        for batch in batching.batches(parts):
             self._run_batch(instance, batching, batch, completions)
-        return len(batcher.parts)
+        return len(parts)
 
     def _run_batch(
         self, instance: Instance, batching: Batching, parts: Sequence[Part], completions: Completions
