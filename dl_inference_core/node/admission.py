@@ -145,14 +145,14 @@ class Admission:
         """
         if not self._foreseen:
             self._foresee()
-        came_at, batch_s = request.queued_at, self._batch_s
-        wait_s = self._first_free_at - came_at if came_at < self._first_free_at else 0.0
+        came_at, free_at, batch_s, delay_s = request.queued_at, self._first_free_at, self._batch_s, self._delay_s
+        wait_s = free_at - came_at if free_at > came_at else 0.0
         if before < self._worthwhile:
             fixed_s, each_s = self._cost.line
             batch_s = fixed_s + each_s * (before + 1)
         else:
             wait_s += batch_s * (before // self._worthwhile // self.threads)
-        takes_s = wait_s + batch_s + self._delay_s()
+        takes_s = wait_s + batch_s + delay_s()
         if came_at + _MARGIN * takes_s > request.answer_by:
             return f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline"
         if wait_s > self._max_wait_s:

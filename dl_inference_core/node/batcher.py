@@ -127,17 +127,19 @@ class Batcher:
         while True:
             for number, request in enumerate(taken, 1):
                 part = prepare(request, now)
+                alone = False
                 if part is None:
                     answered += 1
                 else:
                     parts.append(part)
                     rows += part.rows
+                    alone = not part.rows
                     deadline = request.answer_by
                     if (holds or deadline < soonest) and now + cost.seconds(1) <= deadline:
-                        hold_until = min(hold_until, request.hold_until)
+                        if holds:
+                            hold_until = min(hold_until, request.hold_until)
                         if deadline < soonest:
                             soonest, most = deadline, cost.requests_within(deadline - now)
-                alone = part is not None and not part.rows
                 if alone or rows + answered >= max_rows or len(parts) >= most:
                     thread.put_back(taken[number:])
                     return parts
