@@ -79,6 +79,8 @@ class Admission:
 
     Attributes:
         threads: how many model threads there are.
+        ample_s: a request with more seconds than that to its deadline is in time, behind however many others; infinity
+            where that is not known. It holds until a thread begins or ends a batch.
     """
 
     def __init__(self, cost: BatchCost, delay_s: Callable[[], float]) -> None:
@@ -89,12 +91,14 @@ class Admission:
         self._cost = cost
         self._delay_s = delay_s
         self._max_wait_s = inf
+        self._max_requests = 0
         self._max_rows = 1
         self._rows_each = 1.0  # mean rows of recent requests
         self._free_at: dict[int, float] = {}
         """By the number of a busy thread, when it should have done what it works on, by `time.monotonic`."""
         self.threads = 1
         # What is the same for all requests until a thread begins or ends a batch, found out for the first of them:
+        self.ample_s = inf
         self._foreseen = False
         self._first_free_at = 0.0  # the least of `_free_at`, where all threads are busy
         self._worthwhile = 1  # requests that make good use of a call
@@ -105,6 +109,7 @@ class Admission:
         max_rows: the most rows that one batch may have.
         """
         self._max_wait_s = limits.max_wait_ms / 1000 or inf
+        self._max_requests = limits.max_requests
         self._max_rows = max_rows
 
     def begin(self, thread: int, requests: int, rows: int = 0) -> None:
@@ -112,7 +117,7 @@ class Admission:
         if requests and rows:
             self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
         self._free_at[thread] = time.monotonic() + self._cost.seconds(requests)
-        self._foreseen = False
+        self._foreseen, self.ample_s = False, inf
 
     def end(self, thread: int, requests: int, seconds: float) -> None:
         """The thread of that number is free again.
@@ -124,13 +129,17 @@ class Admission:
         del self._free_at[thread]
         if requests:
             self._cost.learn(requests, seconds)
-        self._foreseen = False
+        self._foreseen, self.ample_s = False, inf
 
-    def _foresee(self) -> None:
+    def _foresee(self, now: float) -> None:
         self._foreseen = True
         self._first_free_at = min(self._free_at.values()) if len(self._free_at) >= self.threads else 0.0
         self._worthwhile = max(1, min(self._cost.worthwhile, int(self._max_rows / self._rows_each)))
         self._batch_s = self._cost.seconds(self._worthwhile)
+        batches = self._max_requests // self._worthwhile // self.threads
+        longest_wait_s = max(self._first_free_at - now, 0.0) + self._batch_s * batches
+        if longest_wait_s <= self._max_wait_s:
+            self.ample_s = _MARGIN * (longest_wait_s + self._batch_s + self._delay_s())
 
     @property
     def busy(self) -> bool:
@@ -144,7 +153,7 @@ class Admission:
         time for more. While fewer wait, it has all of them.
         """
         if not self._foreseen:
-            self._foresee()
+            self._foresee(request.queued_at)
         came_at, free_at, batch_s, delay_s = request.queued_at, self._first_free_at, self._batch_s, self._delay_s
         wait_s = free_at - came_at if free_at > came_at else 0.0
         if before < self._worthwhile:

@@ -89,7 +89,7 @@ class Part:
     Attributes:
         inputs: may be the request's own payload, which nobody changes: see `taken_inputs`.
         rows: 0 if it can share none.
-        cut: by output the dimension and the length to which it is cut.
+        cut: by output the dimension and the length to which it is cut; None cuts none.
     """
 
     queued: Any
@@ -97,12 +97,12 @@ class Part:
     inputs: Mapping[str, Any]
     key: Key
     rows: int
-    cut: Mapping[str, tuple[int, int]]
+    cut: Mapping[str, tuple[int, int]] | None = None
 
     @classmethod
     def alone(cls, queued: Any, request: Request, inputs: Any) -> Part:
         """That of a request which shares no call of the model."""
-        return cls(queued, request, inputs, (queued,), 0, {})
+        return cls(queued, request, inputs, (queued,), 0)
 
     def taken_inputs(self) -> Any:
         """The inputs for a call of the model, which may change a dict that it is given."""
@@ -166,7 +166,7 @@ class Batching:
         unchecked = self._unchecked.get(signature)
         if unchecked is not None and not unchecked.fits_shapes(inputs):
             return alone
-        cut: Mapping[str, tuple[int, int]] = {}
+        cut: Mapping[str, tuple[int, int]] | None = None
         if self._buckets:
             inputs, cut = self._bucketed(inputs)
         key: list[Any] = [signature]
@@ -313,7 +313,7 @@ def _pieces(value: Any, parts: Sequence[Part]) -> Iterable[Any]:
     return [value[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def _cut(outputs: Any, cut: Mapping[str, tuple[int, int]]) -> Any:
+def _cut(outputs: Any, cut: Mapping[str, tuple[int, int]] | None) -> Any:
     if not cut:
         return outputs
     shorter = {

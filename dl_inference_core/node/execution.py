@@ -314,7 +314,7 @@ class Execution:
                 if not known.ordered:
                     inputs = {name: inputs[name] for name in known.inputs}
                 if known.rows:
-                    part = Part(queued, request, inputs, known.key, known.rows, {})
+                    part = Part(queued, request, inputs, known.key, known.rows)
                     return self._kept_apart(part) if self._suspects.any else part
             else:
                 inputs = self._inputs(instance, request)

@@ -257,15 +257,18 @@ class RequestQueue:
             DeadlineExceeded: the deadline passed before the request came.
             Overloaded: there is no room or time for it.
         """
-        if request.queued_at >= request.answer_by:
+        has_room = self._waiting < self._max_requests and (
+            self._bytes + request.size <= self._max_bytes or not self._waiting
+        )
+        left_s = request.answer_by - request.queued_at
+        if has_room and left_s > self._admission.ample_s:
+            return None
+        if left_s <= 0:
             raise DeadlineExceeded(f"the deadline passed before the request came to the queue of model {self._name}")
         before = self._waiting
         if request.priority < self._lowest:
             before = sum(map(len, self._requests[: request.priority + 1]))
         late = self._admission.why_late(request, before)
-        has_room = self._waiting < self._max_requests and (
-            self._bytes + request.size <= self._max_bytes or not self._waiting
-        )
         if has_room and not late:
             return None
         if self._drop_ended():
