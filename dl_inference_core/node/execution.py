@@ -336,9 +336,9 @@ class Execution:
     def _note(self, kind: _Kind, batching: Batching | None, part: Part) -> None:
         """Keep what `part` tells of all requests of that kind."""
         payload: Any = part.request.payload
-        inputs = unchanged(part.inputs, payload)
-        if any(array.dtype.hasobject for array in payload.values()):
+        if any(array.dtype.hasobject for array in payload.values()):  # strings: they are looked at each time
             return
+        inputs = unchanged(part.inputs, payload)
         known = _Known(inputs, ordered=inputs == tuple(payload))
         if part.rows and batching is not None and not batching.pads_inputs:
             known.key, known.rows = part.key, part.rows

@@ -152,6 +152,7 @@ class RequestQueue:
         self._bytes = 0  # their size
         self._sleeping: deque[threading.Lock] = deque()
         """What threads without work sleep on: to release one wakes its thread, and takes less than a condition does."""
+        self._idle = 0  # threads without work: those that sleep, and those that were woken and do not run yet
         self._in_hand = 0  # requests that threads work on
         self._overflows = 0  # requests without room or time, since all that wait were looked at
         self._concurrency = RecentConcurrency()
@@ -186,7 +187,9 @@ class RequestQueue:
         """Have a thread run `task` before any request. Limits do not hold for it. Any thread."""
         with self._lock:
             self._tasks.append(task)
-            if not self._wake():
+            if self._idle:
+                self._wake()
+            else:
                 self._enough_came.notify()
 
     def put(self, request: QueuedRequest) -> bool:
@@ -221,18 +224,16 @@ class RequestQueue:
     def _wake_for(self, request: QueuedRequest) -> None:
         """Wake the thread that can do something about `request`, which has come. With the lock."""
         shares = request.shares_batches
-        if self.gathering and (shares or not self._sleeping):
+        if self.gathering and (shares or not self._idle):
             if not shares or self._waiting >= self._sleeps_for or request.hold_until < self._sleeps_until:
                 self._enough_came.notify()
         else:
             self._wake()
 
-    def _wake(self) -> bool:
-        """Wake a thread that sleeps without work. Returns whether there was one. With the lock."""
-        if not self._sleeping:
-            return False
-        self._sleeping.popleft().release()
-        return True
+    def _wake(self) -> None:
+        """Wake a thread that sleeps without work, if there is one. With the lock."""
+        if self._sleeping:
+            self._sleeping.popleft().release()
 
     def _expire_in_time(self, reference: weakref.ref[QueuedRequest]) -> None:
         request = reference()
@@ -318,8 +319,10 @@ class RequestQueue:
         Raises:
             StopIteration: this thread shall end.
         """
+        slept = False
         while True:
             with self._lock:
+                self._idle -= slept
                 if (item := self._pop()) is not None:
                     self._admission.begin(thread, 1)
                     return item
@@ -328,7 +331,8 @@ class RequestQueue:
                 woken = threading.Lock()
                 woken.acquire()
                 self._sleeping.append(woken)
-            woken.acquire()
+                self._idle += 1
+            slept = woken.acquire()
 
     def _pop(self) -> QueuedRequest | Task | None:
         if self._tasks:
@@ -390,7 +394,7 @@ class RequestQueue:
     def _awaits_thread(self) -> bool:
         """Whether a task waits for which no thread is free, or the first request shares no batch. With the lock."""
         requests = self._first()
-        return len(self._tasks) > len(self._sleeping) or (bool(requests) and not requests[0].shares_batches)
+        return len(self._tasks) > self._idle or (bool(requests) and not requests[0].shares_batches)
 
     def wait_for_more(self, until: float, enough: int) -> bool:
         """Sleep until `until`, by `time.monotonic`, but no longer than until `enough` requests wait, or one that cannot
@@ -426,8 +430,8 @@ class RequestQueue:
         """Take no more requests, and end the threads once the queue is empty. Any thread."""
         with self._lock:
             self._closed = True
-            while self._wake():
-                pass
+            while self._sleeping:
+                self._wake()
             self._enough_came.notify()
 
     # What threads work on
