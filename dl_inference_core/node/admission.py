@@ -73,6 +73,12 @@ class QueueLimits(PluginOptions):
                 return int(text) - 1
         return (asked if 1 <= asked <= self.priorities else self.default_priority or self.priorities) - 1
 
+    def why_full(self, waiting: int, size: int, more: int) -> str:
+        """Which limit leaves no room for a request of `more` bytes beside `waiting` others, which have `size` bytes."""
+        if waiting >= self.max_requests:
+            return f"{waiting} requests wait (max_requests)"
+        return f"requests of {size} bytes wait, and this one has {more} (max_mb is {self.max_mb})"
+
 
 class Admission:
     """What model threads work on, and whether one more request would be answered in time.

@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import children
 from dl_inference_core.errors import (
@@ -23,12 +22,13 @@ from dl_inference_core.errors import (
 )
 from dl_inference_core.failures import as_inference_error, fail
 from dl_inference_core.node.batcher import BatchCost, Batcher
-from dl_inference_core.node.batching import Batching, Key, NotRowwise, Part
+from dl_inference_core.node.batching import Batching, NotRowwise, Part
 from dl_inference_core.node.handler_inputs import check_answer, inputs_of, kind_of, refused_by, unchanged
 from dl_inference_core.node.handling import narrow
+from dl_inference_core.node.kinds import Kinds, request_kind
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.suspects import Suspects, client_of
-from dl_inference_core.tensors import Form, Request, Response
+from dl_inference_core.tensors import Request, Response
 from dl_inference_core.wire import tfserving_examples
 from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
 
@@ -42,14 +42,6 @@ if TYPE_CHECKING:
     from dl_inference_core.wire.codecs import Codec
 
 _log = logging.getLogger(__name__)
-
-_Kind: TypeAlias = "str | tuple[Any, ...]"
-_MOST_KINDS = 256
-"""Kinds of requests that are known at one time: the models of one version have a few, with up to 64 numbers of rows."""
-_MOST_TENSORS = 64
-"""Of a request whose kind is looked at: to hash or free tuples in tuples takes stack."""
-# CPython 3.11 takes 0.1 µs to look up a member of an enumeration.
-_RAW, _TYPED = Form.TENSORS_RAW, Form.TENSORS
 
 
 def fail_request(meter: LoadMeter, request: QueuedRequest, error: InferenceError) -> None:
@@ -90,23 +82,6 @@ class Completions:
             kind.reply_all(replies if len(kinds) == 1 else [reply for reply in replies if type(reply[0]) is kind])
 
 
-@dataclass(slots=True)
-class _Known:
-    """What is known of all requests of one kind: with the same signature, and tensors of the same names, dtypes and
-    shapes.
-
-    Attributes:
-        inputs: the names of their tensors in the order in which the model takes them as they are; empty if it does not.
-        ordered: whether the tensors are in that order.
-        key, rows: as of their `Part`; `rows` is 0 where that is not known.
-    """
-
-    inputs: tuple[str, ...]
-    ordered: bool
-    key: Key = ()
-    rows: int = 0
-
-
 class Execution:
     """Runs requests on the instances of one version. Model threads only."""
 
@@ -132,7 +107,7 @@ class Execution:
         self._suspects = Suspects()
         self._takes_what_fits = instances[0].handler.takes_what_fits  # all are of one class
         self._codecs: dict[str, Codec] = {}
-        self._known: dict[_Kind, _Known] = {}
+        self._kinds = Kinds()
         self._complained = False
 
     def run(self, first: QueuedRequest, thread: ModelThread) -> int:
@@ -307,8 +282,8 @@ class Execution:
             request = codec.decode_request(queued.message)
             request.call = queued
             stage = "preprocess"
-            kind = _kind_of(request) if self._takes_what_fits else None
-            known = None if kind is None else self._known.get(kind)
+            kind = request_kind(request) if self._takes_what_fits else None
+            known = None if kind is None else self._kinds.known.get(kind)
             if known is not None and known.inputs:
                 inputs: Any = request.payload
                 if not known.ordered:
@@ -321,7 +296,7 @@ class Execution:
             stage = "batching"
             part = Part.alone(queued, request, inputs) if batching is None else batching.part(queued, request, inputs)
             if kind is not None and known is None:
-                self._note(kind, batching, part)
+                self._kinds.note(kind, batching, part)
         except BaseException as error:
             completions.fail(queued, self._failed(stage, error))
             return None
@@ -332,19 +307,6 @@ class Execution:
         if part.rows and self._suspects.isolates(client := client_of(part.queued.metadata)):
             part.key = (*part.key, client)
         return part
-
-    def _note(self, kind: _Kind, batching: Batching | None, part: Part) -> None:
-        """Keep what `part` tells of all requests of that kind."""
-        payload: Any = part.request.payload
-        if any(array.dtype.hasobject for array in payload.values()):  # strings: they are looked at each time
-            return
-        inputs = unchanged(part.inputs, payload)
-        known = _Known(inputs, ordered=inputs == tuple(payload))
-        if part.rows and batching is not None and not batching.pads_inputs:
-            known.key, known.rows = part.key, part.rows
-        if len(self._known) >= _MOST_KINDS:
-            self._known = {}
-        self._known[kind] = known
 
     def _codec(self, protocol: Protocol) -> Codec:
         """What decodes requests in `protocol`, and encodes their answers."""
@@ -446,21 +408,3 @@ class Execution:
     def _response(self) -> Response:
         """What codecs are given for each answer of a batch. To make one takes 0.5 µs."""
         return Response(payload=None, model=self._model_name, version=self._number)
-
-
-def _kind_of(request: Request) -> _Kind | None:
-    """What the default handler looks at in a request for a prediction; None where it may look at more.
-
-    In these forms a payload is a dict of arrays.
-    """
-    form = request.form
-    if form is not _RAW and form is not _TYPED:
-        return None
-    payload: Any = request.payload
-    if len(payload) > _MOST_TENSORS:
-        return None
-    kind: Any = request.signature
-    for name in payload:  # tuples in tuples: to fill a list and make a tuple of it takes 0.1 µs longer
-        tensor = payload[name]
-        kind = kind, name, tensor.dtype, tensor.shape
-    return kind  # type: ignore[no-any-return]

@@ -225,7 +225,7 @@ class ModelThreads:
                 self._left += 1
             self._threads.append(ModelThread(number, self._queue, self._run_batch))
             self._start(self._threads[number])
-            self._queue.threads = len(self._threads)
+            self._queue.set_threads(len(self._threads))
 
     def _start(self, thread: ModelThread, may_begin: Callable[[], bool] = lambda: True) -> None:
         thread.start(f"{self._name}#{thread.number}", self._ended, may_begin)

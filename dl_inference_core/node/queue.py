@@ -12,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
@@ -84,8 +85,7 @@ class QueuedRequest:
 
     @property
     def hold_until(self) -> float:
-        """When a batch must not wait for more requests any longer, by `time.monotonic`: half the time to `answer_by` or
-        to `expires_at`."""
+        """When a batch must not wait for others any longer: half the time to `answer_by`, or to `expires_at`."""
         return (self.queued_at + min(self.answer_by, self.expires_at)) / 2
 
     @property
@@ -108,14 +108,11 @@ class QueuedRequest:
         return CallSnapshot, (self.deadline, self.metadata, self.request_id)
 
 
+@dataclass(frozen=True, slots=True)
 class Task:
-    """A function that a model thread runs between batches: a load, a rehearsal."""
+    """A function that a model thread runs between batches: a load, a rehearsal. It must not raise."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        """Args:
-        run: must not raise.
-        """
-        self.run = run
+    run: Callable[[], None]
 
 
 class RequestQueue:
@@ -258,9 +255,8 @@ class RequestQueue:
             DeadlineExceeded: the deadline passed before the request came.
             Overloaded: there is no room or time for it.
         """
-        has_room = self._waiting < self._max_requests and (
-            self._bytes + request.size <= self._max_bytes or not self._waiting
-        )
+        fits = self._bytes + request.size <= self._max_bytes or not self._waiting
+        has_room = fits and self._waiting < self._max_requests
         left_s = request.answer_by - request.queued_at
         if has_room and left_s > self._admission.ample_s:
             return None
@@ -276,15 +272,8 @@ class RequestQueue:
             return self._admit(request)
         ousted = None if late else self._oust(request)
         if ousted is None:
-            raise self._full(late or self._describe_full(request))
+            raise self._full(late or self._limits.why_full(self._waiting, self._bytes, request.size))
         return ousted
-
-    def _describe_full(self, request: QueuedRequest) -> str:
-        if self._waiting >= self._max_requests:
-            return f"{self._waiting} requests wait (max_requests)"
-        return (
-            f"requests of {self._bytes} bytes wait, and this one has {request.size} (max_mb is {self._max_bytes >> 20})"
-        )
 
     def _drop_ended(self) -> bool:
         """Let go of the requests that nobody waits for, unless all were looked at a moment ago. Returns whether there
@@ -451,13 +440,8 @@ class RequestQueue:
             self._in_hand -= taken
             self._admission.end(thread, requests, seconds)
 
-    @property
-    def threads(self) -> int:
-        """How many model threads take from it."""
-        return self._admission.threads
-
-    @threads.setter
-    def threads(self, threads: int) -> None:
+    def set_threads(self, threads: int) -> None:
+        """So many model threads take from it."""
         self._admission.threads = threads
 
     def waiting(self) -> int:
