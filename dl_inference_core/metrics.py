@@ -105,8 +105,7 @@ class _Requests(Collector):
         self.counts: dict[tuple[str, str], RequestCounts] = {}
 
     def of(self, protocol: str, upstream: str) -> RequestCounts:
-        key = protocol, upstream
-        return self.counts.get(key) or self.counts.setdefault(key, RequestCounts())
+        return self.counts.setdefault((protocol, upstream), RequestCounts())
 
     def remove(self, upstream: str) -> None:
         for key in [key for key in tuple(self.counts) if key[1] == upstream]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, Field, model_validator
@@ -72,12 +73,20 @@ class QueueLimits(PluginOptions):
                 return int(text) - 1
         return (asked if 1 <= asked <= self.priorities else self.default_priority or self.priorities) - 1
 
+    def why_full(self, waiting: int, size: int, more: int) -> str:
+        """Which limit leaves no room for a request of `more` bytes beside `waiting` others, which have `size` bytes."""
+        if waiting >= self.max_requests:
+            return f"{waiting} requests wait (max_requests)"
+        return f"requests of {size} bytes wait, and this one has {more} (max_mb is {self.max_mb})"
+
 
 class Admission:
-    """What model threads work on, and whether one more request would be answered in time and finds room.
+    """What model threads work on, and whether one more request would be answered in time.
 
     Attributes:
         threads: how many model threads there are.
+        ample_s: a request with more seconds than that to its deadline is in time, behind however many others; infinity
+            where that is not known. It holds until a thread begins or ends a batch.
     """
 
     def __init__(self, cost: BatchCost, delay_s: Callable[[], float]) -> None:
@@ -87,13 +96,15 @@ class Admission:
         """
         self._cost = cost
         self._delay_s = delay_s
-        self._limits = QueueLimits()
+        self._max_wait_s = inf
+        self._max_requests = 0
         self._max_rows = 1
         self._rows_each = 1.0  # mean rows of recent requests
         self._free_at: dict[int, float] = {}
         """By the number of a busy thread, when it should have done what it works on, by `time.monotonic`."""
         self.threads = 1
         # What is the same for all requests until a thread begins or ends a batch, found out for the first of them:
+        self.ample_s = inf
         self._foreseen = False
         self._first_free_at = 0.0  # the least of `_free_at`, where all threads are busy
         self._worthwhile = 1  # requests that make good use of a call
@@ -103,7 +114,8 @@ class Admission:
         """Args:
         max_rows: the most rows that one batch may have.
         """
-        self._limits = limits
+        self._max_wait_s = limits.max_wait_ms / 1000 or inf
+        self._max_requests = limits.max_requests
         self._max_rows = max_rows
 
     def begin(self, thread: int, requests: int, rows: int = 0) -> None:
@@ -111,7 +123,7 @@ class Admission:
         if requests and rows:
             self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
         self._free_at[thread] = time.monotonic() + self._cost.seconds(requests)
-        self._foreseen = False
+        self._foreseen, self.ample_s = False, inf
 
     def end(self, thread: int, requests: int, seconds: float) -> None:
         """The thread of that number is free again.
@@ -123,13 +135,17 @@ class Admission:
         del self._free_at[thread]
         if requests:
             self._cost.learn(requests, seconds)
-        self._foreseen = False
+        self._foreseen, self.ample_s = False, inf
 
-    def _foresee(self) -> None:
+    def _foresee(self, now: float) -> None:
         self._foreseen = True
         self._first_free_at = min(self._free_at.values()) if len(self._free_at) >= self.threads else 0.0
         self._worthwhile = max(1, min(self._cost.worthwhile, int(self._max_rows / self._rows_each)))
         self._batch_s = self._cost.seconds(self._worthwhile)
+        batches = self._max_requests // self._worthwhile // self.threads
+        longest_wait_s = max(self._first_free_at - now, 0.0) + self._batch_s * batches
+        if longest_wait_s <= self._max_wait_s:
+            self.ample_s = _MARGIN * (longest_wait_s + self._batch_s + self._delay_s())
 
     @property
     def busy(self) -> bool:
@@ -143,25 +159,18 @@ class Admission:
         time for more. While fewer wait, it has all of them.
         """
         if not self._foreseen:
-            self._foresee()
-        came_at, deadline, max_wait_ms = request.queued_at, request.exchange.deadline, self._limits.max_wait_ms
-        wait_s, batch_s = max(self._first_free_at - came_at, 0.0), self._batch_s
+            self._foresee(request.queued_at)
+        came_at, free_at, batch_s, delay_s = request.queued_at, self._first_free_at, self._batch_s, self._delay_s
+        wait_s = free_at - came_at if free_at > came_at else 0.0
         if before < self._worthwhile:
-            batch_s = self._cost.seconds(before + 1)
+            fixed_s, each_s = self._cost.line
+            batch_s = fixed_s + each_s * (before + 1)
         else:
             wait_s += batch_s * (before // self._worthwhile // self.threads)
-        takes_s = wait_s + batch_s + self._delay_s()
-        if deadline is not None and came_at + _MARGIN * takes_s > deadline:
+        takes_s = wait_s + batch_s + delay_s()
+        if came_at + _MARGIN * takes_s > request.answer_by:
             return f"to be answered would take {takes_s * 1000:.0f} ms, beyond its deadline"
-        if max_wait_ms and wait_s * 1000 > max_wait_ms:
-            return f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {max_wait_ms})"
-        return ""
-
-    def why_full(self, request: QueuedRequest, waiting: int, size: int) -> str:
-        """Why there is no room for `request` beside `waiting` others, which have `size` bytes; "" if there is."""
-        limits = self._limits
-        if waiting >= limits.max_requests:
-            return f"{waiting} requests wait (max_requests)"
-        if waiting and size + request.size > limits.max_mb << 20:
-            return f"requests of {size} bytes wait, and this one has {request.size} (max_mb is {limits.max_mb})"
+        if wait_s > self._max_wait_s:
+            limit_ms = self._max_wait_s * 1000
+            return f"it would have to wait for {wait_s * 1000:.0f} ms (max_wait_ms is {limit_ms:.0f})"
         return ""

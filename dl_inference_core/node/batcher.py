@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING
 
 from dl_inference_core.node.batching import Batching, Part
@@ -32,12 +33,13 @@ class BatchCost:
     batches had the same size, any size is expected to cost the same: then larger batches are tried, which tell b.
 
     Attributes:
+        line: a and b.
         worthwhile: the number of requests from which on a larger batch saves hardly any time per request.
     """
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-        self._line = (0.0, 0.0)
+        self.line = (0.0, 0.0)
         self.worthwhile = 1
 
     def learn(self, requests: int, seconds: float) -> None:
@@ -55,14 +57,21 @@ class BatchCost:
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
         fixed = mean_s - slope * mean
-        self._line = fixed, slope
+        self.line = fixed, slope
         many = slope <= _OVERHEAD * fixed / _UNBOUNDED
         self.worthwhile = _UNBOUNDED if many else max(1, math.ceil(fixed / (_OVERHEAD * slope)))
 
     def seconds(self, requests: float) -> float:
         """The expected cost; 0 before anything is known. Any thread."""
-        fixed, each = self._line
+        fixed, each = self.line
         return fixed + each * requests
+
+    def requests_within(self, seconds: float) -> float:
+        """How many requests a batch has at most that takes so many seconds. Any thread."""
+        fixed, each = self.line
+        if each:
+            return (seconds - fixed) // each
+        return inf if fixed <= seconds else 0.0
 
 
 class RecentConcurrency:
@@ -70,7 +79,7 @@ class RecentConcurrency:
     Infinity before anything is known."""
 
     def __init__(self) -> None:
-        self._before = math.inf
+        self._before = inf
         self._now = 0.0
         self._window_ends = 0.0
 
@@ -88,73 +97,63 @@ class RecentConcurrency:
 
 
 class Batcher:
-    """Gathers requests for one call of the model, on one model thread. Iterate over the requests, and `add` each before
-    the next one; the iteration ends where the batch is complete."""
+    """Gathers the requests that one call of the model takes. Model threads only."""
 
-    def __init__(
-        self, batching: Batching, cost: BatchCost, thread: ModelThread, first: QueuedRequest, *, at_once: bool
-    ) -> None:
+    def __init__(self, batching: Batching, cost: BatchCost, *, at_once: bool) -> None:
         """Args:
+        cost: what batches cost lately.
         at_once: whether to take several requests out of the queue at once. Not where a request may take long before the
             model: another thread that becomes free meanwhile could begin the others.
         """
         self._batching = batching
         self._cost = cost
-        self._thread = thread
-        self._first = first
         self._at_once = _AT_ONCE if at_once else 1
-        self._max_rows = batching.max_rows
-        self._holds = batching.delay_s > 0
-        self.parts: list[Part] = []
-        """What the requests bring that need the model."""
-        self.rows = 0
-        """Of all parts."""
-        self._answered = 0
-        """Requests that were answered without the model."""
-        self._complete = False
-        self._hold_until = first.queued_at + batching.delay_s
-        self._soonest = math.inf
-        """The first deadline that can be met."""
 
-    def __iter__(self) -> Iterator[QueuedRequest]:
-        yield self._first
-        while not self._complete:
-            taken = self._thread.take(min(self._at_once, self._max_rows - self.rows - self._answered))
-            for number, request in enumerate(taken, 1):
-                yield request
-                if self._complete:
-                    self._thread.put_back(taken[number:])
-                    return
-            if not taken and not self._wait_for_more():
-                return
+    def gather(
+        self, first: QueuedRequest, thread: ModelThread, prepare: Callable[[QueuedRequest, float], Part | None]
+    ) -> list[Part]:
+        """What `first`, and the requests that `thread` then takes until the batch is complete, bring to the model.
 
-    def add(self, request: QueuedRequest, part: Part | None) -> None:
-        """Args:
-        part: what `request` brings; None if it is answered already.
+        Args:
+            prepare: what a request brings, at a time by `time.monotonic`; None if it is answered already.
         """
-        if part is None:
-            self._answered += 1
-        else:
-            self.parts.append(part)
-            self.rows += part.rows
-            if not part.rows or self._is_late_with(request):
-                self._complete = True
-        if self.rows + self._answered >= self._max_rows:
-            self._complete = True
+        max_rows, holds, cost = self._batching.max_rows, self._batching.delay_s > 0, self._cost
+        parts: list[Part] = []
+        rows = answered = 0  # rows of all parts; requests that did not need the model
+        hold_until = first.queued_at + self._batching.delay_s
+        soonest = most = inf  # the first deadline that can be met, and how many requests the model answers by then
+        taken: Sequence[QueuedRequest] = (first,)
+        now = time.monotonic()
+        while True:
+            for number, request in enumerate(taken, 1):
+                part = prepare(request, now)
+                alone = False
+                if part is None:
+                    answered += 1
+                else:
+                    parts.append(part)
+                    rows += part.rows
+                    alone = not part.rows
+                    deadline = request.answer_by
+                    if (holds or deadline < soonest) and now + cost.seconds(1) <= deadline:
+                        if holds:
+                            hold_until = min(hold_until, request.hold_until)
+                        if deadline < soonest:
+                            soonest, most = deadline, cost.requests_within(deadline - now)
+                if alone or rows + answered >= max_rows or len(parts) >= most:
+                    thread.put_back(taken[number:])
+                    return parts
+            now = time.monotonic()
+            if soonest < inf and len(parts) >= (most := cost.requests_within(soonest - now)):
+                return parts
+            taken = thread.take(min(self._at_once, max_rows - rows - answered))
+            if not taken and not (holds and self._wait_for_more(thread, parts, rows, hold_until)):
+                return parts
 
-    def _is_late_with(self, request: QueuedRequest) -> bool:
-        """Whether one more request would make the model answer after a deadline that can still be met."""
-        deadline, now, seconds = request.exchange.deadline, time.monotonic(), self._cost.seconds
-        if self._holds and (deadline is None or now + seconds(1) <= deadline):
-            self._hold_until = min(self._hold_until, request.hold_until)
-        if deadline is not None and deadline < self._soonest and now + seconds(1) <= deadline:
-            self._soonest = deadline
-        return self._soonest < math.inf and now + seconds(len(self.parts) + 1) > self._soonest
-
-    def _wait_for_more(self) -> bool:
+    def _wait_for_more(self, thread: ModelThread, parts: Sequence[Part], rows: int, until: float) -> bool:
         """Returns whether to look for another request: False if the batch is not held any longer."""
-        if not self._holds or self.rows in self._batching.preferred:
+        if rows in self._batching.preferred:
             return False
-        missing = self._batching.next_size(self.rows) - self.rows
-        rows_each = max(self.rows / len(self.parts), 1.0) if self.parts else 1.0
-        return self._thread.wait_for_more(self._hold_until, math.ceil(missing / rows_each))
+        missing = self._batching.next_size(rows) - rows
+        rows_each = max(rows / len(parts), 1.0) if parts else 1.0
+        return thread.wait_for_more(until, math.ceil(missing / rows_each))

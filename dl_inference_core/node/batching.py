@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -86,8 +87,9 @@ class Part:
     """What one request brings into a batch.
 
     Attributes:
+        inputs: may be the request's own payload, which nobody changes: see `taken_inputs`.
         rows: 0 if it can share none.
-        cut: by output the dimension and the length to which it is cut.
+        cut: by output the dimension and the length to which it is cut; None cuts none.
     """
 
     queued: Any
@@ -95,12 +97,17 @@ class Part:
     inputs: Mapping[str, Any]
     key: Key
     rows: int
-    cut: Mapping[str, tuple[int, int]]
+    cut: Mapping[str, tuple[int, int]] | None = None
 
     @classmethod
     def alone(cls, queued: Any, request: Request, inputs: Any) -> Part:
         """That of a request which shares no call of the model."""
-        return cls(queued, request, inputs, (queued,), 0, {})
+        return cls(queued, request, inputs, (queued,), 0)
+
+    def taken_inputs(self) -> Any:
+        """The inputs for a call of the model, which may change a dict that it is given."""
+        given = self.inputs
+        return dict(given) if type(given) is dict and given is self.request.payload else given
 
 
 class Batching:
@@ -159,7 +166,7 @@ class Batching:
         unchecked = self._unchecked.get(signature)
         if unchecked is not None and not unchecked.fits_shapes(inputs):
             return alone
-        cut: Mapping[str, tuple[int, int]] = {}
+        cut: Mapping[str, tuple[int, int]] | None = None
         if self._buckets:
             inputs, cut = self._bucketed(inputs)
         key: list[Any] = [signature]
@@ -192,8 +199,10 @@ class Batching:
             cut.update((output, (bucket.axis, length)) for output in bucket.outputs)
         return padded, cut
 
-    def batches(self, parts: Sequence[Part]) -> Iterator[list[Part]]:
+    def batches(self, parts: list[Part]) -> list[list[Part]]:
         """`parts` in batches, the first ones first: none with more rows than it may have, unless one part alone has."""
+        if len(parts) == 1:
+            return [parts]
         by_key: dict[Key, list[Part]] = {}
         key: Key | None = None
         for part in parts:
@@ -201,16 +210,21 @@ class Batching:
                 key = part.key
                 alike = by_key.setdefault(key, [])
             alike.append(part)
-        for alike in by_key.values():
-            batch: list[Part] = []
-            rows = 0
-            for part in alike:
-                if batch and rows + part.rows > self.max_rows:
-                    yield batch
-                    batch, rows = [], 0
-                batch.append(part)
-                rows += part.rows
-            yield batch
+        return [batch for alike in by_key.values() for batch in self._split(alike)]
+
+    def _split(self, parts: list[Part]) -> Iterator[list[Part]]:
+        if sum([part.rows for part in parts]) <= self.max_rows:
+            yield parts
+            return
+        batch: list[Part] = []
+        rows = 0
+        for part in parts:
+            if batch and rows + part.rows > self.max_rows:
+                yield batch
+                batch, rows = [], 0
+            batch.append(part)
+            rows += part.rows
+        yield batch
 
     def run(
         self,
@@ -230,8 +244,8 @@ class Batching:
             NotRowwise: the outputs cannot be taken apart.
             Exception: what `model` raised.
         """
-        rows = sum(part.rows for part in parts)
-        inputs = parts[0].inputs
+        rows = sum([part.rows for part in parts])
+        inputs = parts[0].taken_inputs()
         if len(parts) == 1 and not self._is_remade(rows):
             outputs = model(inputs)
             called(rows)
@@ -242,13 +256,11 @@ class Batching:
             outputs = self._call(inputs, rows, model, called)
         else:
             outputs = self._in_pieces(inputs, rows, model, lambda: between(parts), called)
-        shares, start = [], 0
-        for part in parts:
-            stop = start + part.rows
-            share = {name: value[start:stop] for name, value in outputs.items()}
-            shares.append(_cut(share, part.cut) if part.cut else share)
-            start = stop
-        return shares
+        shares: list[Any] = [{} for _ in parts]
+        for name, value in outputs.items():
+            for share, piece in zip(shares, _pieces(value, parts), strict=True):
+                share[name] = piece
+        return [_cut(share, part.cut) for share, part in zip(shares, parts, strict=True)] if self._buckets else shares
 
     def _is_remade(self, rows: int) -> bool:
         """Whether inputs of so many rows, of one request, are split or padded."""
@@ -293,7 +305,15 @@ def _named(outputs: Any) -> Iterable[tuple[str, Any]]:
     return outputs.items()
 
 
-def _cut(outputs: Any, cut: Mapping[str, tuple[int, int]]) -> Any:
+def _pieces(value: Any, parts: Sequence[Part]) -> Iterable[Any]:
+    """The rows of each part, of an output that has those of all."""
+    if len(value) == len(parts):
+        return value[:, None]  # type: ignore[no-any-return]  # a row each: to iterate takes 0.1 µs less than to slice
+    stops = list(accumulate([part.rows for part in parts]))
+    return [value[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _cut(outputs: Any, cut: Mapping[str, tuple[int, int]] | None) -> Any:
     if not cut:
         return outputs
     shorter = {

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotFound, ModelNotReady
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.wire import messages, openinference, tfserving_models
-from dl_inference_core.wire.protocol import METADATA, MULTI_INFERENCE, READY, SIGNATURES, TRANSFORMS, VERSIONS, Protocol
+from dl_inference_core.wire.protocol import (
+    METADATA,
+    MULTI_INFERENCE,
+    NO_QUEUEING,
+    READY,
+    SIGNATURES,
+    TRANSFORMS,
+    VERSIONS,
+    Protocol,
+)
 from dl_inference_core.wire.routing_keys import RoutingKey
 
 if TYPE_CHECKING:
@@ -144,7 +153,8 @@ class ServedModel:
             return
         try:
             version = self._pick(key)
-            request = QueuedRequest(exchange, protocol, protocol.queueing(exchange.message))
+            read = protocol.read_queueing
+            request = QueuedRequest(exchange, protocol, NO_QUEUEING if read is None else read(exchange.message))
             exchange.on_cancel(request.end)
             while not version.submit(request):  # closed meanwhile: the model has published others, or none
                 version = self._pick(key)
@@ -237,7 +247,7 @@ class ServedModel:
         if key.label:
             version = self._labelled(published, key.label)
         elif isinstance(version, str):
-            version = openinference.decode_version(version)
+            version = openinference.decode_version(version) if version else None
         picked = published.newest if version is None else published.loaded.get(version)
         if picked is None:
             raise self._no_version(published, version)

@@ -93,8 +93,10 @@ class ModelThread:
 
     def put_back(self, requests: Sequence[QueuedRequest]) -> None:
         """Leave `requests`, the last ones that were taken, to the next batch: nothing was done for them."""
+        if not requests:
+            return
         with self._lock:
-            if requests and not self._given_up:
+            if not self._given_up:
                 del self.requests[-len(requests) :]
                 self._queue.put_back(requests)
 
@@ -223,7 +225,7 @@ class ModelThreads:
                 self._left += 1
             self._threads.append(ModelThread(number, self._queue, self._run_batch))
             self._start(self._threads[number])
-            self._queue.threads = len(self._threads)
+            self._queue.set_threads(len(self._threads))
 
     def _start(self, thread: ModelThread, may_begin: Callable[[], bool] = lambda: True) -> None:
         thread.start(f"{self._name}#{thread.number}", self._ended, may_begin)

@@ -7,12 +7,13 @@ transport or an exchange while holding it. A thread is woken only if it sleeps.
 from __future__ import annotations
 
 import asyncio
-import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
@@ -35,23 +36,26 @@ class QueuedRequest:
     """One exchange that waits for a model thread, or that a model thread works on. Its `tensors.Call`.
 
     Attributes:
-        protocol: of the exchange's message.
+        message: the exchange's, and `protocol` that of the message.
         shares_batches: whether it can share a call of the model. MultiInference cannot: it has one for each signature.
         queued_at: when it came, by `time.monotonic`.
+        answer_by: the exchange's deadline, by `time.monotonic`; infinity if it has none.
         asked_priority: the priority that the request asks for, from 1; 0 is the default.
         priority: its place among the queue's priorities, from 0; set by `RequestQueue.put`.
         expires_at: when it has waited in the queue for too long, by `time.monotonic`.
-        size: of its message, in bytes.
+        size: of the message, in bytes.
         taken: whether a model thread has taken it out of the queue.
         ended: whether it is answered or refused, or its client has left: nobody needs its answer any more.
     """
 
     __slots__ = (
         "__weakref__",
+        "answer_by",
         "asked_priority",
         "ended",
         "exchange",
         "expires_at",
+        "message",
         "priority",
         "protocol",
         "queued_at",
@@ -63,12 +67,15 @@ class QueuedRequest:
     def __init__(self, exchange: Exchange, protocol: Protocol, asked: Queueing = NO_QUEUEING) -> None:
         self.exchange = exchange
         self.protocol = protocol
+        self.message = message = exchange.message
         self.shares_batches = protocol.codec_at != ""
-        self.queued_at = time.monotonic()
+        self.queued_at = now = time.monotonic()
+        deadline = exchange.deadline
+        self.answer_by = inf if deadline is None else deadline
         self.asked_priority = asked.priority
         self.priority = 0
-        self.expires_at = self.queued_at + asked.timeout_s if asked.timeout_s else math.inf
-        self.size = len(exchange.message)
+        self.expires_at = now + asked.timeout_s if asked.timeout_s else inf
+        self.size = len(message)
         self.taken = False
         self.ended = False
 
@@ -78,10 +85,8 @@ class QueuedRequest:
 
     @property
     def hold_until(self) -> float:
-        """When a batch must not wait for more requests any longer, by `time.monotonic`: half the time to the deadline
-        or to `expires_at`."""
-        deadline = self.exchange.deadline
-        return (self.queued_at + (self.expires_at if deadline is None else min(deadline, self.expires_at))) / 2
+        """When a batch must not wait for others any longer: half the time to `answer_by`, or to `expires_at`."""
+        return (self.queued_at + min(self.answer_by, self.expires_at)) / 2
 
     @property
     def deadline(self) -> float | None:
@@ -96,22 +101,18 @@ class QueuedRequest:
         return request_id_of(self.exchange)
 
     def cancelled(self) -> bool:
-        deadline = self.exchange.deadline
-        return self.ended or (deadline is not None and time.monotonic() >= deadline)
+        return self.ended or time.monotonic() >= self.answer_by
 
     def __reduce__(self) -> tuple[type[CallSnapshot], tuple[float | None, Metadata, str]]:
         """A copy of a request, here or in another process, keeps the facts of its call but not the call."""
         return CallSnapshot, (self.deadline, self.metadata, self.request_id)
 
 
+@dataclass(frozen=True, slots=True)
 class Task:
-    """A function that a model thread runs between batches: a load, a rehearsal."""
+    """A function that a model thread runs between batches: a load, a rehearsal. It must not raise."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
-        """Args:
-        run: must not raise.
-        """
-        self.run = run
+    run: Callable[[], None]
 
 
 class RequestQueue:
@@ -141,27 +142,24 @@ class RequestQueue:
         self._name = name
         self._refuse = refuse
         self._loop = asyncio.get_running_loop()
-        self._limits = QueueLimits()
         self._admission = Admission(cost, delay_s)
         self._lock = threading.Lock()
         self._tasks: deque[Task] = deque()
-        self._requests: list[deque[QueuedRequest]] = [deque()]
-        """By priority."""
         self._waiting = 0  # requests, and
         self._bytes = 0  # their size
-        self._item_came = threading.Condition(self._lock)
-        """Where threads without work sleep."""
-        self._idle = 0  # threads that sleep there
+        self._sleeping: deque[threading.Lock] = deque()
+        """What threads without work sleep on: to release one wakes its thread, and takes less than a condition does."""
+        self._idle = 0  # threads without work: those that sleep, and those that were woken and do not run yet
         self._in_hand = 0  # requests that threads work on
         self._overflows = 0  # requests without room or time, since all that wait were looked at
         self._concurrency = RecentConcurrency()
         self._closed = False
-        self.holds = False
         self.gathering = False
         self._enough_came = threading.Condition(self._lock)
         """Where the thread sleeps that holds its batch, until so many requests wait or one must not be held so long."""
-        self._sleeps_for = math.inf
-        self._sleeps_until = -math.inf
+        self._sleeps_for = inf
+        self._sleeps_until = -inf
+        self.configure(QueueLimits())
 
     def configure(self, limits: QueueLimits, max_rows: int = 1, *, holds: bool = False) -> None:
         """Before the first request.
@@ -170,10 +168,15 @@ class RequestQueue:
             max_rows: the most rows that one batch may have.
             holds: as the attribute.
         """
+        # To read an attribute of a pydantic model takes longer, and these are read for each request.
         self._limits = limits
+        self._max_requests = limits.max_requests
+        self._max_bytes = limits.max_mb << 20
+        self._lowest = limits.priorities - 1
         self._admission.configure(limits, max_rows)
         self.holds = holds
-        self._requests = [deque() for _ in range(limits.priorities)]
+        self._requests: list[deque[QueuedRequest]] = [deque() for _ in range(limits.priorities)]
+        """By priority."""
 
     # In
 
@@ -182,7 +185,7 @@ class RequestQueue:
         with self._lock:
             self._tasks.append(task)
             if self._idle:
-                self._item_came.notify()
+                self._wake()
             else:
                 self._enough_came.notify()
 
@@ -194,9 +197,9 @@ class RequestQueue:
             Overloaded: there is no room, or not enough time, for it.
             BadRequest: its metadata names a priority that does not exist.
         """
-        limits, ousted = self._limits, None
-        if limits.priorities > 1:
-            request.priority = limits.priority(request.exchange, request.asked_priority)
+        ousted = None
+        if self._lowest:
+            request.priority = self._limits.priority(request.exchange, request.asked_priority)
         with self._lock:
             if self._closed:
                 return False
@@ -207,9 +210,9 @@ class RequestQueue:
             self._bytes += request.size
             if self.holds:
                 self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
-            if self._idle or self.gathering:
+            if self.gathering or self._sleeping:
                 self._wake_for(request)
-        if request.expires_at < math.inf:
+        if request.expires_at < inf:
             self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
         if ousted is not None:
             self._refuse(ousted, self._full("a request of a higher priority has taken its place"))
@@ -221,8 +224,13 @@ class RequestQueue:
         if self.gathering and (shares or not self._idle):
             if not shares or self._waiting >= self._sleeps_for or request.hold_until < self._sleeps_until:
                 self._enough_came.notify()
-        elif self._idle:
-            self._item_came.notify()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        """Wake a thread that sleeps without work, if there is one. With the lock."""
+        if self._sleeping:
+            self._sleeping.popleft().release()
 
     def _expire_in_time(self, reference: weakref.ref[QueuedRequest]) -> None:
         request = reference()
@@ -247,21 +255,24 @@ class RequestQueue:
             DeadlineExceeded: the deadline passed before the request came.
             Overloaded: there is no room or time for it.
         """
-        deadline = request.exchange.deadline
-        if deadline is not None and request.queued_at >= deadline:
+        fits = self._bytes + request.size <= self._max_bytes or not self._waiting
+        has_room = fits and self._waiting < self._max_requests
+        left_s = request.answer_by - request.queued_at
+        if has_room and left_s > self._admission.ample_s:
+            return None
+        if left_s <= 0:
             raise DeadlineExceeded(f"the deadline passed before the request came to the queue of model {self._name}")
         before = self._waiting
-        if request.priority < len(self._requests) - 1:
+        if request.priority < self._lowest:
             before = sum(map(len, self._requests[: request.priority + 1]))
         late = self._admission.why_late(request, before)
-        full = self._admission.why_full(request, self._waiting, self._bytes)
-        if not late and not full:
+        if has_room and not late:
             return None
         if self._drop_ended():
             return self._admit(request)
         ousted = None if late else self._oust(request)
         if ousted is None:
-            raise self._full(late or full)
+            raise self._full(late or self._limits.why_full(self._waiting, self._bytes, request.size))
         return ousted
 
     def _drop_ended(self) -> bool:
@@ -279,7 +290,7 @@ class RequestQueue:
     def _oust(self, request: QueuedRequest) -> QueuedRequest | None:
         """The request that would be served last, if `request` is served before it and finds room in its place."""
         for requests in self._requests[: request.priority : -1]:
-            if requests and self._bytes - requests[-1].size + request.size <= self._limits.max_mb << 20:
+            if requests and self._bytes - requests[-1].size + request.size <= self._max_bytes:
                 ousted = requests.pop()
                 self._waiting -= 1
                 self._bytes -= ousted.size
@@ -297,15 +308,20 @@ class RequestQueue:
         Raises:
             StopIteration: this thread shall end.
         """
-        with self._lock:
-            while (item := self._pop()) is None:
+        slept = False
+        while True:
+            with self._lock:
+                self._idle -= slept
+                if (item := self._pop()) is not None:
+                    self._admission.begin(thread, 1)
+                    return item
                 if self._closed:
                     raise StopIteration
+                woken = threading.Lock()
+                woken.acquire()
+                self._sleeping.append(woken)
                 self._idle += 1
-                self._item_came.wait()
-                self._idle -= 1
-            self._admission.begin(thread, 1)
-            return item
+            slept = woken.acquire()
 
     def _pop(self) -> QueuedRequest | Task | None:
         if self._tasks:
@@ -329,7 +345,9 @@ class RequestQueue:
             return taken
         with self._lock:
             while len(taken) < most and not self._awaits_thread() and (requests := self._first()):
-                while requests and len(taken) < most and requests[0].shares_batches:
+                for _ in range(min(most - len(taken), len(requests))):
+                    if not requests[0].shares_batches:
+                        break
                     taken.append(requests.popleft())
             self._hand_over(taken)
         return taken
@@ -342,7 +360,7 @@ class RequestQueue:
                 self._requests[request.priority].appendleft(request)
                 self._wake_for(request)
         for request in requests:
-            if request.expires_at < math.inf:  # its timer may have found it taken
+            if request.expires_at < inf:  # its timer may have found it taken
                 self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
 
     def _first(self) -> deque[QueuedRequest]:
@@ -387,7 +405,7 @@ class RequestQueue:
                 return True
             self._sleeps_until, self._sleeps_for = until, min(enough, expected)
             self._enough_came.wait(left_s)
-            self._sleeps_until, self._sleeps_for = -math.inf, math.inf
+            self._sleeps_until, self._sleeps_for = -inf, inf
         return True
 
     def stop_gathering(self) -> None:
@@ -395,13 +413,14 @@ class RequestQueue:
         with self._lock:
             self.gathering = False
             if self._waiting:
-                self._item_came.notify()
+                self._wake()
 
     def close(self) -> None:
         """Take no more requests, and end the threads once the queue is empty. Any thread."""
         with self._lock:
             self._closed = True
-            self._item_came.notify_all()
+            while self._sleeping:
+                self._wake()
             self._enough_came.notify()
 
     # What threads work on
@@ -421,13 +440,8 @@ class RequestQueue:
             self._in_hand -= taken
             self._admission.end(thread, requests, seconds)
 
-    @property
-    def threads(self) -> int:
-        """How many model threads take from it."""
-        return self._admission.threads
-
-    @threads.setter
-    def threads(self, threads: int) -> None:
+    def set_threads(self, threads: int) -> None:
+        """So many model threads take from it."""
         self._admission.threads = threads
 
     def waiting(self) -> int:

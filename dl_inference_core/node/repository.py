@@ -41,7 +41,12 @@ _log = logging.getLogger(__name__)
 
 class Repository:
     """The models of one directory, and others by name, loaded and kept up to date. Belongs to the event loop that it is
-    started on."""
+    started on.
+
+    Attributes:
+        models: every model by name, ready or not; a snapshot, replaced as a whole.
+        tasks: every model that has a task id, by that; a snapshot, replaced as a whole.
+    """
 
     def __init__(
         self,
@@ -100,16 +105,6 @@ class Repository:
     def backends(self) -> Collection[str]:
         """The names of the backends."""
         return self._loader.backends.keys()
-
-    @property
-    def models(self) -> Mapping[str, ServedModel]:
-        """Every model by name, ready or not; a snapshot, replaced as a whole."""
-        return self._models
-
-    @property
-    def tasks(self) -> Mapping[int, ServedModel]:
-        """Every model that has a task id, by that; a snapshot, replaced as a whole."""
-        return self._by_task
 
     async def start(self) -> None:
         """`begin`, and return when every model has loaded, failed or passed its load timeout. A model that cannot be
@@ -423,8 +418,10 @@ class Repository:
         )
 
     def _index(self) -> None:
-        self._models = MappingProxyType({name: model.served for name, model in self._known.items()})
-        self._by_task = MappingProxyType(
+        self.models: Mapping[str, ServedModel] = MappingProxyType(
+            {name: model.served for name, model in self._known.items()}
+        )
+        self.tasks: Mapping[int, ServedModel] = MappingProxyType(
             {model.config.task_id: model.served for model in self._known.values() if model.config.task_id is not None}
         )
 

@@ -92,7 +92,12 @@ def _close(instances: Sequence[Instance], sources: Sources) -> None:
 
 
 class LoadedVersion:
-    """One version of a model in memory, with threads of its own, on which all of it happens, `Model.close` too."""
+    """One version of a model in memory, with threads of its own, on which all of it happens, `Model.close` too.
+
+    Attributes:
+        submit: `RequestQueue.put`: queues a request, which is answered or failed in its turn. False says that the
+            version was closed before. Any thread.
+    """
 
     def __init__(self, model_name: str, number: int, meter: LoadMeter, metrics: Metrics | None = None) -> None:
         """On the event loop.
@@ -109,6 +114,7 @@ class LoadedVersion:
         fail = partial(fail_request, meter)
         self._cost = BatchCost()
         self._queue = RequestQueue(name, self._cost, fail, meter.delay_s)
+        self.submit = self._queue.put
         self._threads = ModelThreads(name, self._queue, self._run)
         self._watchdog = Watchdog(model_name, number, self._threads, fail, metrics)
         self._work: Work
@@ -154,15 +160,6 @@ class LoadedVersion:
     def stuck(self) -> bool:
         """Whether none of the threads can answer requests. Any thread."""
         return self._watchdog.stuck
-
-    def submit(self, request: QueuedRequest) -> bool:
-        """Queue `request`, which is answered or failed in its turn. False says that the version was closed before. Any
-        thread.
-
-        Raises:
-            InferenceError: as `RequestQueue.put`.
-        """
-        return self._queue.put(request)
 
     def _run(self, request: QueuedRequest, thread: ModelThread) -> int:
         assert self._execution is not None

@@ -81,35 +81,46 @@ class Protocol:
     allow_empty: bool = False
     read_queueing: Callable[[bytes | memoryview], Queueing] | None = None
 
-    def queueing(self, body: Message) -> Queueing:
-        """What a request says about its place in a model's queue.
-
-        Raises:
-            BadRequest: as `read_queueing`.
-        """
-        return NO_QUEUEING if self.read_queueing is None else self.read_queueing(body)
-
     @property
     def codec(self) -> Codec:
         """What decodes and encodes tensors; imported, and numpy with it, when first asked for."""
         return codecs.find(self.codec_at)
 
 
-_SEARCHED = 1024
 _PARAMETERS = 4
 """The field of a ModelInferRequest that holds its parameters."""
+_PARAMETERS_TAG = _PARAMETERS << 3 | 2
+
+
+def _may_have_parameters(body: bytes | memoryview) -> bool:
+    """Whether a ModelInferRequest has parameters. True also where a field has 16 KiB or more, or an unusual form.
+
+    Steps over the fields, in 0.1 µs each. To search 600 B for the names of two parameters takes 0.9 µs.
+    """
+    position, end = 0, len(body)
+    try:
+        while position < end:
+            tag, size = body[position], body[position + 1]
+            if tag == _PARAMETERS_TAG or tag & 7 != 2:
+                return True
+            position += 2
+            if size > 127:
+                high = body[position]
+                if high > 127:
+                    return True
+                size += (high - 1) << 7
+                position += 1
+            position += size
+    except IndexError:
+        return True
+    return position > end
 
 
 def _read_openinference_queueing(body: bytes | memoryview) -> Queueing:
     """The parameters `priority` and `timeout` (microseconds), of the types and ranges that Triton's gRPC server takes.
-
-    Most requests have neither. A small one is searched for the two words, which takes 1 µs at 400 B and 20 µs at 24 KB;
-    the fields of a larger one are stepped over, which takes 2 µs whatever its size.
-    """
-    if len(body) < _SEARCHED:
-        body = bytes(body)
-        if b"priority" not in body and b"timeout" not in body:
-            return NO_QUEUEING
+    Most requests have neither."""
+    if not _may_have_parameters(body):
+        return NO_QUEUEING
     fields = messages.fields(body, _PARAMETERS)
     if not fields and fields is not None:
         return NO_QUEUEING

@@ -30,7 +30,8 @@ from dl_inference_core.node.model import ServedModel
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Form, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
-from dl_inference_core.testing.memory import answered
+from dl_inference_core.testing.memory import MemoryExchange, answered
+from dl_inference_core.transport import Exchange, Reply
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
 
@@ -156,6 +157,57 @@ async def test_what_waits_shares_one_call_and_each_gets_its_own_rows(tmp_path: P
         answers = await it.together(it.ask(1), it.ask(2, 3), it.ask(4, 5, 6))
         assert answers == [[2], [4, 6], [8, 10, 12]]
         assert it.model.sizes == [1, 6]
+
+
+async def test_outputs_of_one_number_for_each_row_are_taken_apart(tmp_path: Path) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    class Flat(Handler):
+        shares_calls = True
+
+        def run_batch(self, model: Any, inputs: Any, requests: Sequence[Request]) -> Any:
+            return {"x": super().run_batch(model, inputs, requests)["x"][:, 0]}
+
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            shapes.append(outputs["x"].shape)
+            return {"x": outputs["x"][:, None]}
+
+    async with scene(tmp_path, handler=Flat) as it:
+        assert await it.together(it.ask(1), it.ask(2)) == [[2], [4]]
+        assert await it.together(it.ask(1), it.ask(2, 3)) == [[2], [4, 6]]
+        assert shapes[-6:] == [(1,), (1,), (1,), (1,), (1,), (2,)]
+
+
+async def test_exchanges_of_two_kinds_share_a_batch_and_each_kind_answers_its_own(tmp_path: Path) -> None:
+    """As those of gRPC and of HTTP, of one transport."""
+    replied: list[tuple[type[Exchange], int]] = []
+
+    class Kind(MemoryExchange):
+        @classmethod
+        def reply_all(cls, replies: Sequence[Reply]) -> None:
+            replied.append((cls, len(replies)))
+            assert {type(exchange) for exchange, _, _ in replies} == {cls}
+            super().reply_all(replies)
+
+    class Other(Kind):
+        pass
+
+    async with scene(tmp_path) as it:
+        async with it.busy():
+            exchanges: list[MemoryExchange] = []
+            for number, kind in enumerate((Kind, Other, Kind)):
+                payload = {"x": np.array([[number]], np.float32)}
+                body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m"))
+                exchanges.append(kind(OIP.node_method, body))
+                it.served.begin(exchanges[-1], OIP, OIP.read_key(body))
+            assert it.served.waiting() == 3
+        for number, exchange in enumerate(exchanges):
+            outputs = OIP.codec.decode_response(bytes(await exchange.outcome())).payload
+            assert isinstance(outputs, dict)
+            assert outputs["x"].tolist() == [[2 * number]]
+        assert it.model.sizes == [1, 3]
+        assert [count for kind, count in replied if kind is Kind] == [2]
+        assert [count for kind, count in replied if kind is Other] == [1]
 
 
 async def test_rows_are_counted_not_requests(tmp_path: Path) -> None:

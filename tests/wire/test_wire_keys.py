@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import permutations
 from typing import Any
 
 import pytest
@@ -370,6 +371,26 @@ def test_parameters_are_read_where_there_are_many_fields() -> None:
     read = PROTOCOLS["openinference"].read_queueing
     assert read is not None
     assert read(message.SerializeToString()) == Queueing(0, 7e-6)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, 3_000_000])
+def test_parameters_are_read_wherever_they_stand(size: int) -> None:
+    """Libraries write fields in the order of their numbers, but need not."""
+    read = PROTOCOLS["openinference"].read_queueing
+    assert read is not None
+    fields = [asking(), asking(timeout={"int64_param": 7})[3:], asking(b"r" * size)[3:]]
+    for order in permutations(fields):
+        body = b"".join(order)
+        assert read(body) == read(memoryview(body)) == Queueing(0, 7e-6)
+
+
+@pytest.mark.parametrize("unknown", [b"\x48\x07", b"\x4d1234", b"\xf2\x3f\x01u"], ids=["varint", "four", "number"])
+def test_parameters_are_read_beside_fields_that_are_not_known(unknown: bytes) -> None:
+    read = PROTOCOLS["openinference"].read_queueing
+    assert read is not None
+    body = asking(timeout={"int64_param": 7})
+    for with_unknown in (unknown + body, body + unknown):
+        assert read(with_unknown) == Queueing(0, 7e-6)
 
 
 @pytest.mark.parametrize("padding", [b"", b"p" * 40_000], ids=["small", "large"])
