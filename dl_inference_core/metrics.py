@@ -192,16 +192,11 @@ class _Attempts(Collector):
 
 
 class Metrics:
-    """The metrics of one process. Safe from any thread.
-
-    Attributes:
-        requests: gives the counts of the requests in a protocol for an upstream; "" where the routing key named none.
-    """
+    """The metrics of one process. Safe from any thread."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._requests = _Requests()
-        self.requests = self._requests.of  # without a call between, which takes 0.05 µs for each request
         self._registry.register(self._requests)
         self._attempts = _Attempts()
         self._registry.register(self._attempts)
@@ -265,6 +260,10 @@ class Metrics:
         self._of_ejections: dict[tuple[str, str], Counter] = {}
         self._of_routes: dict[str, set[tuple[Counter, tuple[str, ...]]]] = {}
         """By route what has been counted of it that is rare, each with its labels."""
+
+    def requests(self, protocol: str, upstream: str) -> RequestCounts:
+        """What counts the requests in `protocol` for `upstream`, which is "" where the routing key named none."""
+        return self._requests.counts.get((protocol, upstream)) or self._requests.of(protocol, upstream)
 
     def batch(self, model: str, rows: int) -> None:
         """A model was called with so many rows of requests."""

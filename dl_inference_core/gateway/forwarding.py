@@ -70,6 +70,7 @@ class Forwarder:
         self.config = config
         self.pool = pool
         self.clock = clock
+        self._now = clock.now
         self.metrics = metrics
         self.lock = threading.RLock()
         """Of everything that belongs to the route."""
@@ -146,7 +147,8 @@ class Forwarder:
         hops = self._first_hop if before is None else self._next_hop(str(before))
         self.lock.acquire()  # `with` takes 0.1 µs more
         try:
-            now = self.clock.now()
+            now_of = self._now  # by way of a local: CPython 3.11 is slow to call an attribute
+            now = now_of()
             forwarding = _Forwarding(self, exchange, protocol, hops, now)
             nodes = self.pool.steady
             if nodes and self.limited:
