@@ -89,20 +89,26 @@ class Protocol:
 
 _PARAMETERS = 4
 """The field of a ModelInferRequest that holds its parameters."""
-_PARAMETERS_TAG = _PARAMETERS << 3 | 2
+_OTHER_TAGS = frozenset(number << 3 | 2 for number in (1, 2, 3, 5, 6, 7))
+"""With which the other fields of a ModelInferRequest begin."""
+_STEPS = 64
+"""Fields that are stepped over at most: 30 inputs with raw contents. A hostile request could have a million."""
 
 
 def _may_have_parameters(body: bytes | memoryview) -> bool:
-    """Whether a ModelInferRequest has parameters. True also where a field has 16 KiB or more, or an unusual form.
+    """Whether a ModelInferRequest has parameters. True also where only a parser can tell: where it has many fields, or
+    one of 16 KiB or more, or of an unusual form.
 
     Steps over the fields, in 0.1 µs each. To search 600 B for the names of two parameters takes 0.9 µs.
     """
     position, end = 0, len(body)
     try:
-        while position < end:
-            tag, size = body[position], body[position + 1]
-            if tag == _PARAMETERS_TAG or tag & 7 != 2:
+        for _ in range(_STEPS):
+            if position >= end:
+                return position > end
+            if body[position] not in _OTHER_TAGS:
                 return True
+            size = body[position + 1]
             position += 2
             if size > 127:
                 high = body[position]
@@ -112,8 +118,8 @@ def _may_have_parameters(body: bytes | memoryview) -> bool:
                 position += 1
             position += size
     except IndexError:
-        return True
-    return position > end
+        pass
+    return True
 
 
 def _read_openinference_queueing(body: bytes | memoryview) -> Queueing:
