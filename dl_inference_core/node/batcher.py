@@ -127,6 +127,8 @@ class Batcher:
         while True:
             for number, request in enumerate(taken, 1):
                 part = prepare(request, now)
+                if self._at_once == 1:
+                    now = time.monotonic()  # it may have taken long
                 alone = False
                 if part is None:
                     answered += 1

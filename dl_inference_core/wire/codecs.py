@@ -22,7 +22,8 @@ class Codec(Protocol):
         """
 
     def encode_response(self, response: Response, request: Request) -> bytes:
-        """The answer to `request`, in its form where that can hold it.
+        """The answer to `request`, in its form where that can hold it. The caller fills `response` in anew for the next
+        answer, so a codec must not keep it.
 
         Raises:
             BadRequest: this form of the protocol would change a value that another form or protocol can hold.

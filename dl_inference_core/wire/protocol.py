@@ -89,26 +89,28 @@ class Protocol:
 
 _PARAMETERS = 4
 """The field of a ModelInferRequest that holds its parameters."""
-_PARAMETERS_TAG = _PARAMETERS << 3 | 2
+_OTHER_TAGS = frozenset(number << 3 | 2 for number in (1, 2, 3, 5, 6, 7))
+"""With which the other fields of a ModelInferRequest begin."""
+_SMALL = 2048
+"""Bytes of a request whose fields are stepped over without a limit: 1,000 of them, in a hostile one, take 0.1 ms."""
 
 
 def _may_have_parameters(body: bytes | memoryview) -> bool:
-    """Whether a ModelInferRequest has parameters. True also where a field has 16 KiB or more, or an unusual form.
+    """Whether a ModelInferRequest has parameters. True also where only a parser can tell, and of a large one.
 
-    Steps over the fields, in 0.1 µs each. To search 600 B for the names of two parameters takes 0.9 µs.
+    At 600 B it takes 0.5 µs. To search it for the names of two parameters takes 0.9 µs.
     """
     position, end = 0, len(body)
+    if end > _SMALL:
+        return True
     try:
         while position < end:
-            tag, size = body[position], body[position + 1]
-            if tag == _PARAMETERS_TAG or tag & 7 != 2:
+            if body[position] not in _OTHER_TAGS:
                 return True
+            size = body[position + 1]
             position += 2
-            if size > 127:
-                high = body[position]
-                if high > 127:
-                    return True
-                size += (high - 1) << 7
+            if size > 127:  # a third byte of the size leads beyond the end
+                size += (body[position] - 1) << 7
                 position += 1
             position += size
     except IndexError:

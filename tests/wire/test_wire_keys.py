@@ -373,7 +373,7 @@ def test_parameters_are_read_where_there_are_many_fields() -> None:
     assert read(message.SerializeToString()) == Queueing(0, 7e-6)
 
 
-@pytest.mark.parametrize("size", [1, 127, 128, 16_383, 16_384, 3_000_000])
+@pytest.mark.parametrize("size", [1, 127, 128, 2020, 2048, 16_384, 3_000_000])
 def test_parameters_are_read_wherever_they_stand(size: int) -> None:
     """Libraries write fields in the order of their numbers, but need not."""
     read = PROTOCOLS["openinference"].read_queueing
