@@ -235,6 +235,7 @@ class Pool:
         """The health of a node has changed. Any thread."""
         self._outdated = True
         self.steady = ()
+        self._outdated = True  # a request may have looked at the nodes between the two lines above
         self.changed()
 
     def snapshot(self) -> Snapshot:

@@ -76,4 +76,6 @@ class Kinds:
         same = batching is not None and not batching.pads_inputs
         if len(self.known) >= _MOST_KINDS:
             self.known = {}
-        self.known[kind] = Known(inputs, inputs == tuple(payload), part.key, part.rows if same else 0)
+        rows = part.rows if same else 0
+        key = part.key if rows else ()  # that of a request which shares no call leads to the request itself
+        self.known[kind] = Known(inputs, inputs == tuple(payload), key, rows)

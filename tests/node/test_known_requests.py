@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -70,6 +73,25 @@ async def test_a_tag_that_a_handler_adds_is_of_its_own_request(tmp_path: Path, t
             answer = await ask("seldon", payload=np.full((1, 3), number + 0.125), form=Form.TENSOR, tags={"user": "u"})
             assert isinstance(answer.payload, np.ndarray)
             assert answer.tags["score"] == answer.payload[0, 0]
+
+
+@BATCHING
+async def test_what_is_known_of_a_kind_keeps_no_request(tmp_path: Path, toml: str) -> None:
+    calls: list[weakref.ref[Any]] = []
+
+    class Seeing(Handler):
+        def postprocess(self, outputs: Any, request: Request) -> Any:
+            calls.append(weakref.ref(request.call))
+            return outputs
+
+    async with asked(tmp_path, Seeing, toml, X) as ask:
+        for width in range(1, 1 + TIMES):
+            await ask("openinference", payload={"x": np.zeros((1, width))}, form=Form.TENSORS)
+        async with asyncio.timeout(10):
+            while any(call() is not None for call in calls):
+                gc.collect()
+                await asyncio.sleep(0.01)
+    assert len(calls) == TIMES
 
 
 @BATCHING

@@ -53,8 +53,9 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    /// With room for the protocol's own headers.
-    fn headers(&self) -> HeaderMap {
+    /// With room for the protocol's own headers; a failure where they are of more than `most_bytes`.
+    fn headers(&self, most_bytes: usize) -> Result<HeaderMap, Failure> {
+        check_header_bytes(&self.own, most_bytes)?; // so that there are few
         let of = self.of.as_ref().filter(|shared| shared.has_metadata).map(|shared| &shared.headers);
         let mut headers = HeaderMap::with_capacity(of.map_or(0, HeaderMap::len) + self.own.len() + OWN_HEADERS);
         for (name, value) in of.into_iter().flatten() {
@@ -65,7 +66,8 @@ impl Metadata {
         for (name, value) in &*self.own {
             headers.append(name.clone(), value.clone());
         }
-        headers
+        check_header_bytes(&headers, most_bytes)?;
+        Ok(headers)
     }
 }
 
@@ -136,8 +138,7 @@ impl Ask {
     }
 
     fn request(&self, io: &Io, until: Option<Instant>) -> Result<Request<()>, Failure> {
-        let mut headers = self.metadata.headers();
-        check_header_bytes(&headers, io.common.settings.header_bytes())?;
+        let mut headers = self.metadata.headers(io.common.settings.header_bytes())?;
         headers.insert(header::CONTENT_TYPE, GRPC);
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
         headers.insert(GRPC_ACCEPT_ENCODING, HeaderValue::from_static(ACCEPTED));

@@ -139,7 +139,7 @@ pub async fn run(
         task: AtomicWaker::new(),
     });
     let mut attempts = Attempts::default();
-    io.calls.borrow_mut().insert(call.shared.id, call.clone());
+    let known = Known::new(&io, &call);
     io.tell(Event::Begin(call.clone()));
     tokio::select! {
         biased;
@@ -149,8 +149,28 @@ pub async fn run(
         _ = passes(deadline) => call.leave(&io, Some(Failure::deadline())),
         _ = carry(&call, &io, &mut messages) => {}
     }
-    io.calls.borrow_mut().remove(&call.shared.id);
+    drop(known);
     poll_fn(|cx| attempts.poll_to_end(&io, &call, cx)).await;
+}
+
+/// Commands reach the call for as long as this lives. Where its task panics, the call ends as if its client had left.
+struct Known(Rc<Io>, Rc<Call>);
+
+impl Known {
+    fn new(io: &Rc<Io>, call: &Rc<Call>) -> Known {
+        io.calls.borrow_mut().insert(call.shared.id, call.clone());
+        Known(io.clone(), call.clone())
+    }
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        let Known(io, call) = self;
+        if !call.has_ended() {
+            call.leave(io, None);
+        }
+        io.calls.borrow_mut().remove(&call.shared.id);
+    }
 }
 
 /// The attempts of a call that are under way. The call's task polls them: each would cost more as a task of its own.

@@ -175,6 +175,7 @@ async fn others_first() {
 struct Turn {
     begun: Vec<Rc<Call>>,
     done: Vec<Done>,
+    timers: Vec<Timed>,
     ended: Vec<(Rc<Call>, Code)>,
     /// Those that have ended before they begin.
     late: Vec<(Rc<Call>, Code)>,
@@ -183,7 +184,8 @@ struct Turn {
 /// What `Helpers.tell_done` takes of one attempt.
 type Done = (Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64);
 
-/// Attempts and exchanges that have ended come first: they make room for those that begin.
+/// Attempts and exchanges that have ended come first: they make room for those that begin. A timer comes after attempts
+/// that have ended, which may cancel it.
 fn turn(io: &Io, py: Python<'_>, events: &mut Vec<Event>) {
     let mut turn = Turn::default();
     for event in events.drain(..) {
@@ -191,6 +193,10 @@ fn turn(io: &Io, py: Python<'_>, events: &mut Vec<Event>) {
     }
     if !turn.done.is_empty() {
         told(io, py, io.common.helpers.tell_done.call1(py, (turn.done,)).map(drop));
+    }
+    for timed in turn.timers {
+        let function = timed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        told(io, py, function.map_or(Ok(()), |function| function.call0(py).map(drop)));
     }
     tell_ended(io, py, turn.ended);
     begin(io, py, turn.begun);
@@ -218,6 +224,7 @@ impl Turn {
                 };
                 self.done.push((done, error, convert::metadata(py, &trailers, true)?, seconds));
             }
+            Event::Timer(timed) => self.timers.push(timed),
             event => return tell(io, py, event),
         }
         Ok(())
@@ -311,7 +318,7 @@ impl Clock {
 fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
     let helpers = &io.common.helpers;
     match event {
-        Event::Begin(_) | Event::Ended { .. } | Event::Done { .. } | Event::Forget(_) => Ok(()),
+        Event::Begin(_) | Event::Ended { .. } | Event::Done { .. } | Event::Timer(_) | Event::Forget(_) => Ok(()),
         Event::Called { done, outcome } => match outcome {
             Ok((frame, trailers)) => {
                 let trailers = convert::metadata(py, &trailers, true)?;
@@ -325,10 +332,6 @@ fn tell(io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
         Event::Message { callback, message } => {
             let message = message.map(|frame| convert::message(py, frame.message())).transpose()?;
             callback.call1(py, (message,)).map(drop)
-        }
-        Event::Timer(timed) => {
-            let function = timed.lock().unwrap_or_else(PoisonError::into_inner).take();
-            function.map_or(Ok(()), |function| function.call0(py).map(drop))
         }
         Event::Change { extras, which, message, changed } => {
             let _ = changed.send(extras.change(py, which, message, io.charge())); // else the attempt was cancelled

@@ -81,7 +81,13 @@ pub struct Outbox {
 }
 
 impl Outbox {
-    /// False, and no effect, where the thread has ended, or belongs to the process that this one was forked from.
+    /// In the order in which threads call this. False, and no effect, where the thread has ended, or belongs to the
+    /// process that this one was forked from.
+    pub fn send_in_order(&self, command: Command) -> bool {
+        self.is_of_this_process() && self.sender.send(command).is_ok()
+    }
+
+    /// As `send_in_order`. The I/O thread's own commands may overtake those of others.
     pub fn send(&self, command: Command) -> bool {
         if !self.is_of_this_process() {
             return false;

@@ -79,7 +79,11 @@ impl Exchange {
     }
 
     fn send_command(&self, command: Command) {
-        self.outbox.send(command); // else the thread has ended, and the exchange with it
+        // False: the thread has ended, and the exchange with it.
+        let _ = match self.shared.method.streams {
+            true => self.outbox.send_in_order(command), // another thread's message comes before this one's end
+            false => self.outbox.send(command),
+        };
     }
 
     /// The metadata for a node: the client's, with `added` in the place of entries with the same keys.
