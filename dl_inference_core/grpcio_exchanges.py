@@ -262,7 +262,7 @@ class GrpcioExchange(UnaryExchange):
 class GrpcioStream(GrpcioExchange):
     """A stream in each direction: the task of the call sends, and another one reads while a message is asked for."""
 
-    __slots__ = ("_lock", "_on_message", "_on_writable", "_outgoing", "_reading", "_unsent")
+    __slots__ = ("_coming", "_lock", "_on_message", "_on_writable", "_outgoing", "_reading", "_unsent")
 
     forward = Exchange.forward
 
@@ -271,8 +271,10 @@ class GrpcioStream(GrpcioExchange):
         self._outgoing: deque[Message] = deque()
         self._unsent = 0
         """The bytes that were given to `send` and are not written yet."""
+        self._coming = 0
+        """Calls of other threads that the event loop has not made yet."""
         self._lock = threading.Lock()
-        """Of `_unsent`."""
+        """Of `_unsent` and `_coming`."""
         self._on_message: Callable[[Message | None], object] | None = None
         self._on_writable: Callable[[], object] | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -293,13 +295,28 @@ class GrpcioStream(GrpcioExchange):
             if self._reading is not None:
                 self._reading.cancel()
 
+    def on_loop(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """In the order in which threads call this: a message of another thread comes before an end that follows it."""
+        if threading.get_ident() == self._thread and not self._coming:
+            function(*arguments)
+            return
+        with self._lock:
+            self._coming += 1
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._come, function, arguments)
+
+    def _come(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        with self._lock:
+            self._coming -= 1
+        function(*arguments)
+
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
+        self._add_unsent(len(message))
         self.on_loop(self._reply, message, trailers)
 
     def _reply(self, message: Message, trailers: Trailers) -> None:
-        if self._code is None:
-            self.send(message)
-            self._end(Code.OK, b"", trailers)
+        self._send(message)
+        self._end(Code.OK, b"", trailers)
 
     def on_message(self, callback: Callable[[Message | None], object]) -> None:
         self.on_loop(self._read, callback)

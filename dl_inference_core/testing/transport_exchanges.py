@@ -390,6 +390,22 @@ class ExchangeConformance(LoopbackConformance):
             await rig.ended(Code.INVALID_ARGUMENT)
 
     @asynchronous
+    async def test_another_threads_message_comes_before_the_end_that_follows_it(self, transport: Transport) -> None:
+        def begin(exchange: Exchange) -> None:
+            def answer(_: Message | None) -> None:
+                sender = threading.Thread(target=exchange.send, args=(b"last",))
+                sender.start()
+                sender.join()
+                exchange.finish()
+
+            exchange.on_message(answer)
+
+        async with fronted(transport, begin, streaming=True) as rig:
+            call = rig.front.stream_stream(ECHO)(iter((MESSAGE,)), timeout=10)
+            assert [message async for message in call] == [b"last"]
+            await rig.ended(Code.OK)
+
+    @asynchronous
     async def test_a_client_that_leaves_a_stream_which_it_does_not_read_is_told_of(self, transport: Transport) -> None:
         opened, cancelled = Told(), Told()
         async with fronted(transport, opened, streaming=True) as rig:
