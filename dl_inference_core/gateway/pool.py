@@ -221,8 +221,6 @@ class Pool:
         self._snapshot = Snapshot()
         self._outdated = False
         self.steady: Sequence[Node] = ()
-        self._steady = False
-        """Whether all of the nodes that may be chosen may have their whole share."""
         self._spared: set[Node] = set()
         self._offered: tuple[Node, ...] = ()
         """The usable nodes without `_spared`: while nothing changes, the same tuple."""
@@ -243,9 +241,8 @@ class Pool:
         if self._outdated:
             self._outdated = False  # before the nodes are looked at: what changes from now on is for the next request
             self._snapshot = snapshot = self._judged()
-            self._steady = not (snapshot.half_open or snapshot.starting)
             self._spared = set()
-            self.steady = snapshot.usable if self._steady else ()
+            self.steady = () if snapshot.half_open or snapshot.starting else snapshot.usable
             if self._outdated:  # again, meanwhile: `outdate` may have come before the line above
                 self.steady = ()
         return self._snapshot
@@ -253,7 +250,7 @@ class Pool:
     def usable(self) -> Sequence[Node]:
         """The nodes that may be chosen this time."""
         snapshot = self.snapshot()
-        return snapshot.usable if self._steady else self._drawn(snapshot)
+        return self._drawn(snapshot) if snapshot.half_open or snapshot.starting else snapshot.usable
 
     def due(self) -> Sequence[Node]:
         """The one half-open node whose turn it is to show how it does; mostly none. For each request that could be
@@ -332,7 +329,7 @@ class Pool:
         before, self.nodes = self.nodes, tuple(nodes)
         # A route without requests must not hold on to nodes that left.
         self._snapshot, self._spared, self._offered = Snapshot(), set(), ()
-        self._steady, self._outdated, self.steady = False, True, ()
+        self._outdated, self.steady = True, ()
         stay = set(nodes)
         gone = [node for node in before if node not in stay]
         for node in gone:
