@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
@@ -226,6 +227,7 @@ class GrpcioExchange(UnaryExchange):
         connection: Connection,
         method: str,
         done: Done,
+        context: object = None,
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
@@ -234,7 +236,9 @@ class GrpcioExchange(UnaryExchange):
     ) -> Attempt:
         assert isinstance(connection, Calling)
         metadata = with_added(self.metadata, metadata)
-        attempt = GrpcioAttempt(self, connection, method, done, timeout_s, metadata, allow_empty, extras)
+        attempt = GrpcioAttempt(
+            self, connection, method, partial(done, context), timeout_s, metadata, allow_empty, extras
+        )
         self.on_loop(self._forward, attempt)
         return attempt
 
@@ -389,7 +393,7 @@ class GrpcioAttempt(Attempt):
         exchange: GrpcioExchange,
         connection: Calling,
         method: str,
-        done: Done,
+        done: Callable[[InferenceError | None, Trailers, float], object],
         timeout_s: float | None,
         metadata: Metadata,
         allow_empty: bool,

@@ -92,6 +92,13 @@ class RequestCounts:
             self._buckets[index] += bisect_right(seconds, bound)
 
 
+class _Counts(dict[tuple[str, str], RequestCounts]):
+    """By protocol and upstream; what is not there yet is made. Any thread."""
+
+    def __missing__(self, key: tuple[str, str]) -> RequestCounts:
+        return self.setdefault(key, RequestCounts())
+
+
 class _Requests(Collector):
     """Counts and latencies of requests, by protocol and upstream."""
 
@@ -102,10 +109,7 @@ class _Requests(Collector):
     _HISTOGRAM = "dl_inference_request_seconds", "Seconds from a request's arrival to its answer."
 
     def __init__(self) -> None:
-        self.counts: dict[tuple[str, str], RequestCounts] = {}
-
-    def of(self, protocol: str, upstream: str) -> RequestCounts:
-        return self.counts.setdefault((protocol, upstream), RequestCounts())
+        self.counts = _Counts()
 
     def remove(self, upstream: str) -> None:
         for key in [key for key in tuple(self.counts) if key[1] == upstream]:
@@ -258,12 +262,11 @@ class Metrics:
         self._of_batches: dict[str, Histogram] = {}
         self._stuck_models: set[str] = set()
         self._of_ejections: dict[tuple[str, str], Counter] = {}
+        self.requests: Mapping[tuple[str, str], RequestCounts] = self._requests.counts
+        """What counts requests, for each protocol and upstream, which is "" where the routing key named none: one that
+        is not there is made."""
         self._of_routes: dict[str, set[tuple[Counter, tuple[str, ...]]]] = {}
         """By route what has been counted of it that is rare, each with its labels."""
-
-    def requests(self, protocol: str, upstream: str) -> RequestCounts:
-        """What counts the requests in `protocol` for `upstream`, which is "" where the routing key named none."""
-        return self._requests.counts.get((protocol, upstream)) or self._requests.of(protocol, upstream)
 
     def batch(self, model: str, rows: int) -> None:
         """A model was called with so many rows of requests."""

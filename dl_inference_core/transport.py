@@ -56,9 +56,9 @@ class Answer(NamedTuple):
     trailers: Trailers
 
 
-Done: TypeAlias = "Callable[[InferenceError | None, Trailers, float], object]"
-"""Is told how an attempt ended: its error, or None where its answer went to the client; the node's trailers; and the
-seconds that it took."""
+Done: TypeAlias = "Callable[[Any, InferenceError | None, Trailers, float], object]"
+"""Is told how an attempt ended: the `context` that `Exchange.forward` was given; its error, or None where its answer
+went to the client; the node's trailers; and the seconds that it took."""
 
 
 class Attempt(ABC):
@@ -185,6 +185,7 @@ class Exchange(ABC):
         connection: Connection,
         method: str,
         done: Done,
+        context: object = None,
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
@@ -202,6 +203,8 @@ class Exchange(ABC):
         Args:
             connection: to the node; made by the same transport.
             method: the node's method path.
+            context: what `done` is told first. One function for all attempts and a tuple for each cost less than a
+                function for each.
             timeout_s: limits this attempt; None sets no limit.
             metadata: added to the client's own, which goes on to the node, in the place of entries with the same keys.
             allow_empty: whether an empty message is a good answer: one whose fields all have their default values.

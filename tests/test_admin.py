@@ -85,7 +85,7 @@ async def test_it_is_ready_while_it_takes_requests_and_says_why_it_is_not() -> N
 
 async def test_metrics_come_in_the_format_that_is_asked_for() -> None:
     metrics = Metrics()
-    metrics.requests("seldon", "m").count(Code.OK, 0.003)
+    metrics.requests["seldon", "m"].count(Code.OK, 0.003)
     async with serving(metrics=metrics) as port:
         answer = await ask(port, "/metrics")
         assert answer.status == 200

@@ -35,9 +35,9 @@ def attempt(metrics: Metrics, route: str, node: str, outcome: str) -> None:
 def test_requests_are_counted_by_status_and_their_seconds_by_bucket() -> None:
     metrics = Metrics()
     for seconds in (0.0004, 0.0005, 0.003, 11.0):
-        metrics.requests("openinference", "m").count(Code.OK, seconds)
-    metrics.requests("openinference", "m").count(Code.INTERNAL, 0.003)
-    metrics.requests("seldon", "m").count(Code.OK, 0.3)
+        metrics.requests["openinference", "m"].count(Code.OK, seconds)
+    metrics.requests["openinference", "m"].count(Code.INTERNAL, 0.003)
+    metrics.requests["seldon", "m"].count(Code.OK, 0.3)
     assert samples(metrics, "dl_inference_requests_total") == {
         ("OK", "openinference", "m"): 4,
         ("INTERNAL", "openinference", "m"): 1,
@@ -79,7 +79,7 @@ def test_nodes_with_one_address_are_counted_together_until_both_are_gone() -> No
 def test_what_goes_takes_its_series_along() -> None:
     metrics = Metrics()
     for name in ("gone", "stays"):
-        metrics.requests("openinference", name).count(Code.OK, 0.1)
+        metrics.requests["openinference", name].count(Code.OK, 0.1)
         metrics.batch(name, 3)
         metrics.stuck_batch(name)
         attempt(metrics, name, "n:1", "success")
@@ -98,7 +98,7 @@ def test_what_goes_takes_its_series_along() -> None:
 
 def test_openmetrics_is_well_formed() -> None:
     metrics = Metrics()
-    metrics.requests("openinference", 'a "name"\\with\nsigns').count(Code.OK, 0.1)
+    metrics.requests["openinference", 'a "name"\\with\nsigns'].count(Code.OK, 0.1)
     attempt(metrics, "r", "n:1", "success")
     text = metrics.render("application/openmetrics-text")[0].decode()
     families: Any = {family.name: family for family in openmetrics.text_string_to_metric_families(text)}
@@ -111,7 +111,7 @@ def test_threads_lose_no_count() -> None:
 
     def count() -> None:
         for _ in range(5000):
-            metrics.requests("openinference", "m").count(Code.OK, 0.001)
+            metrics.requests["openinference", "m"].count(Code.OK, 0.001)
 
     threads = [threading.Thread(target=count) for _ in range(4)]
     for thread in threads:

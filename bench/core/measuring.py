@@ -118,10 +118,10 @@ def _calls(app: App, share: float) -> Parts:
         balancer.record(balancer.choose(fakes, EXCHANGE), success, _SECONDS)
 
     def choose_on_route() -> None:
-        route.picker.record(route.picker.choose(nodes, EXCHANGE, route.clock.now()), success, _SECONDS)
+        route.picker.balancer.record(route.picker.choose(nodes, EXCHANGE, route.clock.now()), success, _SECONDS)
 
     def count() -> None:
-        app.metrics.requests(loads.PROTOCOL.name, loads.MODEL).count(Code.OK, _SECONDS)
+        app.metrics.requests[loads.PROTOCOL.name, loads.MODEL].count(Code.OK, _SECONDS)
         nodes[0].attempts.successes += 1
 
     def transcode() -> None:

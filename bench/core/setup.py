@@ -129,7 +129,7 @@ class Passing(_Service):
             exchange.forward(self._connection, exchange.method, _done, timeout_s=1.0, metadata=())
 
 
-def _done(error: InferenceError | None, trailers: Trailers, seconds: float) -> None: ...
+def _done(context: object, error: InferenceError | None, trailers: Trailers, seconds: float) -> None: ...
 
 
 class Echoing(_Service):

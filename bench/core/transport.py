@@ -75,23 +75,25 @@ class CoreExchange(UnaryExchange):
         connection: Connection,
         method: str,
         done: Done,
+        context: object = None,
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
         allow_empty: bool = False,
         extras: Extras | None = None,
     ) -> Attempt:
-        attempt = _Attempt(self, done)
+        attempt = _Attempt(self, done, context)
         self._transport.attempts.append(attempt)
         return attempt
 
 
 class _Attempt(Attempt):
-    __slots__ = ("done", "exchange")
+    __slots__ = ("context", "done", "exchange")
 
-    def __init__(self, exchange: CoreExchange, done: Done) -> None:
+    def __init__(self, exchange: CoreExchange, done: Done, context: object) -> None:
         self.exchange = exchange
         self.done = done
+        self.context = context
 
     def cancel(self) -> None:
         """No attempt here outlives its exchange."""
@@ -179,7 +181,7 @@ class MemoryTransport(Transport):
         attempts, self.attempts = self.attempts, []
         self.service.ended_all([(attempt.exchange, Code.OK) for attempt in attempts])
         for number, attempt in enumerate(attempts):
-            attempt.done(None, (), _ATTEMPT_S[number % 3])
+            attempt.done(attempt.context, None, (), _ATTEMPT_S[number % 3])
         return len(attempts)
 
     def end(self, outcomes: Sequence[tuple[Exchange, Message, InferenceError | None]]) -> None:

@@ -85,11 +85,11 @@ class Admission:
         """Take on other limits; the requests that wait stay.
 
         Args:
-            per_node: attempts at once; 0 means no limit.
+            per_node: attempts at once; `sys.maxsize` sets no limit.
             queue: requests that may wait.
         """
         self.name = name
-        self._per_node = per_node or sys.maxsize
+        self._per_node = per_node
         self._queue = queue
         self._seen, self._open = (), None
         self.admit_waiting()
@@ -146,10 +146,9 @@ class Admission:
             self._remove(place)
             self.admit_waiting()  # it may have been this one's turn
 
-    def began(self, node: Node) -> None:
-        """An attempt was counted in `node.in_flight`."""
-        if node.in_flight >= self._per_node:
-            self._open = None
+    def filled(self) -> None:
+        """A node has as many attempts as it may."""
+        self._open = None
 
     def ended(self, node: Node) -> None:
         """An attempt is no longer counted in `node.in_flight`."""
@@ -171,6 +170,7 @@ class Admission:
         now = self._clock.now()
         if now >= end:
             raise DeadlineExceeded(f"route {self.name}: the deadline passed before the request came to a node")
+        self._recent.look()
         attempt_s = self._recent.typical_s
         left_s = end - attempt_s - now
         if left_s <= attempt_s * before / (nodes * self._per_node):

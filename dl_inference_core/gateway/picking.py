@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-from dl_inference_core.gateway.balancing import Balancer, Outcome, RoundRobin
+from dl_inference_core.gateway.balancing import Balancer, RoundRobin
 from dl_inference_core.gateway.clock import Clock
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.metrics import Metrics
@@ -57,33 +57,26 @@ class Picker:
             if node not in self._members:
                 raise TypeError(f"it chose {node!r}, which is not among the nodes that it was given")
         except Exception:
-            self._failed()
+            self.failed()
             node = self._fallback.choose(nodes, exchange)
         now_of = self._now  # by way of a local: CPython 3.11 is slow to call an attribute
         if (now := now_of()) - begun > _SLOW_S:
             self._kept_waiting(begun, now)
         return node  # type: ignore[return-value] # one of `nodes`
 
-    def record(self, node: Node, outcome: Outcome, seconds: float) -> None:
-        """As `Balancer.record`."""
-        try:
-            self.balancer.record(node, outcome, seconds)
-        except Exception:
-            self._failed()
-
     def report(self, node: Node, load: Load) -> None:
         """As `Balancer.report`."""
         try:
             self.balancer.report(node, load)
         except Exception:
-            self._failed()
+            self.failed()
 
     def returned(self, node: Node) -> None:
         """As `Balancer.returned`."""
         try:
             self.balancer.returned(node)
         except Exception:
-            self._failed()
+            self.failed()
 
     def forget(self, nodes: Iterable[Node]) -> None:
         """As `Balancer.forget`, for each."""
@@ -91,10 +84,10 @@ class Picker:
             try:
                 self.balancer.forget(node)
             except Exception:
-                self._failed()
+                self.failed()
 
-    def _failed(self) -> None:
-        """Count what is being handled, and log it the first time."""
+    def failed(self) -> None:
+        """The strategy has raised what is being handled: count it, and log it the first time."""
         self._metrics.balancer_failure(self.balancer.name, self._route)
         if self._complained_of is not self.balancer:
             self._complained_of = self.balancer

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from dl_inference_core.coroutines import call_soon
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, InferenceError
@@ -158,6 +159,7 @@ class MemoryExchange(UnaryExchange):
         connection: Connection,
         method: str,
         done: Done,
+        context: object = None,
         *,
         timeout_s: float | None = None,
         metadata: Metadata = (),
@@ -174,7 +176,7 @@ class MemoryExchange(UnaryExchange):
                 raise AnswerMalformed("the answer is not a protobuf message")
             return answer
 
-        attempt = MemoryAttempt(self, self._loop, call, done)
+        attempt = MemoryAttempt(self, self._loop, call, partial(done, context))
         self._attempts.append(attempt)
         if not self._open:
             attempt.cancel()
@@ -194,7 +196,7 @@ class MemoryAttempt(Attempt):
         exchange: MemoryExchange,
         loop: asyncio.AbstractEventLoop,
         call: Callable[[], Awaitable[Answer]],
-        done: Done,
+        done: Callable[[InferenceError | None, Trailers, float], object],
     ) -> None:
         self._exchange = exchange
         self._loop = loop

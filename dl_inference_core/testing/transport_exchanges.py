@@ -91,6 +91,18 @@ class Told:
         return self.calls[0]
 
 
+class Ended(Told):
+    """A `Done`. `calls` has the error, the trailers and the seconds of each attempt; `contexts` what was told first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contexts: list[object] = []
+
+    def __call__(self, context: object, *outcome: Any) -> None:
+        self.contexts.append(context)
+        super().__call__(*outcome)
+
+
 class Rig:
     """A gateway's server and its nodes.
 
@@ -424,7 +436,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_a_message_goes_to_a_node_and_its_answer_to_the_client(self, transport: Transport) -> None:
-        done = Told()
+        done = Ended()
         sent: Trailers = (("x-load", "0.5"), ("x-private", "1"), ("x-report-bin", b"\0\xff"))
         seen = Recorder()
 
@@ -434,7 +446,8 @@ class ExchangeConformance(LoopbackConformance):
 
         metadata = (("x-tag", "one"), ("trace-bin", b"\0\1"))
         own = (("x-own", "goes on"), ("x-own", "both"), ("x-tag", "replaced"), ("own-bin", b"\xff"))
-        async with gateway(transport, answer, done, metadata=metadata, timeout_s=5.0) as (rig, _):
+        context = object()
+        async with gateway(transport, answer, done, context=context, metadata=metadata, timeout_s=5.0) as (rig, _):
             call = rig.call(metadata=own)
             assert await call == MESSAGE + MESSAGE
             trailers = [tuple(pair) for pair in await call.trailing_metadata()]
@@ -442,6 +455,7 @@ class ExchangeConformance(LoopbackConformance):
             error, told, seconds = await done.once()
             await rig.ended(Code.OK)
         assert error is None
+        assert done.contexts == [context]
         assert by_key(told) == by_key(sent)
         assert 0 < seconds < 5
         (at_node,) = seen.calls
@@ -460,7 +474,7 @@ class ExchangeConformance(LoopbackConformance):
             return b"" if exchange.message == b"\x08\x02" else b"\xff no protobuf"
 
         cases = {b"\x08\x01": NodeFailed, b"\x08\x02": AnswerMalformed, b"": AnswerMalformed}
-        begun, done = Told(), Told()
+        begun, done = Told(), Ended()
 
         def begin(connection: Connection, exchange: Exchange) -> None:
             begun(exchange)
@@ -472,7 +486,7 @@ class ExchangeConformance(LoopbackConformance):
             fronted(transport, partial(begin, connection)) as rig,
         ):
             for message, expected in cases.items():
-                begun, done = Told(), Told()
+                begun, done = Told(), Ended()
                 call = rig.call(message)
                 (exchange,) = await begun.once()
                 error, trailers, _ = await done.once()
@@ -487,7 +501,7 @@ class ExchangeConformance(LoopbackConformance):
         async def empty(_: Exchange) -> bytes:
             return b""
 
-        done = Told()
+        done = Ended()
         async with gateway(transport, empty, done, allow_empty=True) as (rig, _):
             assert await rig.call() == b""
             assert (await done.once())[0] is None
@@ -498,7 +512,7 @@ class ExchangeConformance(LoopbackConformance):
     ) -> None:
         dead = f"127.0.0.1:{free_port()}"
         errors: list[InferenceError | None] = []
-        second = Told()
+        first, second = object(), Ended()
 
         async with (
             serving(transport, {HOLD: echo}) as address,
@@ -507,11 +521,12 @@ class ExchangeConformance(LoopbackConformance):
         ):
 
             def begin(exchange: Exchange) -> None:
-                def retry(error: InferenceError | None, _: Trailers, seconds: float) -> None:
+                def retry(context: object, error: InferenceError | None, *_: Any) -> None:
+                    assert context is first
                     errors.append(error)
                     exchange.forward(good, HOLD, second)
 
-                exchange.forward(bad, HOLD, retry, timeout_s=5.0)
+                exchange.forward(bad, HOLD, retry, first, timeout_s=5.0)
 
             async with fronted(transport, begin) as rig:
                 assert await rig.call() == MESSAGE
@@ -521,7 +536,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_any_thread_may_forward(self, transport: Transport) -> None:
-        done = Told()
+        done = Ended()
         async with serving(transport, {HOLD: echo}) as address, connected(transport, address) as connection:
 
             def begin(exchange: Exchange) -> None:
@@ -537,7 +552,7 @@ class ExchangeConformance(LoopbackConformance):
     async def test_the_quicker_of_two_attempts_answers_and_the_other_is_cancelled(
         self, transport: Transport, first_is_quicker: bool
     ) -> None:
-        hold, slow, quick = Hold(), Told(), Told()
+        hold, slow, quick = Hold(), Ended(), Ended()
         attempts = [(HOLD, slow), (ECHO, quick)]
         async with (
             serving(transport, {HOLD: hold, ECHO: echo}) as address,
@@ -558,7 +573,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_an_attempt_that_the_service_cancels_leaves_the_exchange_open(self, transport: Transport) -> None:
-        hold, done, begun = Hold(), Told(), Told()
+        hold, done, begun = Hold(), Ended(), Told()
 
         async with serving(transport, {HOLD: hold}) as address, connected(transport, address) as connection:
 
@@ -582,7 +597,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_a_client_that_leaves_cancels_the_attempt_at_the_node(self, transport: Transport) -> None:
-        hold, done = Hold(), Told()
+        hold, done = Hold(), Ended()
         async with gateway(transport, hold, done) as (rig, _):
             call = rig.call()
             await hold.was_entered()
@@ -593,7 +608,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_an_attempt_has_a_timeout_of_its_own(self, transport: Transport) -> None:
-        hold, done = Hold(), Told()
+        hold, done = Hold(), Ended()
         async with gateway(transport, hold, done, timeout_s=0.3) as (rig, _):
             call = rig.call()
             error, _, seconds = await done.once()
@@ -605,7 +620,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_an_attempt_after_the_end_sends_nothing_and_says_so(self, transport: Transport) -> None:
-        hold, done = Hold(), Told()
+        hold, done = Hold(), Ended()
         async with serving(transport, {HOLD: hold}) as address, connected(transport, address) as connection:
 
             def begin(exchange: Exchange) -> None:
@@ -620,7 +635,7 @@ class ExchangeConformance(LoopbackConformance):
 
     @asynchronous
     async def test_functions_may_change_the_request_and_the_answer(self, transport: Transport) -> None:
-        done, note = Told(), Recorder()
+        done, note = Ended(), Recorder()
         extras = Extras(
             change_request=lambda message: memoryview(b"\x10\x07" + bytes(message)),
             change_answer=lambda message: bytes(message)[2:] + b"\x18\x09",
@@ -635,12 +650,12 @@ class ExchangeConformance(LoopbackConformance):
     async def test_a_function_that_raises_ends_the_attempt_alone(self, transport: Transport, which: str) -> None:
         async with serving(transport, {HOLD: echo}) as address, connected(transport, address) as connection:
             for raised, expected in ((BadRequest("not so"), BadRequest), (ZeroDivisionError(), HandlerFailed)):
-                done, begun = Told(), Told()
+                done, begun = Ended(), Told()
 
                 def change(_: Message, raised: Exception = raised) -> Message:
                     raise raised
 
-                def begin(exchange: Exchange, done: Told = done, begun: Told = begun, change: Any = change) -> None:
+                def begin(exchange: Exchange, done: Ended = done, begun: Told = begun, change: Any = change) -> None:
                     begun(exchange)
                     exchange.forward(connection, HOLD, done, extras=Extras(**{which: change}))
 
@@ -671,7 +686,7 @@ class ExchangeConformance(LoopbackConformance):
     async def test_300_exchanges_are_forwarded_at_once(self, transport: Transport) -> None:
         ended = 0
 
-        def done(error: InferenceError | None, *_: Any) -> None:
+        def done(_: object, error: InferenceError | None, *__: Any) -> None:
             nonlocal ended
             assert error is None
             ended += 1

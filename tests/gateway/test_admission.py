@@ -364,7 +364,8 @@ class Request:
         node = crowd.on[number] = nodes[number % len(nodes)]
         crowd.admitted.append(number)
         node.in_flight += 1
-        crowd.admission.began(node)
+        if node.in_flight >= crowd.per_node:
+            crowd.admission.filled()
 
     def refused(self, error: Overloaded) -> None:
         raise AssertionError("the clock stands still")

@@ -356,7 +356,7 @@ async def test_without_a_retry_to_spend_no_request_is_sent_to_a_node_on_trial(la
     forwarder.pool._until_trial = 0
     forwarder.balancer.choose = lambda nodes, call: gateway.node(good)
     assert [await gateway.call() for _ in range(20)] == ["good"] * 20
-    forwarder.retries._tokens = 1
+    forwarder.retries.tokens = 1
     assert await gateway.call() == "bad"
 
 

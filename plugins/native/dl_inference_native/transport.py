@@ -65,12 +65,12 @@ class _Helpers:
     key_of = RoutingKey
 
     @staticmethod
-    def tell_done(ended: Sequence[tuple[seam.Done, InferenceError | None, Trailers, float]]) -> None:
+    def tell_done(ended: Sequence[tuple[seam.Done, object, InferenceError | None, Trailers, float]]) -> None:
         """Attempts have ended: many at a time, since a call from Rust takes 0.2 µs more than one from here."""
         last: BaseException | None = None
-        for done, error, trailers, seconds in ended:
+        for done, context, error, trailers, seconds in ended:
             try:
-                done(error, trailers, seconds)
+                done(context, error, trailers, seconds)
             except Exception:
                 _log.exception("the end of an attempt could not be told")
             except BaseException as raised:  # by `sys.exit` in a forked child, say; the others are told first

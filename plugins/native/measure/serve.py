@@ -31,7 +31,7 @@ class Service:
         pass
 
 
-def done(error: InferenceError | None, _: Trailers, __: float) -> None:
+def done(_: object, error: InferenceError | None, __: Trailers, ___: float) -> None:
     if error is not None:
         print(error, file=sys.stderr)
 

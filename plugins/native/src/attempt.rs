@@ -204,6 +204,7 @@ pub struct Forward {
     pub exchange: Arc<Shared>,
     pub ask: Ask,
     pub done: Py<PyAny>,
+    pub context: Py<PyAny>,
     pub allow_empty: bool,
     pub extras: Option<Arc<Extras>>,
 }
@@ -264,7 +265,7 @@ pub async fn run(io: Rc<Io>, call: Option<Rc<Call>>, mut forward: Box<Forward>) 
         }
         Err(error) => (Some(error), HeaderMap::new()),
     };
-    io.tell(Event::Done { done: forward.done, error, trailers, seconds });
+    io.tell(Event::Done { done: forward.done, context: forward.context, error, trailers, seconds });
 }
 
 /// Has the node answer, and gives a good answer to the client; returns the node's trailers that a service may read.

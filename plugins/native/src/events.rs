@@ -31,9 +31,10 @@ pub enum Event {
         code: Code,
         callbacks: Vec<Py<PyAny>>,
     },
-    /// An attempt has ended: `done(error, trailers, seconds)`.
+    /// An attempt has ended: `done(context, error, trailers, seconds)`.
     Done {
         done: Py<PyAny>,
+        context: Py<PyAny>,
         error: Option<Raised>,
         trailers: HeaderMap,
         seconds: f64,
@@ -106,7 +107,7 @@ pub struct Helpers {
     pub raised: Py<PyAny>,
     /// The `errors.Code`s, in the order of their numbers.
     pub codes: Vec<Py<PyAny>>,
-    /// `([(done, error or None, trailers, seconds)])`: calls each `done(error, trailers, seconds)`.
+    /// `([(done, context, error or None, trailers, seconds)])`: calls each `done` with the rest.
     pub tell_done: Py<PyAny>,
     /// `(error or None)`: ends this process, which was forked from one that serves.
     pub end_child: Py<PyAny>,
@@ -182,7 +183,7 @@ struct Turn {
 }
 
 /// What `Helpers.tell_done` takes of one attempt.
-type Done = (Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64);
+type Done = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64);
 
 /// Attempts and exchanges that have ended come first: they make room for those that begin. A timer comes after attempts
 /// that have ended, which may cancel it.
@@ -215,14 +216,14 @@ impl Turn {
                 let list = if call.has_begun() { &mut self.ended } else { &mut self.late };
                 list.push((call, code));
             }
-            Event::Done { done, error, trailers, seconds } => {
+            Event::Done { done, context, error, trailers, seconds } => {
                 let helpers = &io.common.helpers;
                 let error = match error {
                     None => py.None(),
                     Some(Raised::Failure(failure)) => convert::error(py, helpers, &failure)?,
                     Some(Raised::ByPython(error)) => helpers.raised.call1(py, (error.into_value(py),))?,
                 };
-                self.done.push((done, error, convert::metadata(py, &trailers, true)?, seconds));
+                self.done.push((done, context, error, convert::metadata(py, &trailers, true)?, seconds));
             }
             Event::Timer(timed) => self.timers.push(timed),
             event => return tell(io, py, event),

@@ -246,7 +246,7 @@ async def test_thousands_of_cancelled_forwards_end_no_other_call() -> None:
     hold = Hold()
     cancelled = 0
 
-    def done(error: InferenceError | None, *_: Any) -> None:
+    def done(_: object, error: InferenceError | None, *__: Any) -> None:
         nonlocal cancelled
         cancelled += isinstance(error, AttemptCancelled)
 
@@ -410,7 +410,7 @@ async def test_the_trailers_of_a_node_are_those_of_its_answer() -> None:
 
         return Answered(MESSAGE, (("x-load", "1"), ("x-private", "2")))
 
-    def done(_: Any, trailers: Trailers, __: float) -> None:
+    def done(_: object, __: Any, trailers: Trailers, ___: float) -> None:
         told.append(trailers)
 
     server = await (transport := make()).serve(CoroutineService({HOLD: answer}), ("127.0.0.1:0",), Limits())

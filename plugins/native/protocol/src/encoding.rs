@@ -4,7 +4,7 @@ use crate::frames::{PREFIX, check_size};
 use crate::status::{Code, Failure};
 use bytes::{BufMut, Bytes, BytesMut};
 use flate2::bufread::{GzDecoder, ZlibDecoder};
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use std::io::{ErrorKind, Read};
 
 /// What `grpc-accept-encoding` says here.
@@ -12,6 +12,8 @@ pub const ACCEPTED: &str = "identity,gzip,deflate";
 
 /// Room for an unpacked message is made by at most so many bytes at a time.
 const STEP: usize = 64 << 10;
+
+const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 
 /// How the compressed messages of a call are compressed, from its header `grpc-encoding`.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,7 +26,7 @@ pub enum Encoding {
 
 impl Encoding {
     pub fn of(headers: &HeaderMap) -> Encoding {
-        match headers.get("grpc-encoding").map(|value| value.as_bytes()) {
+        match headers.get(GRPC_ENCODING).map(|value| value.as_bytes()) {
             None | Some(b"identity") => Encoding::Identity,
             Some(b"gzip") => Encoding::Gzip,
             Some(b"deflate") => Encoding::Deflate,

@@ -225,7 +225,7 @@ impl Exchange {
         self.send_command(Command::OnCancel(self.shared.clone(), callback));
     }
 
-    #[pyo3(signature = (connection, method, done, *, timeout_s=None, metadata=None, allow_empty=false, extras=None))]
+    #[pyo3(signature = (connection, method, done, context=None, *, timeout_s=None, metadata=None, allow_empty=false, extras=None))]
     #[allow(clippy::too_many_arguments)] // the seam's
     fn forward(
         &self,
@@ -233,6 +233,7 @@ impl Exchange {
         connection: &Bound<'_, Node>,
         method: &str,
         done: Py<PyAny>,
+        context: Option<Py<PyAny>>,
         timeout_s: Option<f64>,
         metadata: Option<&Bound<'_, PyAny>>,
         allow_empty: bool,
@@ -250,8 +251,9 @@ impl Exchange {
             .map_or_else(|| PathAndQuery::try_from(method).map_err(value_error), Ok)?;
         let ask = connection.get().ask(path, self.shared.frame.bytes().clone(), metadata, timeout_s);
         let attempt = Attempt(ask.cancel.clone());
+        let context = context.unwrap_or_else(|| py.None());
         let extras = extras.map(|extras| extras_of(py, extras)).transpose()?.map(Arc::new);
-        let forward = Forward { exchange: self.shared.clone(), ask, done, allow_empty, extras };
+        let forward = Forward { exchange: self.shared.clone(), ask, done, context, allow_empty, extras };
         self.send_command(Command::Forward(Box::new(forward)));
         Ok(attempt)
     }
