@@ -2,10 +2,10 @@
 
 Read `Forwarder.begin` and `_first_ended`, which are all that nearly every request needs; then `_Forwarding` from top
 to bottom. The transport calls `begin` and tells of the end of attempts on its threads; health and reload call from the
-event loop. Each route has one lock, and everything that
-belongs to the route happens under it: admission, choice, counts, budgets, and all methods of the strategy. Exchanges
-are called, and the health of nodes is told, after the lock was released. The lock order is: the lock of a route, then
-that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse, and never the locks of two routes.
+event loop. Each route has one lock, and everything that belongs to the route happens under it: admission, choice,
+counts, budgets, and all methods of the strategy. Exchanges are called, and the health of nodes is told, after the lock
+was released. The lock order is: the lock of a route, then that of a node's health
+(`dl_inference_core/gateway/health.py`), never the reverse, and never the locks of two routes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dl_inference_core.errors import (
     Overloaded,
     RouteLoop,
 )
-from dl_inference_core.failures import fail
+from dl_inference_core.failures import as_inference_error, fail
 from dl_inference_core.gateway.admission import Admission
 from dl_inference_core.gateway.balancing import Balancer, Outcome
 from dl_inference_core.gateway.clock import Clock
@@ -165,22 +165,27 @@ class Forwarder:
             else:
                 node = None
                 self._admit(_Forwarding(self, exchange, protocol, hops, now + self.whole_s))
+            timeout_s, end = self.timeout_s, now + self.whole_s
             actions = self.take_actions() if self.actions else ()
         finally:
             self.lock.release()
         if node is not None:
-            timeout_s, deadline = self.timeout_s, exchange.deadline
+            deadline = exchange.deadline
             if deadline is not None and deadline - now < timeout_s:
                 timeout_s = deadline - now
-            exchange.forward(
-                node.endpoint.connection,
-                protocol.node_method,
-                self._first_done,
-                (node, timeout_s, exchange, protocol, hops, now + self.whole_s),
-                timeout_s=timeout_s,
-                metadata=hops,
-                allow_empty=protocol.allow_empty,
-            )
+            first = (node, timeout_s, exchange, protocol, hops, end)
+            try:
+                exchange.forward(
+                    node.endpoint.connection,
+                    protocol.node_method,
+                    self._first_done,
+                    first,
+                    timeout_s=timeout_s,
+                    metadata=hops,
+                    allow_empty=protocol.allow_empty,
+                )
+            except Exception as error:
+                self._first_ended(first, as_inference_error(error), (), 0.0)
         if actions:
             do(actions)
 
@@ -319,8 +324,9 @@ end of the route's time for it. A tuple is made in 30 ns; an object of a class t
 
 
 class _Forwarding:
-    """One request that needs more than one attempt on a steady node: waiting → attempts, one after another or a hedge
-    beside one → ended.
+    """One request: waiting → attempts, one after another or a hedge beside one → ended.
+
+    A request has none where the route is steady and does not hedge, and the first attempt succeeds.
 
     Attributes:
         end: when it must have been answered, on the route's clock.
@@ -400,15 +406,18 @@ class _Forwarding:
         timeout_s = min(self.end - route.clock.now(), route.timeout_s)
         if route.hedging and self.running == 1:
             self._hedge_when_late(node)
-        self._exchange.forward(
-            node.endpoint.connection,
-            protocol.node_method,
-            self.attempt_ended,
-            (node, timeout_s),
-            timeout_s=timeout_s,
-            metadata=self._hops,
-            allow_empty=protocol.allow_empty,
-        )
+        try:
+            self._exchange.forward(
+                node.endpoint.connection,
+                protocol.node_method,
+                self.attempt_ended,
+                (node, timeout_s),
+                timeout_s=timeout_s,
+                metadata=self._hops,
+                allow_empty=protocol.allow_empty,
+            )
+        except Exception as error:
+            self.attempt_ended((node, timeout_s), as_inference_error(error), (), 0.0)
 
     def attempt_ended(
         self, attempt: tuple[Node, float], error: InferenceError | None, trailers: Trailers, seconds: float

@@ -26,6 +26,8 @@ but not so often."""
 class Picker:
     """Asks the strategy and tells it, and lets nothing that it raises through. For use under the route's lock.
 
+    The route tells the strategy of outcomes itself, for each request, and calls `failed` where that raises.
+
     Attributes:
         balancer: the strategy; round robin, once the one that the config names has kept everybody waiting too often.
         takes_reports: whether it wants to know of loads.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dl_inference_core.config import RouteSettings
-from dl_inference_core.errors import AnswerMalformed, BadRequest, Code, InferenceError, NodeFailed
+from dl_inference_core.errors import AnswerMalformed, BadRequest, Code, HandlerFailed, InferenceError, NodeFailed
 from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.transport import Answer, Message
@@ -418,11 +418,11 @@ async def test_two_attempts_may_end_at_once(lab: Lab) -> None:
     await lab.until(lambda: untouched(gateway, *nodes))
 
 
-@pytest.mark.parametrize("hedge", [False, True])
-async def test_what_fails_leaves_no_garbage(lab: Lab, hedge: bool) -> None:
-    """Of the gateway's own: grpcio's server leaves some."""
+@pytest.mark.parametrize("late_s", [None, 3.0, 0.001])
+async def test_what_fails_leaves_no_garbage(lab: Lab, late_s: float | None) -> None:
+    """Of the gateway's own: grpcio's server leaves some. Without hedging, with it, and with hedges."""
     nodes = await lab.nodes("ab", answer=b"\xff\xff\xff", latency_s=0.03)
-    gateway = await hedging(lab, *nodes, late_s=0.001 if hedge else 3.0)
+    gateway = await (hedging(lab, *nodes, late_s=late_s) if late_s else lab.front(*nodes, more=DYNAMIC))
     forwarder, protocol = gateway.forwarder(), PROTOCOLS["openinference"]
     gc.collect()
     gc.disable()
@@ -432,7 +432,28 @@ async def test_what_fails_leaves_no_garbage(lab: Lab, hedge: bool) -> None:
             forwarder.begin(exchange, protocol, ANY_KEY)
             with pytest.raises(AnswerMalformed):
                 await exchange.outcome()
-        assert counted(gateway, "hedges") == 4 * hedge
+        assert counted(gateway, "hedges") == (4 if late_s == 0.001 else 0)
         await lab.until(lambda: sum(type(thing) is AnswerMalformed for thing in gc.get_objects()) == 0)
     finally:
         gc.enable()
+
+
+class Unforwardable(MemoryExchange):
+    """The transport refuses to send it to a node."""
+
+    __slots__ = ()
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("streams are not forwarded")
+
+
+@pytest.mark.parametrize("hedge", [False, True])
+async def test_a_request_that_cannot_be_sent_fails_and_is_not_counted_as_in_flight(lab: Lab, hedge: bool) -> None:
+    nodes = await lab.nodes("ab")
+    gateway = await (hedging(lab, *nodes) if hedge else lab.front(*nodes, more=DYNAMIC))
+    protocol = PROTOCOLS["openinference"]
+    exchange = Unforwardable(protocol.node_method)
+    gateway.forwarder().begin(exchange, protocol, ANY_KEY)
+    with pytest.raises(HandlerFailed, match="TypeError"):
+        await asyncio.wait_for(exchange.outcome(), 5)
+    assert untouched(gateway, *nodes)
