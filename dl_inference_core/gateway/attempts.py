@@ -149,7 +149,8 @@ class Forwarding:
             outcome = _OUTCOMES.get(error.blame, Outcome.NEUTRAL)
             if outcome is Outcome.FAILURE:
                 node.endpoint.health.failed(error)
-        with route.lock:
+
+        def settle() -> None:
             self.running -= 1
             if error is not None and self._answered and node is self._late:
                 route.recent.add(seconds)  # at least; it is among the slowest in any case
@@ -158,8 +159,8 @@ class Forwarding:
                 self._stop_hedging()
             if error is not None and not self._answered and not self._ended:
                 self._go_on(error, trailers)
-            actions = route.take_actions()
-        route.do(actions)
+
+        route.under_lock(settle)
 
     def _judged(self, node: Node, error: InferenceError, timeout_s: float, seconds: float) -> InferenceError:
         """`error` with what only the gateway knows: whose deadline passed, and which node it was."""

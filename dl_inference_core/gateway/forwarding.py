@@ -157,7 +157,7 @@ class Forwarder:
                 node = None
                 self._admit(Forwarding(self, exchange, protocol, hops, now + self.whole_s))
             timeout_s, end = self.timeout_s, now + self.whole_s
-            actions = self.take_actions() if self.actions else ()
+            actions = self._take_actions() if self.actions else ()
         finally:
             self.lock.release()
         if node is not None:
@@ -178,7 +178,7 @@ class Forwarder:
             except Exception as error:
                 self._first_ended(first, as_inference_error(error), (), 0.0)
         if actions:
-            self.do(actions)
+            _do(actions)
 
     def _first_ended(self, first: _First, error: InferenceError | None, trailers: Trailers, seconds: float) -> None:
         """The first attempt of a request has ended, which nearly always is the only one."""
@@ -194,11 +194,11 @@ class Forwarder:
         self.lock.acquire()  # as in `begin`
         try:
             self.record(node, _SUCCESS, trailers, seconds)
-            actions = self.take_actions() if self.actions else ()
+            actions = self._take_actions() if self.actions else ()
         finally:
             self.lock.release()
         if actions:
-            self.do(actions)
+            _do(actions)
 
     def record(self, node: Node, outcome: Outcome, trailers: Trailers, seconds: float) -> None:
         """Tell everybody of an attempt that has ended; each decides for itself what it makes of it. Under the lock."""
@@ -265,8 +265,8 @@ class Forwarder:
         """Have `action` done once the lock is released. Under the lock."""
         self.actions.append(action)
 
-    def take_actions(self) -> list[Callable[[], None]]:
-        """What was put off under the lock, for `do` after it. Under the lock."""
+    def _take_actions(self) -> list[Callable[[], None]]:
+        """What was put off under the lock, for after it. Under the lock."""
         actions, self.actions = self.actions, []
         return actions
 
@@ -274,17 +274,8 @@ class Forwarder:
         """Do `action` under the lock, and then what it has put off."""
         with self.lock:
             action()
-            actions = self.take_actions()
-        self.do(actions)
-
-    @staticmethod
-    def do(actions: Iterable[Callable[[], None]]) -> None:
-        """Do what was put off until the route's lock was released: each for a request of its own."""
-        for action in actions:
-            try:
-                action()
-            except Exception:
-                _log.exception("a step of a request failed")
+            actions = self._take_actions()
+        _do(actions)
 
     def _returned(self, node: Node) -> None:
         """Tell the strategy: now, or a moment later where another thread holds the lock. This thread may hold the lock
@@ -307,6 +298,15 @@ class Forwarder:
         with self.lock:
             gone = self.pool.update(())
         await asyncio.gather(*(self.pool.retire(node) for node in gone))
+
+
+def _do(actions: Iterable[Callable[[], None]]) -> None:
+    """Do what was put off until a route's lock was released: each for a request of its own."""
+    for action in actions:
+        try:
+            action()
+        except Exception:
+            _log.exception("a step of a request failed")
 
 
 def _budgets(config: RouteConfig) -> tuple[float, ...]:

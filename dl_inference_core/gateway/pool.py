@@ -201,6 +201,11 @@ class Snapshot:
     half_open: tuple[Node, ...] = ()
     starting: tuple[Node, ...] = ()
 
+    @property
+    def steady(self) -> bool:
+        """Whether each of `usable` may have its whole share."""
+        return not (self.half_open or self.starting)
+
 
 class Pool:
     """The nodes of one route. `connect`, `update` and `retire`: event loop only; `outdate`: any thread; all else: any
@@ -242,7 +247,7 @@ class Pool:
             self._outdated = False  # before the nodes are looked at: what changes from now on is for the next request
             self._snapshot = snapshot = self._judged()
             self._spared = set()
-            self.steady = () if snapshot.half_open or snapshot.starting else snapshot.usable
+            self.steady = snapshot.usable if snapshot.steady else ()
             if self._outdated:  # again, meanwhile: `outdate` may have come before the line above
                 self.steady = ()
         return self._snapshot
@@ -250,7 +255,7 @@ class Pool:
     def usable(self) -> Sequence[Node]:
         """The nodes that may be chosen this time."""
         snapshot = self.snapshot()
-        return self._drawn(snapshot) if snapshot.half_open or snapshot.starting else snapshot.usable
+        return snapshot.usable if snapshot.steady else self._drawn(snapshot)
 
     def due(self) -> Sequence[Node]:
         """The one half-open node whose turn it is to show how it does; mostly none. For each request that could be
