@@ -7,6 +7,7 @@ use crate::flag::Flag;
 use crate::io::Io;
 use crate::node::{NodeHere, Sender, Target};
 use crate::python::convert;
+use crate::window::SMALL;
 use bytes::Bytes;
 use dl_inference_grpc::{
     ACCEPTED, Charge, Code, Failure, Frame, GRPC_TIMEOUT, PREFIX, check_header_bytes, check_size, is_reserved,
@@ -130,7 +131,7 @@ impl Ask {
         loop {
             let sender = node.sender(io).await?;
             sent += 1;
-            match self.send(io, sender, until).await {
+            match self.send(io, node, sender, until).await {
                 Err(unanswered) if unanswered.unprocessed && sent < SENT => {}
                 outcome => return outcome.map_err(|unanswered| unanswered.failure),
             }
@@ -161,6 +162,7 @@ impl Ask {
     async fn send(
         &self,
         io: &Io,
+        node: &NodeHere,
         mut sender: Sender,
         until: Option<Instant>,
     ) -> Result<(Frame, HeaderMap), Unanswered> {
@@ -178,6 +180,7 @@ impl Ask {
         // The whole message is in memory already, so h2 may hold what the node's window has no room for. A node that
         // has answered without reading all of it is heard below.
         let _ = out.send_data(self.frame.clone(), true);
+        node.forget_ended(); // the connection's task is awake for the request
         let (head, body) = answer.await.map_err(failed)?.into_parts();
         if body.is_end_stream() {
             status_of(head.status, head.headers)?;
@@ -192,6 +195,9 @@ impl Ask {
         let frame = messages.at_most_one().await.map_err(failed)?;
         let frame = frame?;
         let trailers = status_of(head.status, messages.trailers().await.map_err(failed)?)?;
+        if self.frame.len() < SMALL as usize {
+            node.stream_ended(out, messages.into_body()); // a larger request may still be going out
+        }
         match frame {
             Some(frame) => Ok((frame, trailers)),
             None => Err(Failure::new(Code::MALFORMED, "the node answered OK without a message").into()),

@@ -122,6 +122,11 @@ impl Messages {
         })
     }
 
+    /// What is left of the body once it was read.
+    pub fn into_body(self) -> RecvStream {
+        self.body
+    }
+
     pub async fn trailers(&mut self) -> Result<HeaderMap, h2::Error> {
         Ok(self.body.trailers().await?.unwrap_or_default())
     }

@@ -2,6 +2,7 @@
 
 use crate::attempt::Extras;
 use crate::call::Call;
+use crate::flag::Bell;
 use crate::http::HttpCall;
 use crate::http_body::{Body, Refusal};
 use crate::io::{Io, Timed, begin_turn, end_turn};
@@ -17,7 +18,7 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::{Arc, PoisonError};
 use std::task::Poll;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 /// Events for which there is always room.
@@ -129,14 +130,32 @@ impl Helpers {
 #[derive(Default)]
 pub struct Events {
     waiting: RefCell<Vec<Event>>,
-    some: Notify,
+    some: Bell,
 }
 
 impl Events {
     /// Has Python told, once this turn's work is done.
     pub fn tell(&self, event: Event) {
         self.waiting.borrow_mut().push(event);
-        self.some.notify_one();
+        self.some.ring();
+    }
+
+    /// Returns once there are some, and the tasks that were ready meanwhile have had their turn: above all connections
+    /// that have answers to send. `tokio::task::yield_now` would look for input too, with a system call.
+    async fn some(&self) {
+        let mut others_first = true;
+        poll_fn(|cx| {
+            if self.waiting.borrow().is_empty() {
+                self.some.register(cx);
+                return Poll::Pending;
+            }
+            if std::mem::take(&mut others_first) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Poll::Ready(())
+        })
+        .await;
     }
 }
 
@@ -144,8 +163,7 @@ impl Events {
 pub async fn turns(io: Rc<Io>) {
     let (mut events, mut commands) = (vec![], vec![]);
     loop {
-        io.events.some.notified().await;
-        others_first().await;
+        io.events.some().await;
         std::mem::swap(&mut *io.events.waiting.borrow_mut(), &mut events);
         begin_turn(commands);
         // None where the interpreter is shutting down: there is nobody to tell.
@@ -156,19 +174,6 @@ pub async fn turns(io: Rc<Io>) {
         events.shrink_to(KEPT);
         commands.shrink_to(KEPT);
     }
-}
-
-/// Has the other tasks that are ready come first. `tokio::task::yield_now` would look for input too, with a system call.
-async fn others_first() {
-    let mut waited = false;
-    poll_fn(|cx| {
-        if std::mem::replace(&mut waited, true) {
-            return Poll::Ready(());
-        }
-        cx.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
 }
 
 /// What of a turn goes to Python many at a time.

@@ -1,9 +1,10 @@
-//! A flag that one task waits for, and any thread raises.
+//! What one task waits for: a flag that any thread raises, and a bell that tasks of the same thread ring.
 
 use atomic_waker::AtomicWaker;
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll, Waker};
 
 /// Stays raised. Costs a third of `tokio::sync::Notify`, which has a list of tasks that wait.
 #[derive(Default)]
@@ -30,5 +31,24 @@ impl Flag {
             if self.raised.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
+    }
+}
+
+/// Wakes the task that has registered last, once. The task looks for itself at what has changed.
+#[derive(Default)]
+pub struct Bell(RefCell<Option<Waker>>);
+
+impl Bell {
+    pub fn ring(&self) {
+        if let Some(task) = self.0.take() {
+            task.wake();
+        }
+    }
+
+    pub fn register(&self, cx: &Context<'_>) {
+        let mut task = self.0.borrow_mut();
+        if !task.as_ref().is_some_and(|task| task.will_wake(cx.waker())) {
+            *task = Some(cx.waker().clone());
+        }
     }
 }

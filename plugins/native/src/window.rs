@@ -4,9 +4,11 @@
 //! used more of it than the small window has would get no room any more, because h2 gives room only with data that it
 //! hands out.
 
+use crate::flag::Bell;
 use dl_inference_grpc::Budget;
 use std::cell::Cell;
-use tokio::sync::Notify;
+use std::future::poll_fn;
+use std::task::Poll;
 
 /// HTTP/2's own first window.
 pub const SMALL: u32 = (1 << 16) - 1;
@@ -17,25 +19,27 @@ pub const LARGE: u32 = 1 << 20;
 #[derive(Default)]
 pub struct Window {
     is_large: Cell<bool>,
-    asking: Notify,
+    asked: Cell<bool>,
+    asking: Bell,
 }
 
 impl Window {
     /// So many bytes of a message that is read have come in one window.
     pub fn has_read(&self, bytes: usize) {
         if bytes >= SMALL as usize / 2 && !self.is_large.get() {
-            self.asking.notify_one();
+            self.asked.set(true);
+            self.asking.ring();
         }
     }
 
     /// Returns once a large message is read while the windows are small, and less than half of `budget` is used.
     pub async fn wants_to_grow(&self, budget: &Budget) {
-        loop {
-            self.asking.notified().await;
-            if !self.is_large.get() && budget.has_ample_room() {
-                return;
-            }
-        }
+        poll_fn(|cx| {
+            self.asking.register(cx);
+            let grows = self.asked.take() && !self.is_large.get() && budget.has_ample_room();
+            if grows { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
     }
 
     /// Whether they could grow, after `wants_to_grow`; where not, the next large message asks again.
