@@ -51,6 +51,12 @@ class Admission:
     took, is refused rather than sent to a node, whose work would be lost: at once, where the length of the queue says
     so. A request that is admitted counts its attempt before the next one is looked at, so nothing is reserved that
     could leak.
+
+    Attributes:
+        name: the route's, for messages and metrics.
+        open: those of the nodes `open_among` that could take an attempt now.
+        open_among: None where `open` is to be looked for.
+        places: of the requests that wait, in order.
     """
 
     def __init__(
@@ -73,13 +79,12 @@ class Admission:
         self._expired = expired
         self._per_node = sys.maxsize
         self._queue = 0
-        self._places: deque[_Place] = deque()
+        self.places: deque[_Place] = deque()
         self._retrying: deque[_Place] = deque()
         """Those of them whose requests had attempts: what they may have differs from what the others may."""
-        self._seen: Sequence[Node] = ()
-        self._open: Sequence[Node] | None = None
+        self.open_among: Sequence[Node] | None = None
+        self.open: Sequence[Node] = ()
         self.name = ""
-        """The route's, for messages and metrics."""
 
     def configure(self, name: str, per_node: int, queue: int) -> None:
         """Take on other limits; the requests that wait stay.
@@ -91,35 +96,31 @@ class Admission:
         self.name = name
         self._per_node = per_node
         self._queue = queue
-        self._seen, self._open = (), None
+        self.open_among = None
         self.admit_waiting()
 
     @property
     def queued(self) -> int:
         """How many requests wait."""
-        return len(self._places)
+        return len(self.places)
 
     def room(self, tried: Tried) -> Sequence[Node]:
         """The eligible nodes that could take an attempt now."""
         nodes = self._eligible(tried)
         if tried:
             return [node for node in nodes if node.in_flight < self._per_node]
-        if nodes is not self._seen or self._open is None:
-            self._look(nodes)
-        return self._open or ()
+        return self._open(nodes)
 
-    def _look(self, nodes: Sequence[Node]) -> None:
-        self._seen = nodes
-        self._open = tuple([node for node in nodes if node.in_flight < self._per_node])
+    def _open(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        if nodes is not self.open_among:
+            self.open_among = nodes
+            self.open = tuple([node for node in nodes if node.in_flight < self._per_node])
+        return self.open
 
     def free(self, nodes: Sequence[Node]) -> Sequence[Node]:
         """Those of `nodes`, of which each may have its whole share, that could take an attempt now; none where requests
         wait."""
-        if self._places:
-            return ()
-        if nodes is not self._seen or self._open is None:
-            self._look(nodes)
-        return self._open or ()
+        return () if self.places else self._open(nodes)
 
     def admit(self, request: Waiting, end: float) -> None:
         """Have `request.admitted` called, now or when it is its turn; without nodes if no node is eligible at all.
@@ -132,7 +133,7 @@ class Admission:
             Overloaded: the queue is full, or the time would not suffice.
         """
         tried = request.tried
-        if (nodes := self.room(tried)) and (not self._places or self._next() is None):
+        if (nodes := self.room(tried)) and (not self.places or self._next() is None):
             request.admitted(nodes)
         elif nodes := self._eligible(tried):
             self._wait(request, end, len(nodes))
@@ -141,30 +142,30 @@ class Admission:
 
     def leave(self, request: Waiting) -> None:
         """`request` does not wait any more; nothing if it does not wait."""
-        place = next((place for place in self._places if place.request is request), None)
+        place = next((place for place in self.places if place.request is request), None)
         if place is not None:
             self._remove(place)
             self.admit_waiting()  # it may have been this one's turn
 
     def filled(self) -> None:
         """A node has as many attempts as it may."""
-        self._open = None
+        self.open_among = None
 
     def ended(self, node: Node) -> None:
-        """An attempt is no longer counted in `node.in_flight`."""
+        """An attempt is no longer counted in `node.in_flight`. To be told where the node was full, or requests wait."""
         if node.in_flight >= self._per_node - 1:
-            self._open = None
-        if self._places:
+            self.open_among = None
+        if self.places:
             self.admit_waiting()
 
     def admit_waiting(self) -> None:
         """Admit each request whose turn it is."""
-        while self._places and (place := self._next()) is not None:
+        while self.places and (place := self._next()) is not None:
             self._remove(place)
             place.request.admitted(self.room(place.request.tried))
 
     def _wait(self, request: Waiting, end: float, nodes: int) -> None:
-        before = len(self._places)
+        before = len(self.places)
         if before >= self._queue:
             raise self._refusal("queue_full", f"{before} requests wait already")
         now = self._clock.now()
@@ -176,7 +177,7 @@ class Admission:
         if left_s <= attempt_s * before / (nodes * self._per_node):
             raise self._refusal("no_time", f"with {before} requests before it this one would not be answered in time")
         place = _Place(request)
-        self._places.append(place)
+        self.places.append(place)
         if request.tried:
             self._retrying.append(place)
         request.waits()
@@ -184,13 +185,13 @@ class Admission:
         self.admit_waiting()
 
     def _give_up(self, place: _Place) -> None:
-        if place in self._places:
+        if place in self.places:
             self._remove(place)
             place.request.refused(self._refusal("no_time", "none had room in time"))
             self.admit_waiting()
 
     def _remove(self, place: _Place) -> None:
-        self._places.remove(place)
+        self.places.remove(place)
         if place.request.tried:
             self._retrying.remove(place)
         if place.timer is not None:
@@ -199,9 +200,9 @@ class Admission:
     def _next(self) -> _Place | None:
         """The place of the first request that could use what there is, or for which there is nothing to wait for."""
         if self._per_node == sys.maxsize or not self._eligible(()):
-            return self._places[0]
+            return self.places[0]
         nodes = self.room(())
-        for place in self._places if nodes else self._retrying:
+        for place in self.places if nodes else self._retrying:
             tried = place.request.tried
             if (nodes and not tried) or (tried and (self.room(tried) or not self._eligible(tried))):
                 return place

@@ -45,9 +45,9 @@ HOPS = "x-dl-inference-hops"
 _MOST_HOPS = 8
 """Gateways that a request may go through: two or three tiers are usual, a loop through many gateways is longer."""
 
-_First: TypeAlias = tuple[Node, float, Exchange, Protocol, Metadata, float]
-"""The first attempt of a request: its node; its timeout, in seconds; the request's exchange, protocol, hops, and the
-end of the route's time for it. A tuple is made in 30 ns; an object of a class takes ten times as long."""
+_First: TypeAlias = tuple[Node, float, float, Exchange, Protocol, Metadata]
+"""The first attempt of a request: its node; when it began; its timeout, in seconds; the request's exchange, protocol
+and hops. A tuple is made in 30 ns; an object of a class takes ten times as long."""
 
 
 class Forwarder:
@@ -147,7 +147,9 @@ class Forwarder:
             now = now_of()
             nodes = self.pool.steady
             if nodes and self.limited:
-                nodes = self.admission.free(nodes)
+                admission = self.admission
+                known = nodes is admission.open_among and not admission.places  # as nearly always: saves a call
+                nodes = admission.open if known else admission.free(nodes)
             if nodes and not self.hedging:  # as nearly always
                 node = self.picker.choose(nodes, exchange, now)
                 node.in_flight += 1
@@ -156,7 +158,7 @@ class Forwarder:
             else:
                 node = None
                 self._admit(Forwarding(self, exchange, protocol, hops, now + self.whole_s))
-            timeout_s, end = self.timeout_s, now + self.whole_s
+            timeout_s = self.timeout_s
             actions = self._take_actions() if self.actions else ()
         finally:
             self.lock.release()
@@ -164,7 +166,7 @@ class Forwarder:
             deadline = exchange.deadline
             if deadline is not None and deadline - now < timeout_s:
                 timeout_s = deadline - now
-            first = (node, timeout_s, exchange, protocol, hops, end)
+            first = (node, now, timeout_s, exchange, protocol, hops)
             try:
                 exchange.forward(
                     node.endpoint.connection,
@@ -184,13 +186,16 @@ class Forwarder:
         """The first attempt of a request has ended, which nearly always is the only one."""
         node = first[0]
         if error is not None:
-            node, timeout_s, exchange, protocol, hops, end = first
-            forwarding = Forwarding(self, exchange, protocol, hops, end)
+            node, began, timeout_s, exchange, protocol, hops = first
+            forwarding = Forwarding(self, exchange, protocol, hops, began + self.whole_s)
             forwarding.tried.append(node)
             forwarding.running = 1
             forwarding.attempt_ended((node, timeout_s), error, trailers, seconds)
             return
-        node.endpoint.health.succeeded()
+        health = node.endpoint.health
+        health.answered_at = first[1] + seconds
+        if health.forgivable:
+            health.succeeded()
         self.lock.acquire()  # as in `begin`
         try:
             self.record(node, _SUCCESS, trailers, seconds)
@@ -212,7 +217,7 @@ class Forwarder:
             add(seconds)
         else:
             node.attempts.count(outcome.value)
-        if self.limited:
+        if node.in_flight + 1 >= self.per_node or self.admission.places:
             self.admission.ended(node)
         if node.removed:
             if not node.in_flight:

@@ -79,12 +79,14 @@ class Health:
     """The health of one endpoint. Any thread.
 
     Attributes:
+        answered_at: when a request was last answered; several threads write it, and the last one wins.
+        forgivable: whether `succeeded` is to be called when a request is answered. Most requests find it False, and
+            write `answered_at` instead, which takes 0.1 µs less.
         standing: its state, as one reference to what never changes.
         trial_at: from when on a half-open node may get its next trial request.
     """
 
     __slots__ = (
-        "_answered_at",
         "_back_at",
         "_busy_until",
         "_call_later",
@@ -92,7 +94,6 @@ class Health:
         "_config",
         "_failed_probes",
         "_failures",
-        "_forgivable",
         "_hold_s",
         "_lock",
         "_moved",
@@ -106,6 +107,8 @@ class Health:
         "_timed_out",
         "_timer",
         "_wait_s",
+        "answered_at",
+        "forgivable",
         "standing",
         "trial_at",
     )
@@ -136,8 +139,7 @@ class Health:
         self._lock = threading.Lock()
         self.standing = Standing()
         self.trial_at = -math.inf
-        self._forgivable = False
-        """Whether an answered request changes anything. Read without the lock: most requests find it False."""
+        self.forgivable = False
         self._failures = 0
         """Consecutive attempts that failed."""
         self._timed_out = False
@@ -146,8 +148,7 @@ class Health:
         """Consecutive; the first probe of a new node counts alone."""
         self._passed_probes = 0
         """Consecutive."""
-        self._answered_at = -math.inf
-        """When a request was last answered; several threads write it, and the last one wins."""
+        self.answered_at = -math.inf
         self._back_at = -math.inf
         """When the node was last healthy again after an ejection."""
         self._wait_s = 0.0
@@ -201,9 +202,8 @@ class Health:
 
     def succeeded(self) -> None:
         """A request was answered."""
-        now = self._now  # by way of a local, since CPython 3.11 calls a slot slowly: 125 ns in place of 170
-        self._answered_at = now()
-        if self._forgivable:
+        self.answered_at = self._now()
+        if self.forgivable:
             with self._lock:
                 change = self._step(Event.SUCCEEDED)
             self._tell(*change)
@@ -243,7 +243,7 @@ class Health:
     def _count_failure(self, error: InferenceError) -> Event:
         if not self.usable:  # it was under way when another failed, and says the same
             return Event.FAILED
-        self._forgivable = True
+        self.forgivable = True
         self._failures += 1
         self._timed_out |= isinstance(error, AttemptTimedOut)
         # An attempt that is not a trial may be one of many: where all nodes are half-open, each gets requests.
@@ -266,7 +266,7 @@ class Health:
         self._passed_probes = 0
         if verdict in _SAID:
             return Event.PROBE_REFUSED
-        if self._answered_at > began:
+        if self.answered_at > began:
             self._failed_probes = 0
             return Event.PROBE_OVERRULED
         if suspicious:
@@ -370,7 +370,7 @@ class Health:
                 assert_never(action)
 
     def _forgive(self) -> None:
-        self._forgivable = False
+        self.forgivable = False
         self._forget_failures()
         self._hold_s = _FIRST_PAUSE_S
 
@@ -381,7 +381,7 @@ class Health:
 
     def _settle(self) -> None:
         """Start afresh in ejected."""
-        self._forgivable = True
+        self.forgivable = True
         self._forget_failures()
         self._failed_probes = self._passed_probes = 0
         self._probes.forget()
@@ -407,7 +407,7 @@ class Health:
 
     def _begin_probe_if_idle(self) -> None:
         """Begin a probe, unless a request was answered lately and the last probe is not too old."""
-        left = min(self._answered_at, self._busy_until) + self._wait_s - self._now()
+        left = min(self.answered_at, self._busy_until) + self._wait_s - self._now()
         if left > 0:
             self._probe_in(left)
         else:

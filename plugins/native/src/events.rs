@@ -7,12 +7,11 @@ use crate::http::HttpCall;
 use crate::http_body::{Body, Refusal};
 use crate::io::{Io, Timed, begin_turn, end_turn};
 use crate::python::{Exchange, HttpExchange, convert};
-use crate::server::Service;
 use bytes::Bytes;
 use dl_inference_grpc::{Code, Failure, Frame};
 use http::HeaderMap;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyList, PyTuple};
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -161,22 +160,27 @@ impl Events {
 
 /// Tells Python of events for as long as the thread lives.
 pub async fn turns(io: Rc<Io>) {
-    let (mut events, mut commands) = (vec![], vec![]);
+    let (mut events, mut commands, mut sorted) = (vec![], vec![], Turn::default());
     loop {
         io.events.some().await;
         std::mem::swap(&mut *io.events.waiting.borrow_mut(), &mut events);
         begin_turn(commands);
         // None where the interpreter is shutting down: there is nobody to tell.
-        Python::try_attach(|py| turn(&io, py, &mut events));
+        Python::try_attach(|py| turn(&io, py, &mut events, &mut sorted));
         commands = end_turn();
         commands.drain(..).for_each(|command| io.take(command));
-        events.clear();
-        events.shrink_to(KEPT);
-        commands.shrink_to(KEPT);
+        empty(&mut events);
+        empty(&mut commands);
     }
 }
 
-/// What of a turn goes to Python many at a time.
+/// Keeps no more memory than usual turns need.
+fn empty<T>(items: &mut Vec<T>) {
+    items.clear();
+    items.shrink_to(KEPT);
+}
+
+/// What of a turn goes to Python many at a time. One turn after the other uses it, so that none takes memory anew.
 #[derive(Default)]
 struct Turn {
     begun: Vec<Rc<Call>>,
@@ -192,24 +196,35 @@ type Done = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64);
 
 /// Attempts and exchanges that have ended come first: they make room for those that begin. A timer comes after attempts
 /// that have ended, which may cancel it.
-fn turn(io: &Io, py: Python<'_>, events: &mut Vec<Event>) {
-    let mut turn = Turn::default();
+fn turn(io: &Io, py: Python<'_>, events: &mut Vec<Event>, turn: &mut Turn) {
     for event in events.drain(..) {
         told(io, py, turn.take(io, py, event));
     }
     if !turn.done.is_empty() {
-        told(io, py, io.common.helpers.tell_done.call1(py, (turn.done,)).map(drop));
+        let done = PyList::new(py, turn.done.drain(..));
+        told(io, py, done.and_then(|done| io.common.helpers.tell_done.call1(py, (done,)).map(drop)));
     }
-    for timed in turn.timers {
+    for timed in turn.timers.drain(..) {
         let function = timed.lock().unwrap_or_else(PoisonError::into_inner).take();
         told(io, py, function.map_or(Ok(()), |function| function.call0(py).map(drop)));
     }
-    tell_ended(io, py, turn.ended);
-    begin(io, py, turn.begun);
-    tell_ended(io, py, turn.late);
+    tell_ended(io, py, &turn.ended);
+    begin(io, py, &turn.begun);
+    tell_ended(io, py, &turn.late);
+    turn.empty();
 }
 
 impl Turn {
+    /// Lets go of what was told of. Some of it may be objects of Python.
+    fn empty(&mut self) {
+        let Turn { begun, done, timers, ended, late } = self;
+        empty(begun);
+        empty(done);
+        empty(timers);
+        empty(ended);
+        empty(late);
+    }
+
     /// Keeps an event for later in the turn, or tells of it.
     fn take(&mut self, io: &Io, py: Python<'_>, event: Event) -> PyResult<()> {
         match event {
@@ -250,28 +265,21 @@ fn told(io: &Io, py: Python<'_>, outcome: PyResult<()>) {
     }
 }
 
-/// The service of the first item, and all items of that service, which leave `items`.
-fn of_one_service<T>(items: &mut Vec<T>, call_of: impl Fn(&T) -> &Rc<Call>) -> Option<(Arc<Service>, Vec<T>)> {
-    let service = call_of(items.first()?).server.service.clone();
-    let is_its = |item: &T| Arc::ptr_eq(&call_of(item).server.service, &service);
-    let (these, others) = std::mem::take(items).into_iter().partition(is_its);
-    *items = others;
-    Some((service, these))
-}
-
-/// Calls `ended_all` once for each service.
-fn tell_ended(io: &Io, py: Python<'_>, mut ended: Vec<(Rc<Call>, Code)>) {
-    while let Some((service, these)) = of_one_service(&mut ended, |(call, _)| call) {
-        let pair = |(call, code): (Rc<Call>, Code)| Some((call.take_exchange()?, io.common.helpers.code(code)?));
-        let pairs: Vec<_> = these.into_iter().filter_map(pair).collect();
-        told(io, py, service.ended_all.call1(py, (pairs,)).map(drop));
+/// Calls `ended_all` for those that follow each other and are of one service.
+fn tell_ended(io: &Io, py: Python<'_>, ended: &[(Rc<Call>, Code)]) {
+    for these in ended.chunk_by(|(one, _), (next, _)| Rc::ptr_eq(&one.server, &next.server)) {
+        let Some((first, _)) = these.first() else { continue };
+        let pair = |(call, code): &(Rc<Call>, Code)| Some((call.take_exchange()?, io.common.helpers.code(*code)?));
+        let pairs: Vec<_> = these.iter().filter_map(pair).collect();
+        told(io, py, first.server.service.ended_all.call1(py, (pairs,)).map(drop));
     }
 }
 
-/// Calls `begin_all` once for each service.
-fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
+/// Calls `begin_all` for those that follow each other and are of one service.
+fn begin(io: &Io, py: Python<'_>, calls: &[Rc<Call>]) {
     let mut clock = Clock::default();
-    while let Some((service, these)) = of_one_service(&mut calls, |call| call) {
+    for these in calls.chunk_by(|one, next| Rc::ptr_eq(&one.server, &next.server)) {
+        let Some(first) = these.first() else { continue };
         let make = |call: &Rc<Call>| {
             let deadline = call.deadline.map(|deadline| clock.read(io, py, deadline)).transpose()?;
             let exchange = Py::new(py, Exchange::new(py, call, io, deadline)?)?;
@@ -279,7 +287,8 @@ fn begin(io: &Io, py: Python<'_>, mut calls: Vec<Rc<Call>>) {
             Ok(exchange)
         };
         let exchanges: PyResult<Vec<_>> = these.iter().map(make).collect();
-        told(io, py, exchanges.and_then(|exchanges| service.begin_all.call1(py, (exchanges,)).map(drop)));
+        let begin_all = &first.server.service.begin_all;
+        told(io, py, exchanges.and_then(|exchanges| begin_all.call1(py, (exchanges,)).map(drop)));
     }
 }
 
