@@ -9,7 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import grpc
@@ -237,7 +236,14 @@ class GrpcioExchange(UnaryExchange):
         assert isinstance(connection, Calling)
         metadata = with_added(self.metadata, metadata)
         attempt = GrpcioAttempt(
-            self, connection, method, partial(done, context), timeout_s, metadata, allow_empty, extras
+            self,
+            connection,
+            method,
+            lambda *outcome: done([(context, *outcome)]),
+            timeout_s,
+            metadata,
+            allow_empty,
+            extras,
         )
         self.on_loop(self._forward, attempt)
         return attempt

@@ -56,9 +56,13 @@ class Answer(NamedTuple):
     trailers: Trailers
 
 
-Done: TypeAlias = "Callable[[Any, InferenceError | None, Trailers, float], object]"
-"""Is told how an attempt ended: the `context` that `Exchange.forward` was given; its error, or None where its answer
-went to the client; the node's trailers; and the seconds that it took."""
+Ended: TypeAlias = "tuple[Any, InferenceError | None, Trailers, float]"
+"""An attempt that has ended: the `context` that `Exchange.forward` was given; its error, or None where its answer went
+to the client; the node's trailers; and the seconds that it took."""
+
+Done: TypeAlias = "Callable[[Sequence[Ended]], object]"
+"""Is told of attempts that have ended: of several at a time, in their order, where one turn of a transport ended them.
+It must not raise because of one attempt before it has seen to the others."""
 
 
 class Attempt(ABC):
@@ -196,15 +200,15 @@ class Exchange(ABC):
 
         The first OK and well-formed answer goes to the client by itself, with the node's trailers but for the service's
         `private_trailers`. Anything else reaches `done` alone, as `errors.from_status` has it, `AnswerMalformed`,
-        DeadlineExceeded where `timeout_s` passed, or the error that a function of `extras` raised. `done` is called
-        once for each attempt, after the answer has gone to the client. When the exchange ends, its other attempts are
+        DeadlineExceeded where `timeout_s` passed, or the error that a function of `extras` raised. `done` is told
+        once of each attempt, after the answer has gone to the client. When the exchange ends, its other attempts are
         cancelled.
 
         Args:
             connection: to the node; made by the same transport.
             method: the node's method path.
-            context: what `done` is told first. One function for all attempts and a tuple for each cost less than a
-                function for each.
+            context: what `done` is told with the attempt. One function for all attempts and a tuple for each cost less
+                than a function for each.
             timeout_s: limits this attempt; None sets no limit.
             metadata: added to the client's own, which goes on to the node, in the place of entries with the same keys.
             allow_empty: whether an empty message is a good answer: one whose fields all have their default values.

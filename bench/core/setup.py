@@ -18,12 +18,12 @@ from bench.core.loads import FEATURES, MODEL
 from bench.core.transport import MemoryTransport
 from dl_inference_core.app import App
 from dl_inference_core.config import Config, PluginOptions
-from dl_inference_core.errors import Code, InferenceError
+from dl_inference_core.errors import Code
 from dl_inference_core.node.backend import Signature, TensorSpec
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.tensors import DEFAULT_SIGNATURE, Tensor
 from dl_inference_core.testing.fakes import FakeBackend, FakeModel
-from dl_inference_core.transport import Exchange, Limits, Method, Trailers, Transport
+from dl_inference_core.transport import Ended, Exchange, Limits, Method, Transport
 
 BALANCER = "dynamic_weighted_round_robin"
 NODES = 4
@@ -129,7 +129,7 @@ class Passing(_Service):
             exchange.forward(self._connection, exchange.method, _done, timeout_s=1.0, metadata=())
 
 
-def _done(context: object, error: InferenceError | None, trailers: Trailers, seconds: float) -> None: ...
+def _done(ended: Sequence[Ended]) -> None: ...
 
 
 class Echoing(_Service):

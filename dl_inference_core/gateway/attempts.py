@@ -23,7 +23,7 @@ from dl_inference_core.errors import (
 from dl_inference_core.failures import as_inference_error, fail
 from dl_inference_core.gateway.balancing import Outcome
 from dl_inference_core.gateway.pool import Node
-from dl_inference_core.transport import Exchange, Metadata, Timer, Trailers
+from dl_inference_core.transport import Ended, Exchange, Metadata, Timer, Trailers
 from dl_inference_core.wire import orca
 from dl_inference_core.wire.protocol import Protocol
 
@@ -122,7 +122,7 @@ class Forwarding:
             self._exchange.forward(
                 node.endpoint.connection,
                 protocol.node_method,
-                self.attempt_ended,
+                self._attempts_ended,
                 (node, timeout_s),
                 timeout_s=timeout_s,
                 metadata=self._hops,
@@ -130,6 +130,10 @@ class Forwarding:
             )
         except Exception as error:
             self.attempt_ended((node, timeout_s), as_inference_error(error), (), 0.0)
+
+    def _attempts_ended(self, ended: Sequence[Ended]) -> None:
+        for each in ended:
+            self.attempt_ended(*each)
 
     def attempt_ended(
         self, attempt: tuple[Node, float], error: InferenceError | None, trailers: Trailers, seconds: float

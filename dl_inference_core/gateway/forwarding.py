@@ -5,9 +5,9 @@ requests that wait, `dl_inference_core/gateway/attempts.py`.
 
 The transport calls `begin` and tells of the end of attempts on its threads; health and reload call from the event loop.
 Each route has one lock, and everything that belongs to the route happens under it: admission, choice, counts, budgets,
-and all methods of the strategy. Exchanges are called, and the health of nodes is told, after the lock was released. The
-lock order is: the lock of a route, then that of a node's health (`dl_inference_core/gateway/health.py`), never the
-reverse, and never the locks of two routes.
+and all methods of the strategy. Exchanges are called after the lock was released. The lock order is: the lock of a
+route, then that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse, and never the locks of
+two routes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TypeAlias
 
 from dl_inference_core.config import RouteConfig
@@ -30,7 +31,7 @@ from dl_inference_core.gateway.picking import Picker
 from dl_inference_core.gateway.pool import Node, Pool
 from dl_inference_core.gateway.retries import Budget, Recent
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import Exchange, Metadata, Trailers
+from dl_inference_core.transport import Ended, Exchange, Metadata, Trailers
 from dl_inference_core.wire import orca
 from dl_inference_core.wire.protocol import Protocol
 from dl_inference_core.wire.routing_keys import RoutingKey
@@ -178,32 +179,45 @@ class Forwarder:
                     allow_empty=protocol.allow_empty,
                 )
             except Exception as error:
-                self._first_ended(first, as_inference_error(error), (), 0.0)
+                self._first_ended([(first, as_inference_error(error), (), 0.0)])
         if actions:
             _do(actions)
 
-    def _first_ended(self, first: _First, error: InferenceError | None, trailers: Trailers, seconds: float) -> None:
-        """The first attempt of a request has ended, which nearly always is the only one."""
-        node = first[0]
-        if error is not None:
-            node, began, timeout_s, exchange, protocol, hops = first
-            forwarding = Forwarding(self, exchange, protocol, hops, began + self.whole_s)
-            forwarding.tried.append(node)
-            forwarding.running = 1
-            forwarding.attempt_ended((node, timeout_s), error, trailers, seconds)
-            return
-        health = node.endpoint.health
-        health.answered_at = first[1] + seconds
-        if health.forgivable:
-            health.succeeded()
-        self.lock.acquire()  # as in `begin`
+    def _first_ended(self, ended: Sequence[Ended]) -> None:
+        """First attempts of requests have ended, which nearly always are the only ones."""
+        exiting: BaseException | None = None
+        record = self.record  # by way of a local, as in `begin`
+        self.lock.acquire()
         try:
-            self.record(node, _SUCCESS, trailers, seconds)
+            for first, error, trailers, seconds in ended:
+                try:
+                    if error is not None:
+                        self.after(partial(self._first_failed, first, error, trailers, seconds))
+                        continue
+                    node = first[0]
+                    health = node.endpoint.health
+                    health.answered_at = first[1] + seconds
+                    if health.forgivable:
+                        health.succeeded()
+                    record(node, _SUCCESS, trailers, seconds)
+                except Exception:
+                    _log.exception("the end of an attempt could not be told")
+                except BaseException as raised:  # by `sys.exit` in a forked child, say; the others are told first
+                    exiting = raised
             actions = self._take_actions() if self.actions else ()
         finally:
             self.lock.release()
         if actions:
             _do(actions)
+        if exiting is not None:
+            raise exiting
+
+    def _first_failed(self, first: _First, error: InferenceError, trailers: Trailers, seconds: float) -> None:
+        node, began, timeout_s, exchange, protocol, hops = first
+        forwarding = Forwarding(self, exchange, protocol, hops, began + self.whole_s)
+        forwarding.tried.append(node)
+        forwarding.running = 1
+        forwarding.attempt_ended((node, timeout_s), error, trailers, seconds)
 
     def record(self, node: Node, outcome: Outcome, trailers: Trailers, seconds: float) -> None:
         """Tell everybody of an attempt that has ended; each decides for itself what it makes of it. Under the lock."""

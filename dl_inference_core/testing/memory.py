@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from dl_inference_core.coroutines import call_soon
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, InferenceError
@@ -176,7 +175,7 @@ class MemoryExchange(UnaryExchange):
                 raise AnswerMalformed("the answer is not a protobuf message")
             return answer
 
-        attempt = MemoryAttempt(self, self._loop, call, partial(done, context))
+        attempt = MemoryAttempt(self, self._loop, call, lambda *outcome: done([(context, *outcome)]))
         self._attempts.append(attempt)
         if not self._open:
             attempt.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
@@ -56,6 +56,7 @@ from dl_inference_core.transport import (
     Trailers,
     Transport,
 )
+from dl_inference_core.transport import Ended as AttemptEnded
 
 MESSAGE = b"\x0a\x05hello"
 """A well-formed protobuf message."""
@@ -92,15 +93,16 @@ class Told:
 
 
 class Ended(Told):
-    """A `Done`. `calls` has the error, the trailers and the seconds of each attempt; `contexts` what was told first."""
+    """A `Done`. `calls` has the error, the trailers and the seconds of each attempt; `contexts` its context."""
 
     def __init__(self) -> None:
         super().__init__()
         self.contexts: list[object] = []
 
-    def __call__(self, context: object, *outcome: Any) -> None:
-        self.contexts.append(context)
-        super().__call__(*outcome)
+    def __call__(self, ended: Sequence[AttemptEnded]) -> None:
+        for context, *outcome in ended:
+            self.contexts.append(context)
+            super().__call__(*outcome)
 
 
 class Rig:
@@ -521,7 +523,8 @@ class ExchangeConformance(LoopbackConformance):
         ):
 
             def begin(exchange: Exchange) -> None:
-                def retry(context: object, error: InferenceError | None, *_: Any) -> None:
+                def retry(ended: Sequence[AttemptEnded]) -> None:
+                    ((context, error, _, _),) = ended
                     assert context is first
                     errors.append(error)
                     exchange.forward(good, HOLD, second)
@@ -686,10 +689,10 @@ class ExchangeConformance(LoopbackConformance):
     async def test_300_exchanges_are_forwarded_at_once(self, transport: Transport) -> None:
         ended = 0
 
-        def done(_: object, error: InferenceError | None, *__: Any) -> None:
+        def done(attempts: Sequence[AttemptEnded]) -> None:
             nonlocal ended
-            assert error is None
-            ended += 1
+            assert all(error is None for _, error, _, _ in attempts)
+            ended += len(attempts)
 
         async with gateway(transport, echo, done) as (rig, _):
             messages = [MESSAGE + b"\x10" + bytes([number % 100]) for number in range(300)]

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Self
@@ -63,20 +63,6 @@ class _Helpers:
     now = staticmethod(time.monotonic)
     codes = tuple(Code)
     key_of = RoutingKey
-
-    @staticmethod
-    def tell_done(ended: Sequence[tuple[seam.Done, object, InferenceError | None, Trailers, float]]) -> None:
-        """Attempts have ended: many at a time, since a call from Rust takes 0.2 µs more than one from here."""
-        last: BaseException | None = None
-        for done, context, error, trailers, seconds in ended:
-            try:
-                done(context, error, trailers, seconds)
-            except Exception:
-                _log.exception("the end of an attempt could not be told")
-            except BaseException as raised:  # by `sys.exit` in a forked child, say; the others are told first
-                last = raised
-        if last is not None:
-            raise last
 
     @staticmethod
     def error_of(code: int, message: str, trailers: Trailers) -> InferenceError:

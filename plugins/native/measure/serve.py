@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 
 from dl_inference_native import NativeTransport
 
-from dl_inference_core.errors import Code, InferenceError
+from dl_inference_core.errors import Code
 from dl_inference_core.grpcio_transport import GrpcioTransport
-from dl_inference_core.transport import Exchange, Limits, Method, Trailers, Transport
+from dl_inference_core.transport import Ended, Exchange, Limits, Method, Transport
 
 PATH = "/inference.GRPCInferenceService/ModelInfer"
 
@@ -27,13 +27,14 @@ class Service:
         for exchange in exchanges:
             self._begin(exchange)
 
-    def ended(self, exchange: Exchange, code: Code) -> None:
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
         pass
 
 
-def done(_: object, error: InferenceError | None, __: Trailers, ___: float) -> None:
-    if error is not None:
-        print(error, file=sys.stderr)
+def done(ended: Sequence[Ended]) -> None:
+    for _, error, _, _ in ended:
+        if error is not None:
+            print(error, file=sys.stderr)
 
 
 async def main(name: str, role: str, port: str, node: str) -> None:

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use dl_inference_grpc::{Code, Failure, Frame};
 use http::HeaderMap;
 use pyo3::prelude::*;
-use pyo3::types::{PyList, PyTuple};
+use pyo3::types::PyTuple;
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -31,7 +31,7 @@ pub enum Event {
         code: Code,
         callbacks: Vec<Py<PyAny>>,
     },
-    /// An attempt has ended: `done(context, error, trailers, seconds)`.
+    /// An attempt has ended: `done([(context, error, trailers, seconds)])`.
     Done {
         done: Py<PyAny>,
         context: Py<PyAny>,
@@ -107,8 +107,6 @@ pub struct Helpers {
     pub raised: Py<PyAny>,
     /// The `errors.Code`s, in the order of their numbers.
     pub codes: Vec<Py<PyAny>>,
-    /// `([(done, context, error or None, trailers, seconds)])`: calls each `done` with the rest.
-    pub tell_done: Py<PyAny>,
     /// `(error or None)`: ends this process, which was forked from one that serves.
     pub end_child: Py<PyAny>,
     /// `(model, version, label) -> RoutingKey`
@@ -191,8 +189,8 @@ struct Turn {
     late: Vec<(Rc<Call>, Code)>,
 }
 
-/// What `Helpers.tell_done` takes of one attempt.
-type Done = (Py<PyAny>, Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64);
+/// What is called at the end of an attempt, and what it is told: context, error or None, trailers, seconds.
+type Done = (Py<PyAny>, (Py<PyAny>, Py<PyAny>, Py<PyTuple>, f64));
 
 /// Attempts and exchanges that have ended come first: they make room for those that begin. A timer comes after attempts
 /// that have ended, which may cancel it.
@@ -200,10 +198,15 @@ fn turn(io: &Io, py: Python<'_>, events: &mut Vec<Event>, turn: &mut Turn) {
     for event in events.drain(..) {
         told(io, py, turn.take(io, py, event));
     }
-    if !turn.done.is_empty() {
-        let done = PyList::new(py, turn.done.drain(..));
-        told(io, py, done.and_then(|done| io.common.helpers.tell_done.call1(py, (done,)).map(drop)));
+    let mut attempts = turn.done.drain(..).peekable();
+    while let Some((done, first)) = attempts.next() {
+        let mut ended = vec![first];
+        while let Some((_, next)) = attempts.next_if(|(next, _)| next.is(&done)) {
+            ended.push(next);
+        }
+        told(io, py, done.call1(py, (ended,)).map(drop));
     }
+    drop(attempts);
     for timed in turn.timers.drain(..) {
         let function = timed.lock().unwrap_or_else(PoisonError::into_inner).take();
         told(io, py, function.map_or(Ok(()), |function| function.call0(py).map(drop)));
@@ -243,7 +246,7 @@ impl Turn {
                     Some(Raised::Failure(failure)) => convert::error(py, helpers, &failure)?,
                     Some(Raised::ByPython(error)) => helpers.raised.call1(py, (error.into_value(py),))?,
                 };
-                self.done.push((done, context, error, convert::metadata(py, &trailers, true)?, seconds));
+                self.done.push((done, (context, error, convert::metadata(py, &trailers, true)?, seconds)));
             }
             Event::Timer(timed) => self.timers.push(timed),
             event => return tell(io, py, event),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from dl_inference_core.testing.loopback import (
     warm,
 )
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Connection, Exchange, Limits, Trailers
+from dl_inference_core.transport import Connection, Ended, Exchange, Limits, Trailers
 from dl_inference_core.wire import protocol
 
 native = pytest.importorskip("dl_inference_native", exc_type=ImportError)
@@ -246,9 +246,9 @@ async def test_thousands_of_cancelled_forwards_end_no_other_call() -> None:
     hold = Hold()
     cancelled = 0
 
-    def done(_: object, error: InferenceError | None, *__: Any) -> None:
+    def done(ended: Sequence[Ended]) -> None:
         nonlocal cancelled
-        cancelled += isinstance(error, AttemptCancelled)
+        cancelled += sum(isinstance(error, AttemptCancelled) for _, error, _, _ in ended)
 
     async with (
         serving(make(), {HOLD: hold, ECHO: echo}) as address,
@@ -410,8 +410,8 @@ async def test_the_trailers_of_a_node_are_those_of_its_answer() -> None:
 
         return Answered(MESSAGE, (("x-load", "1"), ("x-private", "2")))
 
-    def done(_: object, __: Any, trailers: Trailers, ___: float) -> None:
-        told.append(trailers)
+    def done(ended: Sequence[Ended]) -> None:
+        told.extend(trailers for _, _, trailers, _ in ended)
 
     server = await (transport := make()).serve(CoroutineService({HOLD: answer}), ("127.0.0.1:0",), Limits())
     async with gateway(f"127.0.0.1:{server.ports[0]}", done) as (front, _, _), official(front) as channel:
