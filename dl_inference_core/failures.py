@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from dl_inference_core import children
 from dl_inference_core.errors import HandlerFailed, InferenceError, causes, text_of
@@ -35,6 +35,25 @@ def fail(exchange: Exchange, error: BaseException) -> None:
         each.__cause__ = each.__context__ = None
         each.with_traceback(None)
     exchange.fail(told)
+
+
+def do_all(actions: Iterable[Callable[[], object]]) -> None:
+    """Do each of `actions`, which belong to different requests, whatever becomes of another. An Exception is logged.
+
+    Raises:
+        BaseException: what no Exception is and an action has raised, by `sys.exit` in a forked child, say. The others
+            are done first.
+    """
+    exiting: BaseException | None = None
+    for action in actions:
+        try:
+            action()
+        except Exception:
+            _log.exception("a step of a request failed")
+        except BaseException as raised:
+            exiting = raised
+    if exiting is not None:
+        raise exiting
 
 
 def request_id_of(exchange: Exchange) -> str:

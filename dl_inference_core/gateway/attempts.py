@@ -7,6 +7,7 @@ whole share. The rules of threads and locks are in `dl_inference_core/gateway/fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dl_inference_core.errors import (
@@ -20,7 +21,7 @@ from dl_inference_core.errors import (
     NoNodeAvailable,
     Overloaded,
 )
-from dl_inference_core.failures import as_inference_error, fail
+from dl_inference_core.failures import as_inference_error, do_all, fail
 from dl_inference_core.gateway.balancing import Outcome
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.transport import Ended, Exchange, Metadata, Timer, Trailers
@@ -132,8 +133,7 @@ class Forwarding:
             self.attempt_ended((node, timeout_s), as_inference_error(error), (), 0.0)
 
     def _attempts_ended(self, ended: Sequence[Ended]) -> None:
-        for each in ended:
-            self.attempt_ended(*each)
+        do_all(partial(self.attempt_ended, *each) for each in ended)
 
     def attempt_ended(
         self, attempt: tuple[Node, float], error: InferenceError | None, trailers: Trailers, seconds: float

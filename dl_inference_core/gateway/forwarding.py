@@ -6,8 +6,8 @@ requests that wait, `dl_inference_core/gateway/attempts.py`.
 The transport calls `begin` and tells of the end of attempts on its threads; health and reload call from the event loop.
 Each route has one lock, and everything that belongs to the route happens under it: admission, choice, counts, budgets,
 and all methods of the strategy. Exchanges are called after the lock was released. The lock order is: the lock of a
-route, then that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse, and never the locks of
-two routes.
+route, then that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse; and who holds the lock
+of a route never waits for that of another.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import asyncio
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from dl_inference_core.config import RouteConfig
 from dl_inference_core.errors import InferenceError, RouteLoop
-from dl_inference_core.failures import as_inference_error
+from dl_inference_core.failures import as_inference_error, do_all
 from dl_inference_core.gateway.admission import Admission
 from dl_inference_core.gateway.attempts import Forwarding
 from dl_inference_core.gateway.balancing import Balancer, Outcome
@@ -46,9 +46,9 @@ HOPS = "x-dl-inference-hops"
 _MOST_HOPS = 8
 """Gateways that a request may go through: two or three tiers are usual, a loop through many gateways is longer."""
 
-_First: TypeAlias = tuple[Node, float, float, Exchange, Protocol, Metadata]
-"""The first attempt of a request: its node; when it began; its timeout, in seconds; the request's exchange, protocol
-and hops. A tuple is made in 30 ns; an object of a class takes ten times as long."""
+_First: TypeAlias = tuple[Node, float, float, Exchange, Protocol, Metadata, float]
+"""The first attempt of a request: its node; when it began; its timeout, in seconds; the request's exchange, protocol,
+hops, and the end of the route's time for it. A tuple is made in 30 ns; an object of a class takes ten times as long."""
 
 
 class Forwarder:
@@ -159,7 +159,7 @@ class Forwarder:
             else:
                 node = None
                 self._admit(Forwarding(self, exchange, protocol, hops, now + self.whole_s))
-            timeout_s = self.timeout_s
+            timeout_s, end = self.timeout_s, now + self.whole_s
             actions = self._take_actions() if self.actions else ()
         finally:
             self.lock.release()
@@ -167,7 +167,7 @@ class Forwarder:
             deadline = exchange.deadline
             if deadline is not None and deadline - now < timeout_s:
                 timeout_s = deadline - now
-            first = (node, now, timeout_s, exchange, protocol, hops)
+            first = (node, now, timeout_s, exchange, protocol, hops, end)
             try:
                 exchange.forward(
                     node.endpoint.connection,
@@ -181,7 +181,7 @@ class Forwarder:
             except Exception as error:
                 self._first_ended([(first, as_inference_error(error), (), 0.0)])
         if actions:
-            _do(actions)
+            do_all(actions)
 
     def _first_ended(self, ended: Sequence[Ended]) -> None:
         """First attempts of requests have ended, which nearly always are the only ones."""
@@ -192,7 +192,8 @@ class Forwarder:
             for first, error, trailers, seconds in ended:
                 try:
                     if error is not None:
-                        self.after(partial(self._first_failed, first, error, trailers, seconds))
+                        with self._unlocked():
+                            self._first_failed(first, error, trailers, seconds)
                         continue
                     node = first[0]
                     health = node.endpoint.health
@@ -208,13 +209,24 @@ class Forwarder:
         finally:
             self.lock.release()
         if actions:
-            _do(actions)
+            do_all(actions)
         if exiting is not None:
             raise exiting
 
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Do what was put off, and then the block, without the lock. Under the lock."""
+        actions = self._take_actions()
+        self.lock.release()
+        try:
+            do_all(actions)
+            yield
+        finally:
+            self.lock.acquire()
+
     def _first_failed(self, first: _First, error: InferenceError, trailers: Trailers, seconds: float) -> None:
-        node, began, timeout_s, exchange, protocol, hops = first
-        forwarding = Forwarding(self, exchange, protocol, hops, began + self.whole_s)
+        node, _, timeout_s, exchange, protocol, hops, end = first
+        forwarding = Forwarding(self, exchange, protocol, hops, end)
         forwarding.tried.append(node)
         forwarding.running = 1
         forwarding.attempt_ended((node, timeout_s), error, trailers, seconds)
@@ -294,7 +306,7 @@ class Forwarder:
         with self.lock:
             action()
             actions = self._take_actions()
-        _do(actions)
+        do_all(actions)
 
     def _returned(self, node: Node) -> None:
         """Tell the strategy: now, or a moment later where another thread holds the lock. This thread may hold the lock
@@ -317,15 +329,6 @@ class Forwarder:
         with self.lock:
             gone = self.pool.update(())
         await asyncio.gather(*(self.pool.retire(node) for node in gone))
-
-
-def _do(actions: Iterable[Callable[[], None]]) -> None:
-    """Do what was put off until a route's lock was released: each for a request of its own."""
-    for action in actions:
-        try:
-            action()
-        except Exception:
-            _log.exception("a step of a request failed")
 
 
 def _budgets(config: RouteConfig) -> tuple[float, ...]:

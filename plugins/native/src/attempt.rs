@@ -7,7 +7,6 @@ use crate::flag::Flag;
 use crate::io::Io;
 use crate::node::{NodeHere, Sender, Target};
 use crate::python::convert;
-use crate::window::SMALL;
 use bytes::Bytes;
 use dl_inference_grpc::{
     ACCEPTED, Charge, Code, Failure, Frame, GRPC_TIMEOUT, PREFIX, check_header_bytes, check_size, is_reserved,
@@ -28,6 +27,9 @@ use tokio::time::{Instant, timeout_at};
 
 /// How often a request is sent to a node that has not looked at it.
 const SENT: usize = 3;
+/// Requests of fewer bytes have gone out when their answers are there: all windows are larger, but those of a node that
+/// wants few bytes at a time.
+const SMALL: usize = 16 << 10;
 /// Headers of a request that are the protocol's own.
 const OWN_HEADERS: usize = 4;
 const GRPC_ACCEPT_ENCODING: HeaderName = HeaderName::from_static("grpc-accept-encoding");
@@ -195,8 +197,8 @@ impl Ask {
         let frame = messages.at_most_one().await.map_err(failed)?;
         let frame = frame?;
         let trailers = status_of(head.status, messages.trailers().await.map_err(failed)?)?;
-        if self.frame.len() < SMALL as usize {
-            node.stream_ended(out, messages.into_body()); // a larger request may still be going out
+        if self.frame.len() < SMALL {
+            node.stream_ended(&writer, out, messages.into_body());
         }
         match frame {
             Some(frame) => Ok((frame, trailers)),

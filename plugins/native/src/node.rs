@@ -135,16 +135,18 @@ impl NodeHere {
         Err(Failure::new(Code::UNAVAILABLE, said))
     }
 
-    /// Keeps a stream that has ended until the next request is sent: to let go of it wakes the connection's task, which
-    /// would have nothing else to do.
-    pub fn stream_ended(&self, out: SendStream<Bytes>, body: RecvStream) {
+    /// Keeps a stream of the connection that takes requests, once it has ended, until the next one is sent: to let go of
+    /// it wakes the connection's task, which would have nothing else to do.
+    pub fn stream_ended(&self, writer: &Coalesce<Socket>, out: SendStream<Bytes>, body: RecvStream) {
         let mut ended = self.ended.borrow_mut();
-        if ended.len() < ENDED {
+        let is_live = self.live.borrow().as_ref().is_some_and(|live| live.writer.is(writer));
+        if is_live && ended.len() < ENDED {
             ended.push((out, body));
         }
     }
 
-    /// Lets go of the streams that have ended.
+    /// Lets go of the streams that have ended. A connection that takes no more requests stays open for as long as they
+    /// are kept.
     pub fn forget_ended(&self) {
         self.ended.borrow_mut().clear();
     }
@@ -192,6 +194,7 @@ impl NodeHere {
         let (send, writer, driver) =
             connected.map_err(|_| format!("it did not answer within {} ms", patience.as_millis()))??;
         self.live.replace(Some(Live { send, window: made, writer: writer.clone(), version }));
+        self.forget_ended(); // of the connection before
         let node = Rc::downgrade(self);
         self.keep(spawn_local(async move {
             driver.await;
