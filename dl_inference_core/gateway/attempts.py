@@ -133,7 +133,10 @@ class Forwarding:
             self.attempt_ended((node, timeout_s), as_inference_error(error), (), 0.0)
 
     def _attempts_ended(self, ended: Sequence[Ended]) -> None:
-        do_all(partial(self.attempt_ended, *each) for each in ended)
+        if len(ended) == 1:  # as nearly always: 0.5 µs less
+            self.attempt_ended(*ended[0])
+        else:
+            do_all(partial(self.attempt_ended, *each) for each in ended)
 
     def attempt_ended(
         self, attempt: tuple[Node, float], error: InferenceError | None, trailers: Trailers, seconds: float
