@@ -41,8 +41,7 @@ def do_all(actions: Iterable[Callable[[], object]]) -> None:
     """Do each of `actions`, which belong to different requests, whatever becomes of another. An Exception is logged.
 
     Raises:
-        BaseException: what no Exception is and an action has raised, by `sys.exit` in a forked child, say. The others
-            are done first.
+        BaseException: an action raised it, by `sys.exit` in a forked child, say. The other actions are done first.
     """
     exiting: BaseException | None = None
     for action in actions:

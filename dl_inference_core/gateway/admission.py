@@ -152,7 +152,10 @@ class Admission:
         self.open_among = None
 
     def ended(self, node: Node) -> None:
-        """An attempt is no longer counted in `node.in_flight`. To be told where the node was full, or requests wait."""
+        """An attempt on `node` has ended, and `node.in_flight` counts it no longer.
+
+        The caller may leave out the call while no request waits and the node was not full.
+        """
         if node.in_flight >= self._per_node - 1:
             self.open_among = None
         if self.places:
