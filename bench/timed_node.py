@@ -49,7 +49,7 @@ def _watch() -> dict[str, list[int]]:
 
     watched: list[tuple[type, str, Any]] = [
         (Dispatcher, "begin_all", _noting(Dispatcher.begin_all, before=times["came"])),
-        (RequestQueue, "put", _noting(RequestQueue.put, before=times["queued"])),
+        (RequestQueue, "put_all", _noting(RequestQueue.put_all, before=times["queued"])),
         (Execution, "run", _noting(Execution.run, before=times["taken"])),
         (Handler, "run_batch", _noting(Handler.run_batch, before=times["called"], after=times["returned"])),
         (Completions, "send", send_noting),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import TypeAlias
 
 from dl_inference_core.coroutines import Coroutines, StreamHandler, UnaryHandler
 from dl_inference_core.errors import Code, Overloaded
 from dl_inference_core.failures import fail
-from dl_inference_core.metrics import Metrics
+from dl_inference_core.metrics import Metrics, RequestCounts
 from dl_inference_core.routing import Routes
 from dl_inference_core.transport import Begin, Exchange, Method
 from dl_inference_core.wire import orca
@@ -20,6 +23,12 @@ from dl_inference_core.wire.protocol import (
     TIS_PREDICT,
     Protocol,
 )
+
+_State: TypeAlias = "tuple[RequestCounts, float, bool]"
+"""What is kept of an inference: what counts it, when it came, and whether it holds a place of `most_in_flight`. A tuple
+is made in 30 ns; an object of a class takes ten times as long."""
+
+_PATH_AND_KEY = attrgetter("method", "key")
 
 
 class Dispatcher:
@@ -74,19 +83,21 @@ class Dispatcher:
 
     def begin_all(self, exchanges: Sequence[Exchange]) -> None:
         now = time.monotonic()
-        for exchange in exchanges:
-            protocol = self._protocols.get(exchange.method)
+        for alike in (exchanges,) if len(exchanges) == 1 else _alike(exchanges):
+            path = alike[0].method
+            protocol = self._protocols.get(path)
             if protocol is not None:
-                self._infer(exchange, protocol, self._routes, now)
+                self._infer(alike, protocol, self._routes, now)
                 continue
-            try:
-                self._begin[exchange.method](exchange)
-            except Exception as error:
-                fail(exchange, error)
+            for exchange in alike:
+                try:
+                    self._begin[path](exchange)
+                except Exception as error:
+                    fail(exchange, error)
 
     def begin(self, exchange: Exchange, protocol: Protocol, routes: Routes) -> None:
         """Begin an inference in `protocol` at one of `routes`. For REST, whose paths are not gRPC's."""
-        self._infer(exchange, protocol, routes, time.monotonic())
+        self._infer((exchange,), protocol, routes, time.monotonic())
 
     def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
         now = time.monotonic()
@@ -97,30 +108,43 @@ class Dispatcher:
                     self._free.append(True)
                 counts.count(code, now - began)
 
-    def _infer(self, exchange: Exchange, protocol: Protocol, routes: Routes, now: float) -> None:
+    def _infer(self, exchanges: Sequence[Exchange], protocol: Protocol, routes: Routes, now: float) -> None:
         """Args:
-        now: when the exchange came, by `time.monotonic`.
+        exchanges: one, or several with the same routing key, which names a model.
+        now: when they came, by `time.monotonic`.
         """
-        admitted = False
+        counts, admitted = self._metrics.requests, self._most_in_flight > 0
+        if admitted:
+            exchanges = self._admit(exchanges, protocol, now)
+            if not exchanges:
+                return
         try:
-            if self._most_in_flight:
-                try:
-                    admitted = self._free.pop()
-                except IndexError:
-                    raise self._refusal() from None
-            upstream, key = routes.find_for(exchange, protocol)
-            # What `ended_all` takes. A tuple is made in 30 ns; an object of a class takes ten times as long.
-            exchange.state = self._metrics.requests[protocol.name, upstream.name], now, admitted
-            upstream.begin(exchange, protocol, key)
+            upstream, key = routes.find_for(exchanges[0], protocol)
         except Exception as error:
-            if exchange.state is None:
-                exchange.state = self._metrics.requests[protocol.name, ""], now, admitted
-            fail(exchange, error)
+            _fail_all(exchanges, (counts[protocol.name, ""], now, admitted), error)
+            return
+        state = counts[protocol.name, upstream.name], now, admitted
+        for exchange in exchanges:
+            exchange.state = state
+        try:
+            upstream.begin_all(exchanges, protocol, key)
+        except Exception as error:
+            _fail_all(exchanges, state, error)
 
-    def _refusal(self) -> Overloaded:
-        """Of one inference more than may be in flight."""
-        self._metrics.rejection("", "in_flight")
-        return Overloaded(f"this server answers {self._most_in_flight} requests already")
+    def _admit(self, exchanges: Sequence[Exchange], protocol: Protocol, now: float) -> Sequence[Exchange]:
+        """Those of `exchanges` that may begin; the others fail."""
+        admitted = 0
+        for _ in exchanges:
+            try:
+                self._free.pop()
+            except IndexError:
+                break
+            admitted += 1
+        for exchange in exchanges[admitted:]:
+            self._metrics.rejection("", "in_flight")
+            full = Overloaded(f"this server answers {self._most_in_flight} requests already")
+            _fail_all((exchange,), (self._metrics.requests[protocol.name, ""], now, False), full)
+        return exchanges[:admitted]
 
     def _infer_raw(self, exchange: Exchange) -> None:
         exchange.metadata += (RAW_OUTPUTS,)
@@ -129,3 +153,19 @@ class Dispatcher:
     def _infer_as_requested(self, exchange: Exchange) -> None:
         raw = RAW_OUTPUTS in exchange.metadata
         self.begin(exchange, METHODS[exchange.method] if raw else OPENINFERENCE_AS_REQUESTED, self._routes)
+
+
+def _alike(exchanges: Iterable[Exchange]) -> Iterator[Sequence[Exchange]]:
+    """Those that come one after another with the same method and routing key. What names no model comes alone."""
+    for (_, key), group in groupby(exchanges, _PATH_AND_KEY):
+        alike = tuple(group)
+        if key is not None and key.model is not None:
+            yield alike
+        else:
+            yield from ((exchange,) for exchange in alike)
+
+
+def _fail_all(exchanges: Sequence[Exchange], state: _State, error: Exception) -> None:
+    for exchange in exchanges:
+        exchange.state = state
+        fail(exchange, error)

@@ -165,7 +165,7 @@ class Introspection:
         upstream, key = self._routes.find_for(exchange, READY)
         ready = self._readiness.serves(upstream)
         if ready and key.version:
-            upstream.begin(exchange, READY, key)
+            upstream.begin_all((exchange,), READY, key)
         else:
             exchange.reply(_body(messages.ModelReadyResponse(ready=ready)))
 
@@ -177,7 +177,7 @@ class Introspection:
                 model = question.read_key(exchange.message).model
                 raise ModelNotFound(f"Could not find any versions of model {str(model)[:100]}") from None
             raise
-        upstream.begin(exchange, question, key)
+        upstream.begin_all((exchange,), question, key)
 
 
 def _body(message: Any) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol as Interface
 
 from dl_inference_core.errors import BadRequest, ModelNotFound
@@ -22,15 +22,12 @@ class Upstream(Interface):
     def ready(self) -> bool:
         """Whether a request would now be answered."""
 
-    def begin(self, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
-        """Answer or fail `exchange`, now or later. Any thread.
+    def begin_all(self, exchanges: Sequence[Exchange], protocol: Protocol, key: RoutingKey) -> None:
+        """Answer or fail each of `exchanges`, now or later. Any thread.
 
         Args:
-            protocol: of the exchange's message, which may be a question about the model.
-            key: what `protocol.read_key` gave for the message.
-
-        Raises:
-            InferenceError: it has not begun.
+            protocol: of the messages, which may be questions about the model.
+            key: what `protocol.read_key` gave for each of the messages.
         """
 
 

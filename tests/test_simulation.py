@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,16 @@ def test_the_page_shows_the_table() -> None:
 
 
 def test_what_fails_in_one_request_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin, asked = Forwarder.begin, 0
+    begin_all, asked = Forwarder.begin_all, 0
 
-    def fail_once(self: Forwarder, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
+    def fail_once(self: Forwarder, exchanges: Sequence[Exchange], protocol: Protocol, key: RoutingKey) -> None:
         nonlocal asked
         asked += 1
         if asked == 10:
             raise ZeroDivisionError("of no error that a client is told")
-        begin(self, exchange, protocol, key)
+        begin_all(self, exchanges, protocol, key)
 
-    monkeypatch.setattr(Forwarder, "begin", fail_once)
+    monkeypatch.setattr(Forwarder, "begin_all", fail_once)
     scenario = replace(BY_NAME[SINKHOLE], warm_s=0.2, fault_s=2.0, after_s=2.0)
     with pytest.raises(ZeroDivisionError):
         simulate(scenario, DEFAULT)

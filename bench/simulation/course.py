@@ -12,7 +12,7 @@ from bench.simulation import clock
 from bench.simulation.node import Node
 from bench.simulation.scenarios import OPTIONS, Scenario
 from dl_inference_core.config import HealthConfig, NodeConfig, RouteConfig
-from dl_inference_core.errors import InferenceError
+from dl_inference_core.errors import HandlerFailed, InferenceError
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Endpoints, Pool
 from dl_inference_core.metrics import Metrics
@@ -172,8 +172,10 @@ class _Run:
         exchange = MemoryExchange(_PROTOCOL.node_method, b"", metadata, began + self._scenario.deadline_s)
         answered = True
         try:
-            self._forwarder.begin(exchange, _PROTOCOL, _KEY)
+            self._forwarder.begin_all((exchange,), _PROTOCOL, _KEY)
             await exchange.outcome()
+        except HandlerFailed:  # a fault of ours, and none of the scenario
+            raise
         except InferenceError:
             answered = False
         self._requests.append(_Request(began, self._loop.time() - began, answered))

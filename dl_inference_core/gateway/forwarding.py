@@ -1,7 +1,7 @@
 """A request on its way through a gateway: admission → choice → attempt → answer.
 
-Read `Forwarder.begin` and `_first_ended`, which are all that nearly every request needs; then, for retries, hedges and
-requests that wait, `dl_inference_core/gateway/attempts.py`.
+Read `Forwarder.begin_all` and `_first_ended`, which are all that nearly every request needs; then, for retries, hedges
+and requests that wait, `dl_inference_core/gateway/attempts.py`.
 
 The transport calls `begin` and tells of the end of attempts on its threads; health and reload call from the event loop.
 Each route has one lock, and everything that belongs to the route happens under it: admission, choice, counts, budgets,
@@ -22,7 +22,7 @@ from typing import TypeAlias
 
 from dl_inference_core.config import RouteConfig
 from dl_inference_core.errors import InferenceError, RouteLoop
-from dl_inference_core.failures import as_inference_error, do_all
+from dl_inference_core.failures import as_inference_error, do_all, fail
 from dl_inference_core.gateway.admission import Admission
 from dl_inference_core.gateway.attempts import Forwarding
 from dl_inference_core.gateway.balancing import Balancer, Outcome
@@ -133,12 +133,19 @@ class Forwarder:
         """Requests that wait for a node to have room."""
         return self.admission.queued
 
-    def begin(self, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
-        """Forward `exchange` to a node, and to another if the first fails by its own fault and time is left.
+    def begin_all(self, exchanges: Sequence[Exchange], protocol: Protocol, key: RoutingKey) -> None:
+        """Forward each of `exchanges` to a node, and to another if the first fails by its own fault and time is
+        left."""
+        for exchange in exchanges:
+            try:
+                self._begin(exchange, protocol)
+            except Exception as error:
+                fail(exchange, error)
 
-        Raises:
-            RouteLoop: it has been here before, or through eight gateways.
-            Overloaded: there is no room in the queue.
+    def _begin(self, exchange: Exchange, protocol: Protocol) -> None:
+        """Raises:
+        RouteLoop: it has been here before, or through eight gateways.
+        Overloaded: there is no room in the queue.
         """
         before = exchange.find_metadata(HOPS)
         hops = self._first_hop if before is None else self._next_hop(str(before))

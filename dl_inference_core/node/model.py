@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotFound, ModelNotReady
+from dl_inference_core.failures import fail
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.wire import messages, openinference, tfserving_models
 from dl_inference_core.wire.protocol import (
@@ -130,37 +132,55 @@ class ServedModel:
         newest = self._published.newest
         return newest is not None and not newest.stuck
 
-    def begin(self, exchange: Exchange, protocol: Protocol, key: RoutingKey) -> None:
-        """Have the version that `key` names answer `exchange`, or the newest one. `protocol` may also be one of
-        `protocol.QUESTIONS` or `protocol.TRANSFORMS`.
+    def begin_all(self, exchanges: Sequence[Exchange], protocol: Protocol, key: RoutingKey) -> None:
+        """Have the version that `key` names answer each of `exchanges`, or the newest one. `protocol` may also be one
+        of `protocol.QUESTIONS` or `protocol.TRANSFORMS`.
 
-        The client's leaving takes the request out of the queue; a handler that runs may ask `Request.cancelled`. What
-        begins may still fail with:
+        A client's leaving takes its request out of the queue; a handler that runs may ask `Request.cancelled`. Requests
+        fail with:
 
-        - DeadlineExceeded: its deadline passed before the request's turn came.
-        - Overloaded: its time in the queue passed, or a request of a higher priority took its place.
-        - BadRequest: the request is malformed or does not fit the model.
+        - ModelNotFound: there is no such version.
+        - ModelNotReady: that version, or with none named every version, cannot answer now.
+        - DeadlineExceeded: the deadline passed before the request's turn came.
+        - Overloaded: as `RequestQueue.put_all`; or the request's time in the queue passed, or a request of a higher
+          priority took its place.
+        - BadRequest: no version has that label, or the version is not a number; the message is malformed or does not
+          fit the model.
         - HandlerFailed: handler or model raised, or the protocol cannot hold the answer.
-
-        Raises:
-            ModelNotFound: there is no such version.
-            ModelNotReady: that version, or with none named every version, cannot answer now.
-            BadRequest: no version has that label, or the version is not a number; the question is malformed.
-            DeadlineExceeded, Overloaded: as `RequestQueue.put`.
         """
         if not protocol.codec_at and protocol is not MULTI_INFERENCE:
-            exchange.reply(_QUESTIONS[protocol.name](self, exchange, key))
+            for exchange in exchanges:
+                self._reply(exchange, protocol, key)
             return
-        try:
-            version = self._pick(key)
-            read = protocol.read_queueing
-            request = QueuedRequest(exchange, protocol, NO_QUEUEING if read is None else read(exchange.message))
+        read = protocol.read_queueing if key.queueing else None
+        now = time.monotonic()
+        requests = []
+        for exchange in exchanges:
+            try:
+                asked = NO_QUEUEING if read is None else read(exchange.message)
+            except InferenceError as error:
+                self._fail((exchange,), error)
+                continue
+            request = QueuedRequest(exchange, protocol, now, asked)
             exchange.on_cancel(request.end)
-            while not version.submit(request):  # closed meanwhile: the model has published others, or none
-                version = self._pick(key)
+            requests.append(request)
+        try:
+            while not self._pick(key).submit_all(requests):
+                """It was closed meanwhile: the model has published others, or none."""
         except InferenceError as error:
-            error.trailers = self._meter.answered(error)
-            raise
+            self._fail([request.exchange for request in requests], error)
+
+    def _fail(self, exchanges: Sequence[Exchange], error: InferenceError) -> None:
+        """End requests that were not queued."""
+        error.trailers = self._meter.answered(error, count=len(exchanges))
+        for exchange in exchanges:
+            fail(exchange, error)
+
+    def _reply(self, exchange: Exchange, question: Protocol, key: RoutingKey) -> None:
+        try:
+            exchange.reply(_QUESTIONS[question.name](self, exchange, key))
+        except Exception as error:
+            fail(exchange, error)
 
     def _same_message(self, exchange: Exchange, key: RoutingKey) -> bytes:
         self._pick(key)

@@ -1,6 +1,6 @@
 """The queue of one version: what waits for its model threads, by priority, and what is refused at the door.
 
-Threads: the transport's threads `put`, model threads `take`; one lock guards the queue, and nobody calls a plugin, a
+Threads: the transport's threads put, model threads `take`; one lock guards the queue, and nobody calls a plugin, a
 transport or an exchange while holding it. A thread is woken only if it sleeps.
 """
 
@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
+from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, Overloaded
 from dl_inference_core.failures import request_id_of
 from dl_inference_core.node.admission import Admission, QueueLimits
 from dl_inference_core.node.batcher import BatchCost, RecentConcurrency
@@ -41,7 +41,7 @@ class QueuedRequest:
         queued_at: when it came, by `time.monotonic`.
         answer_by: the exchange's deadline, by `time.monotonic`; infinity if it has none.
         asked_priority: the priority that the request asks for, from 1; 0 is the default.
-        priority: its place among the queue's priorities, from 0; set by `RequestQueue.put`.
+        priority: its place among the queue's priorities, from 0; set by `RequestQueue.put_all`.
         expires_at: when it has waited in the queue for too long, by `time.monotonic`.
         size: of the message, in bytes.
         taken: whether a model thread has taken it out of the queue.
@@ -64,17 +64,17 @@ class QueuedRequest:
         "taken",
     )
 
-    def __init__(self, exchange: Exchange, protocol: Protocol, asked: Queueing = NO_QUEUEING) -> None:
+    def __init__(self, exchange: Exchange, protocol: Protocol, queued_at: float, asked: Queueing = NO_QUEUEING) -> None:
         self.exchange = exchange
         self.protocol = protocol
         self.message = message = exchange.message
         self.shares_batches = protocol.codec_at != ""
-        self.queued_at = now = time.monotonic()
+        self.queued_at = queued_at
         deadline = exchange.deadline
         self.answer_by = inf if deadline is None else deadline
         self.asked_priority = asked.priority
         self.priority = 0
-        self.expires_at = now + asked.timeout_s if asked.timeout_s else inf
+        self.expires_at = queued_at + asked.timeout_s if asked.timeout_s else inf
         self.size = len(message)
         self.taken = False
         self.ended = False
@@ -113,6 +113,9 @@ class Task:
     """A function that a model thread runs between batches: a load, a rehearsal. It must not raise."""
 
     run: Callable[[], None]
+
+
+_Refused: TypeAlias = "tuple[QueuedRequest, InferenceError]"
 
 
 class RequestQueue:
@@ -189,33 +192,47 @@ class RequestQueue:
             else:
                 self._enough_came.notify()
 
-    def put(self, request: QueuedRequest) -> bool:
-        """Queue `request`. False says that the queue was closed before. Any thread.
+    def put_all(self, requests: Sequence[QueuedRequest]) -> bool:
+        """Queue `requests`. Any thread.
 
-        Raises:
-            DeadlineExceeded: its deadline passed before it came.
-            Overloaded: there is no room, or not enough time, for it.
-            BadRequest: its metadata names a priority that does not exist.
+        Returns False if the queue was closed before: then it has taken and refused none. It refuses a request with:
+
+        - DeadlineExceeded: the deadline passed before the request came.
+        - Overloaded: there is no room, or not enough time, for it.
+        - BadRequest: its metadata names a priority that does not exist.
         """
-        ousted = None
+        refused: list[_Refused] = []
         if self._lowest:
-            request.priority = self._limits.priority(request.exchange, request.asked_priority)
+            requests = [request for request in requests if self._set_priority(request, refused)]
         with self._lock:
             if self._closed:
                 return False
-            if self._waiting or self._admission.busy:
-                ousted = self._admit(request)
-            self._requests[request.priority].append(request)
-            self._waiting += 1
-            self._bytes += request.size
-            if self.holds:
-                self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
-            if self.gathering or self._sleeping:
-                self._wake_for(request)
-        if request.expires_at < inf:
-            self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
-        if ousted is not None:
-            self._refuse(ousted, self._full("a request of a higher priority has taken its place"))
+            admission = self._admission
+            for request in requests:
+                ample = request.answer_by - request.queued_at > admission.ample_s
+                has_room = self._waiting < self._max_requests and self._bytes + request.size <= self._max_bytes
+                if not (ample and has_room) and (self._waiting or admission.busy) and not self._admit(request, refused):
+                    continue
+                self._requests[request.priority].append(request)
+                self._waiting += 1
+                self._bytes += request.size
+                if self.holds:
+                    self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
+                if self.gathering or self._sleeping:
+                    self._wake_for(request)
+        for request in requests:
+            if request.expires_at < inf:
+                self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
+        for request, error in refused:
+            self._refuse(request, error)
+        return True
+
+    def _set_priority(self, request: QueuedRequest, refused: list[_Refused]) -> bool:
+        try:
+            request.priority = self._limits.priority(request.exchange, request.asked_priority)
+        except BadRequest as error:
+            refused.append((request, error))
+            return False
         return True
 
     def _wake_for(self, request: QueuedRequest) -> None:
@@ -248,32 +265,33 @@ class RequestQueue:
 
     # Admission
 
-    def _admit(self, request: QueuedRequest) -> QueuedRequest | None:
-        """Returns the request of a lower priority whose place it takes.
-
-        Raises:
-            DeadlineExceeded: the deadline passed before the request came.
-            Overloaded: there is no room or time for it.
-        """
+    def _admit(self, request: QueuedRequest, refused: list[_Refused]) -> bool:
+        """Whether there is room and time for `request`. What is refused for the sake of that, itself or one of a lower
+        priority whose place it takes, is added to `refused`. With the lock."""
         fits = self._bytes + request.size <= self._max_bytes or not self._waiting
         has_room = fits and self._waiting < self._max_requests
         left_s = request.answer_by - request.queued_at
         if has_room and left_s > self._admission.ample_s:
-            return None
+            return True
         if left_s <= 0:
-            raise DeadlineExceeded(f"the deadline passed before the request came to the queue of model {self._name}")
+            late = f"the deadline passed before the request came to the queue of model {self._name}"
+            refused.append((request, DeadlineExceeded(late)))
+            return False
         before = self._waiting
         if request.priority < self._lowest:
             before = sum(map(len, self._requests[: request.priority + 1]))
-        late = self._admission.why_late(request, before)
-        if has_room and not late:
-            return None
+        why = self._admission.why_late(request, before)
+        if has_room and not why:
+            return True
         if self._drop_ended():
-            return self._admit(request)
-        ousted = None if late else self._oust(request)
-        if ousted is None:
-            raise self._full(late or self._limits.why_full(self._waiting, self._bytes, request.size))
-        return ousted
+            return self._admit(request, refused)
+        ousted = None if why else self._oust(request)
+        if ousted is not None:
+            refused.append((ousted, self._full("a request of a higher priority has taken its place")))
+            return True
+        why = why or self._limits.why_full(self._waiting, self._bytes, request.size)
+        refused.append((request, self._full(why)))
+        return False
 
     def _drop_ended(self) -> bool:
         """Let go of the requests that nobody waits for, unless all were looked at a moment ago. Returns whether there

@@ -95,8 +95,8 @@ class LoadedVersion:
     """One version of a model in memory, with threads of its own, on which all of it happens, `Model.close` too.
 
     Attributes:
-        submit: `RequestQueue.put`: queues a request, which is answered or failed in its turn. False says that the
-            version was closed before. Any thread.
+        submit_all: `RequestQueue.put_all`: queues requests, which are answered or failed in their turn. False says that
+            the version was closed before. Any thread.
     """
 
     def __init__(self, model_name: str, number: int, meter: LoadMeter, metrics: Metrics | None = None) -> None:
@@ -114,7 +114,7 @@ class LoadedVersion:
         fail = partial(fail_request, meter)
         self._cost = BatchCost()
         self._queue = RequestQueue(name, self._cost, fail, meter.delay_s)
-        self.submit = self._queue.put
+        self.submit_all = self._queue.put_all
         self._threads = ModelThreads(name, self._queue, self._run)
         self._watchdog = Watchdog(model_name, number, self._threads, fail, metrics)
         self._work: Work

@@ -223,7 +223,7 @@ class Api(ABC):
             why = str(error).partition("; ")[2]  # after the first words, which TensorFlow Serving has for requests
             model = question.read_key(body).model
             raise ModelNotFound(f"Could not find any versions of model {str(model)[:100]}; {why}") from error
-        upstream.begin(exchange, question, key)
+        upstream.begin_all((exchange,), question, key)
 
 
 class _Exchange(UnaryExchange):

@@ -272,5 +272,5 @@ async def answered(
         InferenceError: it failed.
     """
     exchange = MemoryExchange(protocol.node_method, message, metadata, deadline)
-    upstream.begin(exchange, protocol, protocol.read_key(message))
+    upstream.begin_all((exchange,), protocol, protocol.read_key(message))
     return bytes(await exchange.outcome())

@@ -25,11 +25,13 @@ class RoutingKey(typing.NamedTuple):
             protocol allows that.
         version: the version asked for: a number, or Open Inference's text; None or "" is the newest version.
         label: the label of the version asked for, where `version` is None; "" if the request gives no label.
+        queueing: whether the request may say something of its place in a queue, which `Protocol.read_queueing` reads.
     """
 
     model: str | int | None
     version: int | str | None = None
     label: str = ""
+    queueing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,8 @@ class KeyFields:
         label: the path of the version's label, a string; likewise.
         tags: the path of a map of strings to google.protobuf.Value; () where the model stands in `model`.
         task: the key in that map of the task.
+        queueing: the number of the field, of the outermost message, of which `RoutingKey.queueing` says whether the
+            request has it; 0 where the protocol has none. It holds submessages.
     """
 
     model: tuple[int, ...] = ()
@@ -51,10 +55,11 @@ class KeyFields:
     label: tuple[int, ...] = ()
     tags: tuple[int, ...] = ()
     task: str = ""
+    queueing: int = 0
 
 
 TFSERVING_FIELDS = KeyFields(model=(1, 1), version=(1, 2, 1), label=(1, 4))
-OPENINFERENCE_FIELDS = KeyFields(model=(1,), version=(2,))
+OPENINFERENCE_FIELDS = KeyFields(model=(1,), version=(2,), queueing=4)
 SELDON_FIELDS = KeyFields(tags=(2, 2), task="taskId")
 
 
@@ -111,10 +116,10 @@ def read_multi_inference_key(body: Message) -> RoutingKey:
 
 
 def read_openinference_key(body: Message) -> RoutingKey:
-    key = _parse_key(messages.ModelInferKey, body, messages.ModelInferRequest, 1, 2)
+    key = _parse_key(messages.ModelInferKey, body, messages.ModelInferRequest, 1, 2, 4)
     if not key.model_name:
         raise BadRequest("model_name is missing or empty; expected the name of a model")
-    return RoutingKey(key.model_name, key.model_version)
+    return RoutingKey(key.model_name, key.model_version, queueing=len(key.parameters) > 0)
 
 
 def read_seldon_key(body: Message) -> RoutingKey:

@@ -94,7 +94,7 @@ def captured(forwarder: Forwarder, number: int) -> Captured:
 def begin(forwarder: Forwarder, kind: type[E], number: int) -> E:
     message = messages.ModelInferRequest(model_name="m", id=str(number)).SerializeToString()
     exchange = kind(PROTOCOL.node_method, message)
-    forwarder.begin(exchange, PROTOCOL, RoutingKey("m"))
+    forwarder.begin_all((exchange,), PROTOCOL, RoutingKey("m"))
     return exchange
 
 

@@ -335,7 +335,7 @@ async def test_of_two_errors_at_once_the_one_that_may_not_go_elsewhere_counts(la
     for node, error in zip(forwarder.pool.nodes, reversed(errors) if second else errors, strict=True):
         node.endpoint.connection = Failing(node.endpoint.connection, error)
     exchange = MemoryExchange(protocol.node_method)
-    forwarder.begin(exchange, protocol, ANY_KEY)
+    forwarder.begin_all((exchange,), protocol, ANY_KEY)
     answer = asyncio.ensure_future(exchange.outcome())
     await lab.until(lambda: len(waiting) == 2)
     together.set()
@@ -412,7 +412,7 @@ async def test_two_attempts_may_end_at_once(lab: Lab) -> None:
 
     protocol = PROTOCOLS["openinference"]
     exchange = MemoryExchange(protocol.node_method)
-    forwarder.begin(exchange, protocol, ANY_KEY)
+    forwarder.begin_all((exchange,), protocol, ANY_KEY)
     answer, _ = await asyncio.gather(exchange.outcome(), release())
     assert messages.ModelInferResponse.FromString(bytes(answer)).id in "ab"
     await lab.until(lambda: untouched(gateway, *nodes))
@@ -429,7 +429,7 @@ async def test_what_fails_leaves_no_garbage(lab: Lab, late_s: float | None) -> N
     try:
         for _ in range(4):
             exchange = MemoryExchange(protocol.node_method)
-            forwarder.begin(exchange, protocol, ANY_KEY)
+            forwarder.begin_all((exchange,), protocol, ANY_KEY)
             with pytest.raises(AnswerMalformed):
                 await exchange.outcome()
         assert counted(gateway, "hedges") == (4 if late_s == 0.001 else 0)
@@ -453,7 +453,7 @@ async def test_a_request_that_cannot_be_sent_fails_and_is_not_counted_as_in_flig
     gateway = await (hedging(lab, *nodes) if hedge else lab.front(*nodes, more=DYNAMIC))
     protocol = PROTOCOLS["openinference"]
     exchange = Unforwardable(protocol.node_method)
-    gateway.forwarder().begin(exchange, protocol, ANY_KEY)
+    gateway.forwarder().begin_all((exchange,), protocol, ANY_KEY)
     with pytest.raises(HandlerFailed, match="TypeError"):
         await asyncio.wait_for(exchange.outcome(), 5)
     assert untouched(gateway, *nodes)

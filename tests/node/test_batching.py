@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dl_inference_core.config import NamedModel, PluginOptions
-from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, Overloaded
+from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, ModelNotFound, Overloaded
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.backend import Signature, TensorSpec
 from dl_inference_core.node.batcher import BatchCost, RecentConcurrency
@@ -34,6 +34,7 @@ from dl_inference_core.testing.memory import MemoryExchange, answered
 from dl_inference_core.transport import Exchange, Reply
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import PROTOCOLS
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 OIP = PROTOCOLS["openinference"]
 POISON = 666.0
@@ -199,7 +200,7 @@ async def test_exchanges_of_two_kinds_share_a_batch_and_each_kind_answers_its_ow
                 payload = {"x": np.array([[number]], np.float32)}
                 body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m"))
                 exchanges.append(kind(OIP.node_method, body))
-                it.served.begin(exchanges[-1], OIP, OIP.read_key(body))
+                it.served.begin_all(exchanges[-1:], OIP, OIP.read_key(body))
             assert it.served.waiting() == 3
         for number, exchange in enumerate(exchanges):
             outputs = OIP.codec.decode_response(bytes(await exchange.outcome())).payload
@@ -208,6 +209,39 @@ async def test_exchanges_of_two_kinds_share_a_batch_and_each_kind_answers_its_ow
         assert it.model.sizes == [1, 3]
         assert [count for kind, count in replied if kind is Kind] == [2]
         assert [count for kind, count in replied if kind is Other] == [1]
+
+
+async def test_of_requests_that_come_together_one_that_is_malformed_fails_alone(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        exchanges = []
+        for number in range(3):
+            request = messages.ModelInferRequest(model_name="m")
+            if number == 1:
+                request.parameters["timeout"].int64_param = -1
+            else:
+                request.parameters["timeout"].int64_param = 10_000_000
+            payload = {"x": np.array([[number]], np.float32)}
+            body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m"))
+            exchanges.append(MemoryExchange(OIP.node_method, body + request.SerializeToString()))
+        async with it.busy():
+            it.served.begin_all(exchanges, OIP, OIP.read_key(exchanges[0].message))
+            assert it.served.waiting() == 2
+        with pytest.raises(BadRequest, match="timeout"):
+            await exchanges[1].outcome()
+        for number in (0, 2):
+            outputs = OIP.codec.decode_response(bytes(await exchanges[number].outcome())).payload
+            assert isinstance(outputs, dict)
+            assert outputs["x"].tolist() == [[2 * number]]
+        assert it.model.sizes == [1, 2]
+
+
+async def test_requests_that_come_together_for_a_version_that_is_not_there_are_all_told_so(tmp_path: Path) -> None:
+    async with scene(tmp_path) as it:
+        exchanges = [MemoryExchange(OIP.node_method, b"") for _ in range(2)]
+        it.served.begin_all(exchanges, OIP, RoutingKey("m", 7))
+        for exchange in exchanges:
+            with pytest.raises(ModelNotFound):
+                await exchange.outcome()
 
 
 async def test_rows_are_counted_not_requests(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -33,8 +34,8 @@ class Rig:
 
     def put(self, name: bytes, protocol: Protocol = PROTOCOLS["openinference"]) -> weakref.ref[QueuedRequest]:
         self._gates[name] = threading.Event()
-        request = QueuedRequest(MemoryExchange("/m", name), protocol)
-        assert self.queue.put(request)
+        request = QueuedRequest(MemoryExchange("/m", name), protocol, time.monotonic())
+        assert self.queue.put_all((request,))
         return weakref.ref(request)
 
     def gate(self, name: bytes) -> threading.Event:

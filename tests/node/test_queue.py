@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dl_inference_core.errors import DeadlineExceeded, InferenceError, Overloaded
+from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, Overloaded
 from dl_inference_core.node import load
 from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
@@ -27,7 +27,8 @@ OIP = PROTOCOLS["openinference"]
 
 def queued(message: bytes = b"", deadline_s: float | None = None, **asked: Any) -> QueuedRequest:
     deadline = None if deadline_s is None else time.monotonic() + deadline_s
-    return QueuedRequest(MemoryExchange("/m", message, deadline=deadline), OIP, Queueing(**asked))
+    exchange = MemoryExchange("/m", message, deadline=deadline)
+    return QueuedRequest(exchange, OIP, time.monotonic(), Queueing(**asked))
 
 
 class Rig:
@@ -39,6 +40,19 @@ class Rig:
         self.queue = RequestQueue("m/1", self.cost, lambda *refused: self.refused.append(refused), lambda: delay_s)
         self.queue.configure(QueueLimits(**limits))
 
+    def put(self, request: QueuedRequest) -> bool:
+        """Whether the queue was open.
+
+        Raises:
+            InferenceError: `request` was refused.
+        """
+        was_open = self.queue.put_all((request,))
+        for number, (each, error) in enumerate(self.refused):
+            if each is request:
+                del self.refused[number]
+                raise error
+        return was_open
+
     def take_all(self) -> list[QueuedRequest]:
         """Every request that waits."""
         return self.queue.take_more(sys.maxsize)
@@ -49,9 +63,9 @@ async def test_tasks_come_first_and_requests_in_order() -> None:
     requests = [queued() for _ in range(3)]
     task = Task(lambda: None)
     for request in requests[:2]:
-        assert rig.queue.put(request)
+        assert rig.put(request)
     rig.queue.put_task(task)
-    assert rig.queue.put(requests[2])
+    assert rig.put(requests[2])
     assert rig.queue.waiting() == 3
     assert rig.queue.take(0) is task
     assert [rig.queue.take(0), *rig.take_all()] == requests
@@ -62,9 +76,9 @@ async def test_tasks_come_first_and_requests_in_order() -> None:
 async def test_a_closed_queue_takes_no_request_and_ends_its_threads_after_what_waits() -> None:
     rig = Rig()
     request = queued()
-    rig.queue.put(request)
+    rig.put(request)
     rig.queue.close()
-    assert not rig.queue.put(queued())
+    assert not rig.put(queued())
     assert rig.queue.take(0) is request
     for thread in range(2):
         with pytest.raises(StopIteration):
@@ -80,7 +94,7 @@ async def test_what_was_put_before_the_queue_was_closed_comes_out_whatever_the_t
             put: list[QueuedRequest] = []
 
             def putting(rig: Rig = rig, put: list[QueuedRequest] = put) -> None:
-                while len(put) < 1000 and rig.queue.put(request := queued()):
+                while len(put) < 1000 and rig.put(request := queued()):
                     put.append(request)
 
             threads = [threading.Thread(target=putting) for _ in range(2)]
@@ -106,27 +120,80 @@ async def test_the_delay_of_the_interpreter_counts(deadline_s: float | None, ref
     rig = Rig(delay_s=0.5)
     if refused:
         with pytest.raises(Overloaded, match="would take 500 ms, beyond its deadline"):
-            rig.queue.put(queued(deadline_s=deadline_s))
+            rig.put(queued(deadline_s=deadline_s))
     else:
-        assert rig.queue.put(queued(deadline_s=deadline_s))
+        assert rig.put(queued(deadline_s=deadline_s))
 
 
 async def test_a_deadline_that_has_passed_is_that_and_no_want_of_room() -> None:
     rig = Rig(max_requests=1)
-    rig.queue.put(queued())
+    rig.put(queued())
     with pytest.raises(DeadlineExceeded):
-        rig.queue.put(queued(deadline_s=-1.0))
+        rig.put(queued(deadline_s=-1.0))
+
+
+async def test_of_requests_that_come_together_each_is_judged_behind_those_before_it() -> None:
+    rig = Rig(max_requests=4, priorities=2)
+    waits = queued(priority=2)
+    rig.put(waits)
+    late = queued(deadline_s=-1.0)
+    unknown = QueuedRequest(MemoryExchange("/m", b"", (("x-priority", "3"),)), OIP, time.monotonic())
+    fit = [queued(priority=2) for _ in range(3)]
+    over, high = queued(priority=2), queued(priority=1)
+    assert rig.queue.put_all([late, *fit[:2], unknown, fit[2], over, high])
+    why = {id(request): error for request, error in rig.refused}
+    assert why.keys() == {id(request) for request in (late, unknown, over, fit[2])}
+    assert isinstance(why[id(late)], DeadlineExceeded)
+    assert isinstance(why[id(unknown)], BadRequest)
+    assert "4 requests wait" in str(why[id(over)])
+    assert "higher priority has taken its place" in str(why[id(fit[2])])
+    assert rig.take_all() == [high, waits, *fit[:2]]
+
+
+async def test_a_closed_queue_refuses_none_of_those_that_come_together() -> None:
+    """Another version may take them."""
+    rig = Rig()
+    rig.queue.close()
+    assert not rig.queue.put_all([queued(), queued(deadline_s=-1.0)])
+    assert rig.refused == []
+
+
+async def test_as_many_threads_wake_as_there_are_requests_that_come_together() -> None:
+    rig = Rig()
+    taken: asyncio.Queue[Any] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def take(thread: int) -> None:
+        item = rig.queue.take(thread)
+        loop.call_soon_threadsafe(taken.put_nowait, item)
+
+    threads = [threading.Thread(target=take, args=(number,), daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    async with asyncio.timeout(10):
+        while len(rig.queue._sleeping) < 3:  # noqa: ASYNC110 - threads have no event
+            await asyncio.sleep(0.001)
+    requests = [queued(), queued()]
+    rig.queue.put_all(requests)
+    async with asyncio.timeout(10):
+        assert {id(await taken.get()), id(await taken.get())} == set(map(id, requests))
+    assert len(rig.queue._sleeping) == 1
+    rig.queue.put_all([queued()])
+    async with asyncio.timeout(10):
+        await taken.get()
+    for thread in threads:
+        thread.join(10)
 
 
 async def test_requests_whose_clients_have_left_make_room() -> None:
     rig = Rig(max_requests=2)
     first, second, third = queued(), queued(), queued()
-    rig.queue.put(first)
-    rig.queue.put(second)
+    rig.put(first)
+    rig.put(second)
     with pytest.raises(Overloaded, match="2 requests wait"):
-        rig.queue.put(third)
+        rig.put(third)
     first.end()
-    assert rig.queue.put(third)
+    assert rig.put(third)
     assert rig.take_all() == [second, third]
 
 
@@ -135,14 +202,14 @@ async def test_places_of_clients_that_have_left_a_long_queue_are_found() -> None
     rig = Rig(max_requests=1000)
     waiting = [queued() for _ in range(1000)]
     for request in waiting:
-        rig.queue.put(request)
+        rig.put(request)
     for request in waiting[:-1]:
         request.end()
     for _ in range(1000 // 64):
         with pytest.raises(Overloaded):
-            rig.queue.put(queued())
+            rig.put(queued())
     last = queued()
-    assert rig.queue.put(last)
+    assert rig.put(last)
     assert rig.take_all() == [waiting[-1], last]
 
 
@@ -150,10 +217,10 @@ async def test_places_of_clients_that_have_left_are_given_away_before_that_of_on
     """To a request of a higher priority, which finds the queue full."""
     rig = Rig(max_requests=2, priorities=2)
     left, waits, high = queued(), queued(), queued(priority=1)
-    rig.queue.put(left)
-    rig.queue.put(waits)
+    rig.put(left)
+    rig.put(waits)
     left.end()
-    assert rig.queue.put(high)
+    assert rig.put(high)
     assert rig.refused == []
     assert rig.take_all() == [high, waits]
 
@@ -161,14 +228,14 @@ async def test_places_of_clients_that_have_left_are_given_away_before_that_of_on
 async def test_a_batch_takes_nothing_from_behind_what_shares_none() -> None:
     rig = Rig()
     first, last = queued(), queued()
-    several = QueuedRequest(MemoryExchange("/m", b""), MULTI_INFERENCE)
+    several = QueuedRequest(MemoryExchange("/m", b""), MULTI_INFERENCE, time.monotonic())
     for request in (first, several, last):
-        rig.queue.put(request)
+        rig.put(request)
     assert rig.queue.take(0) is first
     assert rig.take_all() == []
     assert rig.queue.take(1) is several
     assert rig.take_all() == [last]
-    rig.queue.put(queued())
+    rig.put(queued())
     rig.queue.put_task(Task(lambda: None))
     assert rig.take_all() == []
 
@@ -177,7 +244,7 @@ async def test_a_batch_takes_no_more_than_it_asks_for_whatever_their_priorities(
     rig = Rig(priorities=2)
     low, high = [queued() for _ in range(3)], [queued(priority=1) for _ in range(2)]
     for request in (*low, *high):
-        rig.queue.put(request)
+        rig.put(request)
     assert rig.queue.take_more(1) == high[:1]
     assert rig.queue.take_more(2) == [high[1], low[0]]
     assert rig.queue.waiting() == 2
@@ -188,16 +255,16 @@ async def test_what_is_put_back_waits_in_its_place() -> None:
     rig = Rig(priorities=2, max_requests=4)
     high, low = [queued(priority=1) for _ in range(3)], queued()
     for request in (*high[:2], low):
-        rig.queue.put(request)
+        rig.put(request)
     taken = rig.take_all()
     assert taken == [*high[:2], low]
     rig.queue.put_back(taken[1:])
     assert not any(request.taken for request in taken[1:])
     assert rig.queue.waiting() == 2
-    rig.queue.put(high[2])
-    rig.queue.put(queued())
+    rig.put(high[2])
+    rig.put(queued())
     with pytest.raises(Overloaded, match="4 requests wait"):
-        rig.queue.put(queued())
+        rig.put(queued())
     assert rig.take_all()[:3] == [high[1], high[2], low]
 
 
@@ -205,7 +272,7 @@ async def test_what_is_put_back_waits_no_longer_than_it_may() -> None:
     """Though its time passed while it was taken."""
     rig = Rig()
     late = queued(timeout_s=0.02)
-    rig.queue.put(late)
+    rig.put(late)
     taken = rig.take_all()
     await asyncio.sleep(0.05)
     assert rig.refused == []
@@ -219,7 +286,7 @@ async def test_what_is_put_back_waits_no_longer_than_it_may() -> None:
 async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_kept_for_that() -> None:
     rig = Rig()
     late = queued(timeout_s=0.02)
-    rig.queue.put(late)
+    rig.put(late)
     async with asyncio.timeout(10):
         while not rig.refused:  # noqa: ASYNC110 - a timer
             await asyncio.sleep(0.005)
@@ -227,7 +294,7 @@ async def test_a_request_that_waits_too_long_is_refused_and_its_message_is_not_k
     assert request is late
     assert str(error).startswith("Request timeout expired: ")
     taken = queued(b"message", timeout_s=1000)
-    rig.queue.put(taken)
+    rig.put(taken)
     await asyncio.sleep(0)
     rig.take_all()
     gone = weakref.ref(taken)
@@ -243,7 +310,7 @@ async def test_a_timer_does_not_outlive_its_request_for_long(monkeypatch: pytest
     request = queued(timeout_s=3600)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "call_later", lambda delay_s, *_: delays.append(delay_s))
-        rig.queue.put(request)
+        rig.put(request)
         await asyncio.sleep(0)
     assert delays == [1.0]
 
@@ -252,7 +319,7 @@ async def test_a_request_is_refused_in_time_after_several_looks(monkeypatch: pyt
     monkeypatch.setattr("dl_inference_core.node.queue._LONGEST_TIMER_S", 0.01)
     rig = Rig()
     request = queued(timeout_s=0.1)
-    rig.queue.put(request)
+    rig.put(request)
     async with asyncio.timeout(10):
         while not rig.refused:  # noqa: ASYNC110 - a timer
             await asyncio.sleep(0.005)

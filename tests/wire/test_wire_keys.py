@@ -34,7 +34,7 @@ ENVELOPES = [
     (messages.PredictKey, 1),
     (messages.MultiInferenceKey, 1),
     (messages.SeldonKey, 2),
-    (messages.ModelInferKey, 1, 2),
+    (messages.ModelInferKey, 1, 2, 4),
 ]
 
 
@@ -362,6 +362,7 @@ def test_what_a_request_says_about_its_place_in_the_queue(parameters: Any, expec
     assert read is not None
     body = asking(padding, **parameters)
     assert read(body) == read(memoryview(body)) == expected
+    assert PROTOCOLS["openinference"].read_key(body).queueing == (parameters != {})
 
 
 def test_parameters_are_read_where_there_are_many_fields() -> None:
@@ -382,6 +383,7 @@ def test_parameters_are_read_wherever_they_stand(size: int) -> None:
     for order in permutations(fields):
         body = b"".join(order)
         assert read(body) == read(memoryview(body)) == Queueing(0, 7e-6)
+        assert PROTOCOLS["openinference"].read_key(body).queueing
 
 
 @pytest.mark.parametrize("unknown", [b"\x48\x07", b"\x4d1234", b"\xf2\x3f\x01u"], ids=["varint", "four", "number"])

@@ -12,6 +12,7 @@ from dl_inference_core.errors import BadRequest, ModelNotFound
 from dl_inference_core.wire import limits, messages
 from dl_inference_core.wire.protocol import METHODS, QUESTIONS
 from dl_inference_core.wire.protocol import well_formed as core_well_formed
+from dl_inference_core.wire.routing_keys import RoutingKey
 
 native = pytest.importorskip("dl_inference_native._native", reason="the extension is not built")
 
@@ -58,7 +59,7 @@ SPECS = st.one_of(
     st.sampled_from([b"", b"\x08", b"\x08\x01\x08\x02", b"\x10\x01"]).map(lambda value: text(2, value)),
 )
 FIELDS = st.one_of(
-    st.builds(text, st.integers(1, 3), NAMES),
+    st.builds(text, st.integers(1, 4), NAMES),
     st.lists(SPECS, max_size=3).map(lambda parts: text(1, b"".join(parts))),
     st.lists(TAGS, max_size=3).map(lambda parts: text(2, b"".join(parts))),
     st.builds(lambda number, value: wire(number, 0, varint(value)), st.integers(0, 20), st.integers(0, 2**64)),
@@ -123,6 +124,11 @@ def test_keys_of_plain_requests_are_found(padding: bytes) -> None:
     plain = [
         ("openinference", messages.ModelInferRequest(model_name="m", id="i"), ("m", "", "")),
         ("openinference", messages.ModelInferRequest(model_name="m", model_version="03"), ("m", "03", "")),
+        (
+            "openinference",
+            messages.ModelInferRequest(model_name="m", parameters={"timeout": {"int64_param": 1}}),
+            ("m", "", "", True),
+        ),
         ("openinference_ready", messages.ModelReadyRequest(name="m", version="3"), ("m", "3", "")),
         ("tfserving", messages.PredictRequest(model_spec=spec), ("m", None, "")),
         ("tfserving", messages.PredictRequest(model_spec={**spec, "version": {"value": 0}}), ("m", 0, "")),
@@ -139,7 +145,7 @@ def test_keys_of_plain_requests_are_found(padding: bytes) -> None:
     for name, message, key in plain:
         protocol, reader = READERS[name]
         body = padding + message.SerializeToString() + padding
-        assert reader.find(body) == key == tuple(protocol.read_key(body))
+        assert reader.find(body) == RoutingKey(*key) == protocol.read_key(body)
 
 
 def seldon(**tags: Any) -> Any:

@@ -2,7 +2,7 @@
 
 use dl_inference_wire::{Key, KeyFields, Model, Version, find_key};
 use pyo3::prelude::*;
-use pyo3::types::{PyInt, PyString, PyTuple};
+use pyo3::types::{PyBool, PyInt, PyString, PyTuple};
 use std::collections::HashMap;
 
 /// Keys that are kept at one time. With one route for each of 10,000 tasks, and versions, more would be forgotten.
@@ -16,15 +16,16 @@ pub struct Fields {
     label: Vec<u32>,
     tags: Vec<u32>,
     task: String,
+    queueing: u32,
 }
 
 impl From<Fields> for KeyFields {
-    fn from(Fields { model, version, label, tags, task }: Fields) -> KeyFields {
-        KeyFields { model, version, label, tags, task }
+    fn from(Fields { model, version, label, tags, task, queueing }: Fields) -> KeyFields {
+        KeyFields { model, version, label, tags, task, queueing }
     }
 }
 
-/// Model, version and label.
+/// Model, version, label, and whether the request may ask for a place in a queue.
 pub fn to_python<'py>(py: Python<'py>, key: &Key<'_>) -> PyResult<Bound<'py, PyTuple>> {
     let model = match key.model {
         Model::Name(name) => PyString::new(py, name).into_any(),
@@ -35,7 +36,8 @@ pub fn to_python<'py>(py: Python<'py>, key: &Key<'_>) -> PyResult<Bound<'py, PyT
         Some(Version::Number(number)) => PyInt::new(py, number).into_any(),
         Some(Version::Text(text)) => PyString::new(py, text).into_any(),
     };
-    PyTuple::new(py, [model, version, PyString::new(py, key.label).into_any()])
+    let queueing = PyBool::new(py, key.queueing).to_owned().into_any();
+    PyTuple::new(py, [model, version, PyString::new(py, key.label).into_any(), queueing])
 }
 
 /// The keys of one I/O thread: requests for one model share an object of Python.
@@ -49,7 +51,7 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// The key of a message, made by `key_of(model, version, label)` where it is new; None where only the core can read
+    /// The key of a message, made by `key_of(model, version, label, queueing)` where it is new; None where only the core can read
     /// it.
     pub fn find(
         &mut self,
@@ -102,4 +104,5 @@ fn write(bytes: &mut Vec<u8>, key: &Key<'_>) {
         Some(Version::Text(text)) => part(4, text.as_bytes()),
     }
     part(5, key.label.as_bytes());
+    bytes.push(key.queueing.into());
 }

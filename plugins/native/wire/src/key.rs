@@ -17,6 +17,9 @@ pub struct KeyFields {
     pub tags: Vec<u32>,
     /// The key under which that map names the model by a string or a whole number.
     pub task: String,
+    /// The number of a field of submessages that say what place in a queue a request asks for; 0 where the protocol has
+    /// none.
+    pub queueing: u32,
 }
 
 /// Which model a request is for, as the request says it.
@@ -25,6 +28,8 @@ pub struct Key<'a> {
     pub model: Model<'a>,
     pub version: Option<Version<'a>>,
     pub label: &'a str,
+    /// Whether the request has the field `KeyFields::queueing`.
+    pub queueing: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -72,7 +77,26 @@ fn find<'a>(fields: &KeyFields, body: &'a [u8]) -> Plain<Key<'a>> {
     if label.is_some() && version.is_some() {
         return Err(NotPlain); // the last one counts
     }
-    Ok(Key { model, version, label: label.unwrap_or_default() })
+    let queueing = fields.queueing != 0 && occurs(body, fields.queueing)?;
+    Ok(Key { model, version, label: label.unwrap_or_default(), queueing })
+}
+
+/// Whether the message has a submessage in the field of that number.
+fn occurs(body: &[u8], number: u32) -> Plain<bool> {
+    let (mut fields, mut occurs, mut bytes) = (Fields::new(body), false, 0);
+    while let Some(field) = fields.next()? {
+        if let Value::Delimited(value) = field.value
+            && field.number == number
+        {
+            occurs = true;
+            bytes += value.len();
+        }
+    }
+    // As in `at`.
+    if body.len() >= SMALL && (fields.count() > MOST_FIELDS || bytes >= MOST_BYTES) {
+        return Err(NotPlain);
+    }
+    Ok(occurs)
 }
 
 /// The length-delimited value at the end of `path`, each field of which occurs once at most.

@@ -77,8 +77,10 @@ fn an_open_inference_request_is_read() {
     let [input] = &request.inputs[..] else { panic!("{request:?}") };
     assert_eq!((input.name, input.dtype, input.shape.sizes()), ("x", Dtype::F32, &[1, 2][..]));
     assert_eq!(input.in_place(), Some(&raw[..]));
-    let key = Key { model: Model::Name("mmoe"), version: Some(Version::Text("")), label: "" };
+    let key = Key { model: Model::Name("mmoe"), version: Some(Version::Text("")), label: "", queueing: false };
     assert_eq!(find_key(&name_and_text(), &body), Some(key));
+    let asking = [&body[..], b"\x22\x03\x0a\x01a"].concat();
+    assert_eq!(find_key(&name_and_text(), &asking), Some(Key { queueing: true, ..key }));
 }
 
 #[test]
@@ -118,7 +120,7 @@ fn the_version_of_a_model_spec_is_read_where_it_is_alone() {
             });
         })
     };
-    let key = |version, label| Some(Key { model: Model::Name("m"), version, label });
+    let key = |version, label| Some(Key { model: Model::Name("m"), version, label, queueing: false });
     let numbered = spec(&|out| out.message(2, |out| out.number(1, -3i64 as u64)));
     assert_eq!(find_key(&model_spec(), &numbered), key(Some(Version::Number(-3)), ""));
     assert_eq!(find_key(&model_spec(), &spec(&|out| out.bytes(2, b""))), key(Some(Version::Number(0)), ""));

@@ -3,7 +3,7 @@
 use dl_inference_wire::{KeyFields, Model, Tensor, Version, find_key, openinference, seldon, tfserving, well_formed};
 
 pub fn name_and_text() -> KeyFields {
-    KeyFields { model: vec![1], version: vec![2], ..KeyFields::default() }
+    KeyFields { model: vec![1], version: vec![2], queueing: 4, ..KeyFields::default() }
 }
 
 pub fn model_spec() -> KeyFields {
@@ -28,7 +28,7 @@ pub fn check(body: &[u8]) -> usize {
         plain += 1;
         request.inputs.iter().for_each(check_tensor);
         if let Some(key) = find_key(&name_and_text(), body) {
-            assert_eq!(key.model, Model::Name(request.model));
+            assert_eq!((key.model, key.queueing), (Model::Name(request.model), false));
             let text = if let Some(Version::Text(text)) = key.version { Some(text) } else { None };
             assert_eq!(text.map(|text| text.parse().ok()), Some(request.version));
         }
