@@ -115,9 +115,16 @@ class Dispatcher:
         """
         counts, admitted = self._metrics.requests, self._most_in_flight > 0
         if admitted:
-            exchanges = self._admit(exchanges, protocol, now)
-            if not exchanges:
-                return
+            room = 0
+            try:
+                for _ in exchanges:
+                    self._free.pop()
+                    room += 1
+            except IndexError:
+                self._refuse(exchanges[room:], protocol, now)
+                exchanges = exchanges[:room]
+                if not exchanges:
+                    return
         try:
             upstream, key = routes.find_for(exchanges[0], protocol)
         except Exception as error:
@@ -131,20 +138,12 @@ class Dispatcher:
         except Exception as error:
             _fail_all(exchanges, state, error)
 
-    def _admit(self, exchanges: Sequence[Exchange], protocol: Protocol, now: float) -> Sequence[Exchange]:
-        """Those of `exchanges` that may begin; the others fail."""
-        admitted = 0
-        for _ in exchanges:
-            try:
-                self._free.pop()
-            except IndexError:
-                break
-            admitted += 1
-        for exchange in exchanges[admitted:]:
+    def _refuse(self, exchanges: Sequence[Exchange], protocol: Protocol, now: float) -> None:
+        """Fail inferences that are more than may be in flight."""
+        for exchange in exchanges:
             self._metrics.rejection("", "in_flight")
             full = Overloaded(f"this server answers {self._most_in_flight} requests already")
             _fail_all((exchange,), (self._metrics.requests[protocol.name, ""], now, False), full)
-        return exchanges[:admitted]
 
     def _infer_raw(self, exchange: Exchange) -> None:
         exchange.metadata += (RAW_OUTPUTS,)

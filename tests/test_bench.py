@@ -140,12 +140,14 @@ def test_what_the_core_takes_is_less_what_others_took_in_the_same_round() -> Non
     samples: dict[str, list[float]] = {part: [1.0, 1.0, 1.0] for part in PARTS}
     samples |= {"gateway_1": [7.0, 30.0, 5.0], "passing_1": [2.0, 20.0, 1.0], "gateway_32": [6.5] * 3}
     samples |= {"node_1": [11.0] * 3, "node_128": [10.0, 9.0, 12.0], "codec": [2.0, 1.0, 3.0]}
+    samples |= {"spread_128": [20.0, 19.0, 22.0]}
     report = CoreReport(machine={}, samples=samples, batch_rows=2.0)
     assert asdict(report.costs()["gateway_1"]) == {
         "cpu_us_per_request": 5.0,
         "cpu_us_least": 4.0,
         "cpu_us_most": 10.0,
     }
+    assert report.costs()["spread_128"].cpu_us_per_request == 17.0
     assert {outcome.goal.system: (outcome.ratio, outcome.met) for outcome in report.outcomes()} == {
         "gateway_1": (5.0, True),
         "gateway_32": (5.5, False),

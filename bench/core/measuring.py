@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack
+import os
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext, suppress
 from itertools import cycle
+from pathlib import Path
 from typing import TypeAlias
 
 from bench.core import loads, setup
@@ -40,7 +42,7 @@ Samples: TypeAlias = "Mapping[str, Sequence[float]]"
 PARTS = (
     *("unit", "key", "route_choice", "metrics", "codec"),
     *(f"{name}_{at_once}" for at_once in (1, AT_ONCE) for name in ("gateway", "hedging", "passing")),
-    *(f"{name}_{in_flight}" for in_flight in (1, IN_FLIGHT) for name in ("node", "echoing", "hopping")),
+    *(f"{name}_{in_flight}" for in_flight in (1, IN_FLIGHT) for name in ("node", "echoing", "hopping", "spread")),
 )
 
 
@@ -67,7 +69,8 @@ async def measure(rounds: int, share: float, measured: Callable[[], None]) -> tu
         parts = {
             **dict(_calls(gateway, share)),
             **dict(_forwarding(share, gateway=_transport(gateway), hedging=_transport(hedging), passing=passing)),
-            **dict(_answering(share, node=_transport(node), echoing=echoing, hopping=hopping)),
+            **dict(_answering(share, one_core, node=_transport(node), echoing=echoing, hopping=hopping)),
+            **dict(_answering(share, nullcontext, spread=_transport(node))),
         }
         await loads.ask(_transport(node))
         _settle()  # the garbage collector, as in a server that has started
@@ -159,9 +162,33 @@ def _forwarding(share: float, **transports: MemoryTransport) -> Parts:
             yield f"{name}_{at_once}", part(transport, at_once)
 
 
-def _answering(share: float, **transports: MemoryTransport) -> Parts:
+@contextmanager
+def one_core() -> Iterator[None]:
+    """All threads of this process share one core meanwhile, where the system can have them do so."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    _move_threads({max(cores)})
+    try:
+        yield
+    finally:
+        _move_threads(cores)
+
+
+def _move_threads(cores: Set[int]) -> None:
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread.name), cores)
+
+
+def _answering(share: float, where: Callable[[], AbstractContextManager[None]], **transports: MemoryTransport) -> Parts:
     def part(transport: MemoryTransport, in_flight: int, messages: Sequence[bytes]) -> Part:
-        return lambda: loads.answer(transport, messages, in_flight)
+        async def sample() -> float:
+            with where():
+                return await loads.answer(transport, messages, in_flight)
+
+        return sample
 
     for in_flight, full in ((1, _ALONE), (IN_FLIGHT, _ANSWERED)):
         messages = loads.make_requests(_count(full, share))

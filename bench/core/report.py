@@ -63,13 +63,14 @@ def _gateway(at_once: int) -> tuple[Row, ...]:
 
 
 def _node(in_flight: int) -> tuple[Row, ...]:
-    node, echoing, hopping = f"node_{in_flight}", f"echoing_{in_flight}", f"hopping_{in_flight}"
+    node, echoing, hopping, spread = (f"{name}_{in_flight}" for name in ("node", "echoing", "hopping", "spread"))
     title = f"node, {in_flight} in flight"
     return (
         Row(name=node, title=title, part=node, less=("codec", echoing), most=NODE_MOST),
         Row(name=f"{node}_in_all", title="… with codec and transport", part=node),
         Row(name=echoing, title="… transport alone, taken off", part=echoing),
         Row(name=hopping, title="… transport with a second thread", part=hopping),
+        Row(name=spread, title="… on all cores", part=spread, less=("codec", echoing)),
     )
 
 
@@ -95,6 +96,8 @@ to the core, reading the key comes on top.
 Node: begin_all, queue, model thread, answers; CPU of the whole process. The model returns its inputs. The codec, called
 alone on the same requests, is taken off. A batch takes {MAX_BATCH} rows at most;
 with {IN_FLIGHT} requests in flight it had {{batch_rows:.1f}} on average.
+The node's threads share one core, so that what is measured is what Python does. On all cores the interpreter's lock
+wakes one core from the other, and requests move from cache to cache; how much that costs differs from run to run.
 The transport of the benchmark is in memory. A service that does nothing measures it, and it is taken off; with a second
 thread that does nothing but answer, it shows the least that a model thread costs."""
 
