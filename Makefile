@@ -48,8 +48,11 @@ demo: .venv/native ## train, serve and call a model; kill a node under load; TRA
 demo-tf: .venv/native ## serve a TensorFlow model beside it; drop in its second version under load; TRANSPORT= as above
 	$(BIN)/python -m digits.demo_tf --transport $(or $(TRANSPORT),auto)
 
-test: .venv/native $(SELDON)/ready load-generator ## all tests, a file at a time in each of up to four processes
-	$(BIN)/python -m pytest -m "not packages" --numprocesses auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile
+# Tests wait for about half of their time, so four processes keep two cores busy. Python writes bytecode, since tests start
+# some hundred servers.
+test: .venv/native $(SELDON)/ready load-generator ## all tests, a file at a time in each of four processes
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -m "not packages" \
+	  --numprocesses 4 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 	$(if $(RUST),cd plugins/native && cargo test --quiet --locked --package dl-inference-grpc --package dl-inference-wire)
 	$(if $(RUST),cargo test --quiet --release --locked $(LOAD_GENERATOR))
 

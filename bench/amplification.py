@@ -87,7 +87,7 @@ def _ways(each: Any) -> Iterator[tuple[str, bool, Callable[[int], bytes]]]:
         yield "", False, lambda size: field(number, b"") * (size // len(field(number, b"")))
         if each.message_type is not None and each.message_type.GetOptions().map_entry:
             key = each.message_type.fields_by_name["key"]
-            yield " (distinct)", False, lambda size: b"".join(_entries(number, key, size))
+            yield " (distinct)", False, lambda size: _entries(number, key, size)
         return
     width = {each.TYPE_DOUBLE: 8, each.TYPE_FLOAT: 4}.get(each.type, 0)
     one = varint(number << 3 | {8: 1, 4: 5, 0: 0}[width]) + b"\x01" * (width or 1)
@@ -96,9 +96,13 @@ def _ways(each: Any) -> Iterator[tuple[str, bool, Callable[[int], bytes]]]:
         yield " (packed)", bool(width), lambda size: field(number, b"\x01" * (size // 8 * 8))
 
 
-def _entries(number: int, key: Any, size: int) -> Iterator[bytes]:
-    for index in range(size // 11):
-        yield field(number, field(1, b"%07d" % index) if key.type == key.TYPE_STRING else b"\x08" + varint(index))
+def _entries(number: int, key: Any, size: int) -> bytes:
+    """Entries of a map with different keys, about 11 bytes each."""
+    count = size // 11
+    if key.type == key.TYPE_STRING:
+        entry = field(number, field(1, b"0000000")).replace(b"0000000", b"%07d")
+        return b"".join([entry % index for index in range(count)])
+    return b"".join([field(number, b"\x08" + varint(index)) for index in range(count)])
 
 
 def largest(case: Case, most: int = Limits().message_bytes) -> bytes:

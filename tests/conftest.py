@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import inspect
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -88,20 +87,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(bounded())
     return True
-
-
-def pytest_collection_finish() -> None:
-    """What pytest holds of some thousand tests is nobody's garbage: else the collector looks through it for longer than
-    the deadlines of requests are, while gateways, nodes and clients in this process wait."""
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _short_pauses() -> Iterator[None]:
-    """Likewise what the tests of a file leave behind."""
-    yield
-    pytest_collection_finish()
 
 
 class FaultNode:

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -182,16 +183,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     return report
 
 
-Start = Callable[..., Process]
+class Processes:
+    """Starts processes, and ends them."""
 
+    def __init__(self, folders: pytest.TempPathFactory) -> None:
+        self._folders = folders
+        self._started: list[Process] = []
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts a command; whatever is left of it is ended with the tests of the file."""
-    processes: list[Process] = []
-
-    def start(*command: str | Path, **options: Any) -> Process:
-        log = tmp_path_factory.mktemp("process") / "log"
+    def start(self, *command: str | Path, **options: Any) -> Process:
+        """Start a command, with options of Popen."""
+        log = self._folders.mktemp("process") / "log"
         with log.open("wb") as file:
             popen = subprocess.Popen(
                 [str(part) for part in command],
@@ -201,35 +202,44 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 start_new_session=True,
                 **options,
             )
-        processes.append(Process(popen=popen, log=log))
-        return processes[-1]
+        self._started.append(Process(popen=popen, log=log))
+        return self._started[-1]
 
-    yield start
-    for process in reversed(processes):
-        process.end()
+    def serve(self, transport: str, config: str, **options: Any) -> Process:
+        """Start `dl-inference-core serve`, and return when it says that it serves."""
+        file = self._folders.mktemp("config") / "server.toml"
+        file.write_text(f'port = 0\nhttp_port = 0\ntransport = "{transport}"\n{config}')
+        process = self.start(Path(sys.executable).with_name("dl-inference-core"), "serve", "--config", file, **options)
+        process.connect(process.written("serving on ").split()[-1])
+        process.metrics = process.written("http on ").split()[-1] + "/metrics"
+        return process
+
+    def end(self) -> None:
+        """End whatever is left of them."""
+        for process in reversed(self._started):
+            process.end()
+
+
+Start = Callable[..., Process]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """As `Processes.start`; whatever is left is ended with the tests of the file."""
+    processes = Processes(tmp_path_factory)
+    yield processes.start
+    processes.end()
 
 
 Serve = Callable[..., Process]
 
 
 @pytest.fixture(scope="module")
-def serve(start: Start, transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
-    """(config, **options of Popen): starts `dl-inference-core serve`, and returns when it says that it serves. It ends
-    with the file's tests on this transport."""
-    processes: list[Process] = []
-
-    def serve(config: str, **options: Any) -> Process:
-        file = tmp_path_factory.mktemp("config") / "server.toml"
-        file.write_text(f'port = 0\nhttp_port = 0\ntransport = "{transport}"\n{config}')
-        process = start(Path(sys.executable).with_name("dl-inference-core"), "serve", "--config", file, **options)
-        process.connect(process.written("serving on ").split()[-1])
-        process.metrics = process.written("http on ").split()[-1] + "/metrics"
-        processes.append(process)
-        return process
-
-    yield serve
-    for process in reversed(processes):
-        process.end()
+def serve(transport: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """(config, **options of Popen): as `Processes.serve`. It ends with the file's tests on this transport."""
+    processes = Processes(tmp_path_factory)
+    yield partial(processes.serve, transport)
+    processes.end()
 
 
 @pytest.fixture(scope="session")
@@ -526,10 +536,26 @@ def elsewhere(make: ModelMaker, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture(scope="module")
-def node(serve: Serve, models: Path, elsewhere: Path) -> Process:
-    """A node that serves `models`, and `elsewhere` under that name."""
-    return serve(f"""
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """A node, and a gateway in front of it."""
+
+    node: Process
+    gateway: Process
+
+
+@pytest.fixture(scope="session")
+def peers(models: Path, elsewhere: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Peers]]:
+    """(transport): those that all files share, since a node takes some seconds of CPU to start. The node serves
+    `models`, and `elsewhere` under that name; the gateway has a route for each of them, and one for a model that the
+    node has not."""
+    processes = Processes(tmp_path_factory)
+
+    @cache
+    def serving(transport: str) -> Peers:
+        node = processes.serve(
+            transport,
+            f"""
 [models]
 directory = "{models}"
 poll_interval_ms = 50
@@ -538,13 +564,24 @@ path = "{elsewhere}"
 settings = {{ task_id = {TASKS["elsewhere"]}, versions = [1, 3], version_labels = {{ old = 1 }} }}
 [backends.torch]
 intra_op_threads = 1
-""")
+""",
+        )
+        return Peers(node=node, gateway=processes.serve(transport, _routes({**TASKS, "ghost": 404}, node)))
+
+    yield serving
+    processes.end()
 
 
 @pytest.fixture(scope="module")
-def gateway(serve: Serve, node: Process) -> Process:
-    """A gateway in front of `node`, with a route for each of its models, and one for a model that it has not."""
-    return serve(_routes({**TASKS, "ghost": 404}, node))
+def node(peers: Callable[[str], Peers], transport: str) -> Process:
+    """The node of `peers`."""
+    return peers(transport).node
+
+
+@pytest.fixture(scope="module")
+def gateway(peers: Callable[[str], Peers], transport: str) -> Process:
+    """The gateway of `peers`."""
+    return peers(transport).gateway
 
 
 def _routes(tasks: Mapping[str, int], *nodes: Process, more: str = "") -> str:

@@ -16,6 +16,7 @@ from dl_inference_core.errors import BadRequest, ModelNotFound, NodeFailed, Unim
 from dl_inference_core.tensors import Form, Method, Request, Response
 from dl_inference_core.wire import messages, openinference, seldon, tfserving
 from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, well_formed
+from dl_inference_core.wire.routing_keys import RoutingKey
 from dl_inference_core.wire.tfserving_examples import (
     CLASSIFY,
     REGRESS,
@@ -174,7 +175,8 @@ def test_other_questions_are_read_or_the_clients_fault(protocol: Any, decode: An
         key = protocol.read_key(body)
     if isinstance(asked, list) and key is not None:
         assert {request.model for request in asked} == {key.model}
-        assert (asked[0].version, asked[0].label) == key[1:]
+        assert (asked[0].version, asked[0].label) == (key.version, key.label)
     elif asked is not None and key is not None:
         spec = asked.model_spec
-        assert key == (spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label)
+        version = spec.version.value if spec.HasField("version") else None
+        assert key == RoutingKey(spec.name, version, spec.version_label)

@@ -1,4 +1,4 @@
-"""TensorFlow beside torch, as `make demo-tf` runs it, on each installed transport; and what makes it fail."""
+"""TensorFlow beside torch, as `make demo-tf TRANSPORT=grpcio` runs it; and what makes it fail."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dl_inference_core.plugins import Kind, Plugins
-
 pytest.importorskip("tensorflow_serving")
 
 
-@pytest.mark.parametrize("transport", sorted(Plugins().classes(Kind.TRANSPORTS)))
-def test_a_second_version_comes_under_load_and_no_request_fails(run_demo: Any, transport: str) -> None:
-    report = run_demo("digits.demo_tf", transport)
+def test_a_second_version_comes_under_load_and_no_request_fails(run_demo: Any) -> None:
+    report = run_demo("digits.demo_tf", "grpcio")
+    assert report["transport"] == "grpcio: as configured"
     offline = report["accuracy_offline"]
     assert 0.9 < offline["digits-tf 1"] < offline["digits-tf 2"]
     asked = {"digits 1": 2, "digits-tf 1": 3, "digits-tf 2": 2}
