@@ -18,7 +18,16 @@ with contextlib.suppress(ImportError):
     importlib.import_module("triton")
 
 
-LONG = {"test_bench", "test_children", "test_cli", "test_demo", "test_demo_tf", "test_replay", "test_soak", "test_start"}
+LONG = {
+    "test_bench",
+    "test_children",
+    "test_cli",
+    "test_demo",
+    "test_demo_tf",
+    "test_replay",
+    "test_soak",
+    "test_start",
+}
 """Files that take long for the number of their tests."""
 
 

@@ -14,6 +14,9 @@ import sys
 from collections.abc import Callable, Mapping
 
 import click
+from dl_inference_tools.load_testing.processes import Processes, started
+from dl_inference_tools.load_testing.request import Message, Target
+from dl_inference_tools.load_testing.results import Load
 from rich.console import Console
 from rich.table import Table
 
@@ -23,9 +26,6 @@ from bench.load import Post, Run
 from bench.processes import announcing
 from bench.replay import Traffic
 from bench.rounds import turns
-from dl_inference_core.load_testing.processes import Processes, started
-from dl_inference_core.load_testing.request import Message, Target
-from dl_inference_core.load_testing.results import Load
 
 _FIGURES = {"requests_per_s": "requests/s", "mean_ms": "mean, ms", "p50_ms": "median, ms"}
 _POST = Post(path=METHOD, message=bodies.of_bytes("tfserving", "echo", 600)[0])

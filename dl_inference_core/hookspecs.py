@@ -3,10 +3,11 @@
 
 Each hook is called at most once per process, on its main thread, when a class of its kind is first wanted: at start, or
 by `dl-inference-core plugins` and `check`. No hook is called on the request path. Each returns a list of classes, not
-of objects. A class defines a `name` of its own, by which a config chooses it, and `Options`, a `PluginOptions` of what
-the config may say to it. A class that is abstract, has no name, or has a name that is taken is refused; the plugin's
-other classes stay. The core's names cannot be taken. A hook that raises is reported with its error. All of this stops
-the process only if the config names something that is missing then.
+of objects; `dl_inference_register_commands` alone returns commands. A class defines a `name` of its own, by which a
+config chooses it, and `Options`, a `PluginOptions` of what the config may say to it. A class that is abstract, has no
+name, or has a name that is taken is refused; the plugin's other classes stay. The core's names cannot be taken. A hook
+that raises is reported with its error. All of this stops the process only if the config names something that is missing
+then.
 
 A backend is made when the first model needs it, a handler for each copy of a model, a balancer for each route.
 
@@ -21,6 +22,8 @@ import pluggy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import click
 
     from dl_inference_core.gateway.balancing import Balancer
     from dl_inference_core.node.backend import Backend
@@ -57,3 +60,11 @@ def dl_inference_register_transports() -> Sequence[type[Transport]]:  # type: ig
 @hookspec
 def dl_inference_register_codecs() -> Sequence[type[Codecs]]:  # type: ignore[empty-body]
     """Codecs: what takes the messages of requests apart, and writes those of answers."""
+
+
+@hookspec
+def dl_inference_register_commands() -> Sequence[click.Command]:  # type: ignore[empty-body]
+    """Commands of the program `dl-inference-core`. Called for `--help`, and for a command that the core does not have.
+
+    The module with the commands imports nothing that takes long: a command imports what it needs when it runs. What
+    several commands share is in `dl_inference_core.cli_options`."""

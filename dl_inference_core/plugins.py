@@ -6,13 +6,14 @@ import enum
 import importlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import click
 import pluggy
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -51,6 +52,8 @@ _INTERFACES = {
     Kind.TRANSPORTS: "dl_inference_core.transport.Transport",
     Kind.CODECS: "dl_inference_core.wire.codecs.Codecs",
 }
+
+_COMMANDS = "dl_inference_register_commands"
 
 _CORE = "dl-inference-core"
 _CORE_MODULE = "dl_inference_core.builtins"
@@ -102,6 +105,7 @@ class Plugin:
         name: the entry point's name.
         distribution, version: what it was installed from.
         provides: names by kind.
+        commands: the names of the commands that it adds to the program.
         error: why it, or a part of it, cannot be used; "" if it can be used as a whole.
     """
 
@@ -109,6 +113,7 @@ class Plugin:
     distribution: str
     version: str
     provides: dict[Kind, list[str]] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
     error: str = ""
 
     def __str__(self) -> str:
@@ -171,7 +176,7 @@ class Plugins:
         """The classes of `kind` by name, without those that cannot be used."""
         if kind not in self._classes:
             self._classes[kind] = {}
-            for plugin, hook in self._hooks(kind):
+            for plugin, hook in self._hooks(kind.hook):
                 where = f"{kind.hook}: "
                 with _noting_errors(plugin, where):
                     for cls in _listed(hook.function()):
@@ -179,9 +184,31 @@ class Plugins:
                             self._add(kind, plugin, cls)
         return self._classes[kind]
 
-    def _hooks(self, kind: Kind) -> Iterator[tuple[Plugin, pluggy.HookImpl]]:
-        """The hooks of `kind` in the order of `_plugins`, which pluggy's own order need not be: the core is first."""
-        hooks = {hook.plugin_name: hook for hook in getattr(self._manager.hook, kind.hook).get_hookimpls()}
+    def commands(self, taken: Collection[str] = ()) -> Mapping[str, click.Command]:
+        """The commands that plugins add to the program, by name; asked for once.
+
+        Args:
+            taken: names that no plugin can have: those of the core's own commands.
+        """
+        owners: dict[str, object] = dict.fromkeys(taken, "the core")
+        found: dict[str, click.Command] = {}
+        for plugin, hook in self._hooks(_COMMANDS):
+            where = f"{_COMMANDS}: "
+            with _noting_errors(plugin, where):
+                for command in _listed(hook.function(), "commands"):
+                    with _noting_errors(plugin, where):
+                        name = _command_name(command)
+                        if name in owners:
+                            raise PluginError(f'the command "{name}" is taken by {owners[name]}')
+                        owners[name] = plugin
+                        found[name] = command
+                        plugin.commands.append(name)
+        return found
+
+    def _hooks(self, name: str) -> Iterator[tuple[Plugin, pluggy.HookImpl]]:
+        """The hooks of that name in the order of `_plugins`, which pluggy's own order need not be: the core is
+        first."""
+        hooks = {hook.plugin_name: hook for hook in getattr(self._manager.hook, name).get_hookimpls()}
         for key, plugin in self._plugins.items():
             if key in hooks:
                 yield plugin, hooks[key]
@@ -328,15 +355,24 @@ def _current_folder() -> Path | None:
         return None
 
 
-def _listed(returned: Any) -> Sequence[Any]:
+def _listed(returned: Any, of: str = "classes") -> Sequence[Any]:
     """What a hook returned.
 
     Raises:
         PluginError: it is not a list.
     """
     if not isinstance(returned, list | tuple):
-        raise PluginError(f"the hook returned {returned!r}; expected a list of classes")
+        raise PluginError(f"the hook returned {returned!r}; expected a list of {of}")
     return returned
+
+
+def _command_name(command: Any) -> str:
+    """Raises:
+    PluginError: it is not a command, or has no name.
+    """
+    if not isinstance(command, click.Command) or not command.name:
+        raise PluginError(f"the hook returned {command!r}, which is not a click.Command with a name")
+    return command.name
 
 
 def _check_requirements(distribution: Distribution) -> None:
@@ -366,7 +402,7 @@ def _without_hooks(where: str, module: Any) -> str:
     plain = [name for name in dir(module) if name.startswith(prefix)]
     if plain:
         return f"{where}: {', '.join(plain)} is not decorated with dl_inference_core.hookspecs.hookimpl"
-    known = ", ".join(kind.hook for kind in Kind)
+    known = ", ".join((*(kind.hook for kind in Kind), _COMMANDS))
     return f"{where} has no hooks; expected one or more of {known}, decorated with dl_inference_core.hookspecs.hookimpl"
 
 

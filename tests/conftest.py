@@ -20,13 +20,13 @@ import pytest
 from dl_inference_core import builtins
 from dl_inference_core import config as configs
 from dl_inference_core.app import App
-from dl_inference_core.cli import new_event_loop
 from dl_inference_core.errors import Code, InferenceError, from_status
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.gateway.pool import Node
 from dl_inference_core.gateway.sharing import Share
 from dl_inference_core.hookspecs import hookimpl
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.serving import new_event_loop
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import CoroutineService, free_port
 from dl_inference_core.transport import Answer, Exchange, Limits, Server, Transport

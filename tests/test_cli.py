@@ -71,10 +71,50 @@ def test_plugins_are_listed_for_people_and_for_scripts() -> None:
     core = next(row for row in rows if row["name"] == "core")
     assert core["provides"]["transports"] == ["grpcio"]
     assert core["error"] == ""
-    assert set(core) == {"name", "distribution", "version", "provides", "described", "error"}
+    assert set(core) == {"name", "distribution", "version", "provides", "described", "commands", "error"}
+    assert "\n  command   bench\n  command   tune\n" in result.output
+    assert next(row for row in rows if row["name"] == "tools")["commands"] == ["bench", "tune"]
     described = next(row for row in rows if row["name"] == "balancers")["described"]["balancers"]
     assert described["dynamic_weighted_round_robin"]["options"] == {"scale": 100}
     assert all(each["purpose"] for each in described.values())
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise OSError('libfoo.so is missing')",
+        "from dl_inference_core.hookspecs import hookimpl\n"
+        "print('hello')\n@hookimpl\ndef dl_inference_register_commands(): raise OSError('libfoo.so is missing')",
+    ],
+    ids=["its module", "its hook"],
+)
+def test_a_broken_plugin_breaks_no_command_but_its_own(tmp_path: Path, source: str) -> None:
+    about = tmp_path / "broken-1.dist-info"
+    about.mkdir()
+    (tmp_path / "broken.py").write_text(source)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[dl_inference_core]\nbroken = broken\n")
+
+    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dl_inference_core.cli", *arguments],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    help_ = ask("--help")
+    assert help_.returncode == 0
+    assert help_.stdout.startswith("Usage: ")
+    assert "  bench " in help_.stdout
+    assert "  serve " in help_.stdout
+    assert ask("bench", "--help").returncode == 0
+    unknown = ask("unknown")
+    assert unknown.returncode == 2
+    assert "No such command 'unknown'" in unknown.stderr
+    assert "OSError: libfoo.so is missing" in ask("plugins").stdout
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("grpcio_transport", "asgi"),
     ("gateway", "node", "introspection", "joining"),
     ("dispatcher", "client", "builtins", "admin"),
-    ("rest", "load_testing"),
-    ("app", "supervisor", "tfserving_command", "tuning"),
-    ("checking",),
+    ("rest",),
+    ("app", "supervisor", "cli_options"),
+    ("checking", "serving"),
     ("cli", "testing"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

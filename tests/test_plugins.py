@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from dl_inference_core.cli import main
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import ConfigError, PluginError
 from dl_inference_core.gateway.balancing import Balancer, RoundRobin
@@ -377,6 +379,56 @@ def test_the_hooks_of_other_kinds_are_not_called(install: Installer) -> None:
     assert [plugin.error for plugin in plugins._plugins.values()] == ["", ""]
 
 
+COMMANDS = """
+import click
+from dl_inference_core.hookspecs import hookimpl
+
+@click.command()
+def {name}():
+    click.echo("hello")
+
+@hookimpl
+def dl_inference_register_commands():
+    return [{name}, {more}]
+"""
+
+
+def test_commands_of_plugins_are_found_by_name(install: Installer) -> None:
+    plugins = Plugins([core(), install("one", COMMANDS.format(name="greet", more="click.Command('wave')"))])
+    commands = plugins.commands({"serve"})
+    assert set(commands) == {"greet", "wave"}
+    assert CliRunner().invoke(commands["greet"]).output == "hello\n"
+    one = described(plugins, "one")
+    assert (one.commands, one.error) == (["greet", "wave"], "")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("click.Command('serve')", 'the command "serve" is taken by the core'),
+        ("click.Command('greet')", 'the command "greet" is taken by plugin "one" of dist-of-one 1.2.3'),
+        ("click.Command", "which is not a click.Command with a name"),
+        ("click.Command(None)", "which is not a click.Command with a name"),
+    ],
+)
+def test_a_command_that_cannot_be_used_leaves_the_others(install: Installer, more: str, said: str) -> None:
+    plugins = Plugins([core(), install("one", COMMANDS.format(name="greet", more=more))])
+    assert set(plugins.commands({"serve"})) == {"greet"}
+    error = described(plugins, "one").error
+    assert error.startswith("dl_inference_register_commands: ")
+    assert said in error
+
+
+def test_a_hook_without_commands_is_reported_and_others_commands_stay(install: Installer) -> None:
+    broken = COMMANDS.format(name="greet", more="").replace("return [", "raise OSError('gone'); return [")
+    none = COMMANDS.format(name="greet", more="").replace("return [greet, ]", "return greet")
+    good = COMMANDS.format(name="wave", more="")
+    plugins = Plugins([core(), install("bad", broken), install("none", none), install("good", good)])
+    assert set(plugins.commands()) == {"wave"}
+    assert described(plugins, "bad").error == "dl_inference_register_commands: OSError: gone"
+    assert "expected a list of commands" in described(plugins, "none").error
+
+
 def test_asking_for_balancers_and_transports_imports_neither_numpy_nor_a_framework() -> None:
     code = (
         "import sys; from dl_inference_core.plugins import Plugins, Kind; p = Plugins();"
@@ -408,6 +460,12 @@ def test_the_projects_own_plugins_are_all_well() -> None:
         (Kind.BALANCERS, "rendezvous_hash"),
         (Kind.TRANSPORTS, "grpcio"),
     }
+
+
+def test_the_projects_own_commands_are_all_well() -> None:
+    plugins = Plugins()
+    assert set(plugins.commands(main.commands)) >= {"bench", "tune", "tfserving"}
+    assert [plugin for plugin in plugins.describe() if plugin.error] == []
 
 
 def test_the_interface_of_each_kind_carries_options() -> None:

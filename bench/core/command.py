@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench import machine
 from bench.core.measuring import PARTS, measure
 from bench.core.report import Report
-from dl_inference_core.cli import new_event_loop
 from dl_inference_core.errors import InferenceError
+from dl_inference_core.serving import new_event_loop
 
 _VERSIONS = ("dl-inference-core", "dl-inference-balancers")
 _QUICK = 0.02

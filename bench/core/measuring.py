@@ -13,12 +13,12 @@ from bench.core import loads, setup
 from bench.core.transport import MemoryTransport
 from bench.rounds import turns
 from dl_inference_core.app import App
-from dl_inference_core.cli import _settle
 from dl_inference_core.errors import Code
 from dl_inference_core.gateway.balancing import Outcome
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.serving import settle
 from dl_inference_core.tensors import Response
 from dl_inference_core.testing.fakes import EXCHANGE, FakeNode
 
@@ -73,7 +73,7 @@ async def measure(rounds: int, share: float, measured: Callable[[], None]) -> tu
             **dict(_answering(share, nullcontext, spread=_transport(node))),
         }
         await loads.ask(_transport(node))
-        _settle()  # the garbage collector, as in a server that has started
+        settle()  # the garbage collector, as in a server that has started
         samples: dict[str, list[float]] = {name: [] for name in PARTS}
         batches = rows = 0.0
         for name in turns(PARTS, rounds):

@@ -24,9 +24,9 @@ from bench.soak.course import Pace, Soak
 from bench.soak.report import CHART, Report, view
 from bench.soak.stage import Stage
 from bench.soak.traffic import Client, Traffic
-from dl_inference_core.cli import new_event_loop
 from dl_inference_core.errors import InferenceError
 from dl_inference_core.plugins import Plugins
+from dl_inference_core.serving import new_event_loop
 
 _OUT = Path(__file__).parents[1] / "out" / "soak.json"
 _DOCS = Path(__file__).parents[2] / "docs"

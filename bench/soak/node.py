@@ -6,8 +6,8 @@ import asyncio
 import sys
 
 from bench.contract import HEALTH, SERVING
-from dl_inference_core.cli import new_event_loop
 from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.serving import new_event_loop
 from dl_inference_core.testing.loopback import CoroutineService
 from dl_inference_core.transport import Exchange, Limits, Message
 from dl_inference_core.wire.protocol import PROTOCOLS

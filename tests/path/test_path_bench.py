@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from dl_inference_tools.load_testing.results import Results
 from hdrh.histogram import HdrHistogram
 
 from dl_inference_core.cli import main
-from dl_inference_core.load_testing.results import Results
 
 COUNT = ("--requests", "30", "--warm-up", "0s")
 

@@ -14,9 +14,9 @@ import pytest
 import tensorflow as tf
 from dl_inference_tf_backend.backend import TensorFlowBackend
 from dl_inference_tf_backend.testing import SavedModelMaker
+from dl_inference_tfserving import command as tfserving_command
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
-from dl_inference_core import tfserving_command
 from dl_inference_core.cli import main
 from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest

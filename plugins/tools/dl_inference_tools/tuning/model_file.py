@@ -17,7 +17,7 @@ from dl_inference_core.errors import ConfigError, ModelError
 from dl_inference_core.files import decode
 from dl_inference_core.node.loading import CONFIG_FILE, ModelConfig, read_config
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.tuning.search import DELAYS_US, ROWS, Settings, Space, placements
+from dl_inference_tools.tuning.search import DELAYS_US, ROWS, Settings, Space, placements
 
 _THREADS = "intra_op_threads"
 

@@ -10,10 +10,10 @@ import dl_inference_core
 from dl_inference_core.config import ClientTls
 from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError
-from dl_inference_core.load_testing import report
-from dl_inference_core.load_testing.processes import started
-from dl_inference_core.load_testing.request import Message, Question, Target, raw
-from dl_inference_core.load_testing.results import Load, Results
+from dl_inference_tools.load_testing import report
+from dl_inference_tools.load_testing.processes import started
+from dl_inference_tools.load_testing.request import Message, Question, Target, raw
+from dl_inference_tools.load_testing.results import Load, Results
 
 
 def run(

@@ -23,8 +23,8 @@ from typing import Any
 
 import grpc.aio
 
-from dl_inference_core.load_testing.request import Message, Target
-from dl_inference_core.load_testing.results import Load, Row, encoded, histogram
+from dl_inference_tools.load_testing.request import Message, Target
+from dl_inference_tools.load_testing.results import Load, Row, encoded, histogram
 
 _TELL_S = 0.25
 

@@ -17,8 +17,8 @@ from typing import Any
 import grpc
 import pytest
 from click.testing import CliRunner
+from dl_inference_tfserving import command as tfserving_command
 
-from dl_inference_core import tfserving_command
 from dl_inference_core.app import App
 from dl_inference_core.cli import main
 from dl_inference_core.config import Config, ModelsConfig, NamedModel

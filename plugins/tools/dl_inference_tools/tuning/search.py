@@ -15,7 +15,7 @@ from statistics import median
 from pydantic import BaseModel, ConfigDict
 
 from dl_inference_core.errors import InferenceError
-from dl_inference_core.load_testing.results import Row
+from dl_inference_tools.load_testing.results import Row
 
 ROWS = (1, 8, 16, 32, 64, 128)
 DELAYS_US = (0, 100, 500, 2000)

@@ -15,14 +15,14 @@ from dl_inference_core import config as configs
 from dl_inference_core.config import Config
 from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError
-from dl_inference_core.load_testing.command import check_outputs, write
-from dl_inference_core.load_testing.report import console
-from dl_inference_core.load_testing.request import Message, Question
-from dl_inference_core.tuning import report
-from dl_inference_core.tuning.model_file import TunedModel
-from dl_inference_core.tuning.report import Tuning
-from dl_inference_core.tuning.search import Budget, choose, reaches, search
-from dl_inference_core.tuning.serving import Measuring
+from dl_inference_tools.load_testing.command import check_outputs, write
+from dl_inference_tools.load_testing.report import console
+from dl_inference_tools.load_testing.request import Message, Question
+from dl_inference_tools.tuning import report
+from dl_inference_tools.tuning.model_file import TunedModel
+from dl_inference_tools.tuning.report import Tuning
+from dl_inference_tools.tuning.search import Budget, choose, reaches, search
+from dl_inference_tools.tuning.serving import Measuring
 
 
 def run(

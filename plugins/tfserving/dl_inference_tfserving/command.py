@@ -1,4 +1,4 @@
-"""TensorFlow Serving's command line → our config."""
+"""The command `tfserving`: TensorFlow Serving's command line → our config → a process that serves."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 import click
 
+from dl_inference_core.cli_options import fail, log_level_option, worker_option
 from dl_inference_core.config import Config, ModelsConfig, NamedModel, validated
 from dl_inference_core.cpus import cores
-from dl_inference_core.errors import ConfigError
+from dl_inference_core.errors import ConfigError, PluginError
+from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.serving import Serving
 from dl_inference_core.transport import Limits, Transport
 from dl_inference_core.wire import messages, text
 
@@ -297,3 +300,35 @@ def _channel_arguments(written: str) -> dict[str, int | str]:
         else:
             arguments[name] = number if number in _INT32 else value
     return arguments
+
+
+@click.command(cls=TfServingCommand)
+@flags
+@log_level_option("--log_level", "--log-level")
+@worker_option
+def tfserving(log_level: str | None, worker: bool, **given: Any) -> None:
+    """Serve as TensorFlow Serving would with the same flags.
+
+    \b
+    One model:   dl-inference-core tfserving --model_name=digits --model_base_path=/models/digits
+    Several:     dl-inference-core tfserving --model_config_file=/models/models.config --rest_api_port=8501
+
+    TensorFlow's models take the plugin dl-inference-tf-backend; models of any other backend are served alike. The
+    newest version of a model is served, if its config says nothing else, and its predecessor until that has loaded.
+
+    Listens at once. Prints what it serves, then "serving on HOST:PORT", when every model has loaded, failed or passed
+    its load timeout, and requests would succeed. On SIGTERM or Ctrl-C it finishes what is in flight, then ends. On
+    SIGHUP it looks for new versions and a changed --model_config_file at once.
+    """
+    plugins = Plugins()
+    try:
+        name, why = plugins.choose_transport(given["transport"])
+        config, notes = config_of(given, plugins.get(Kind.TRANSPORTS, name, "--transport"))
+    except (ConfigError, PluginError) as error:
+        fail(error)
+    for note in notes if not worker else ():
+        click.echo(f"note: {note}", err=True)
+    again = ["tfserving", *(f"--{name}={value}" for name, value in given.items())]
+    if log_level is not None:
+        again.append(f"--log_level={log_level}")
+    Serving(config, None, plugins, f"transport {name}: {why}", describes=True).start(worker, again)

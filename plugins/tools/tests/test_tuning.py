@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from dl_inference_tools.load_testing.report import console
+from dl_inference_tools.load_testing.results import Load, Row, encoded, histogram
+from dl_inference_tools.tuning import model_file, report, search, serving
+from dl_inference_tools.tuning.model_file import TunedModel
+from dl_inference_tools.tuning.report import Tuning
+from dl_inference_tools.tuning.search import Budget, Candidate, Settings, Space, Turns, choose, reaches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,13 +25,7 @@ from dl_inference_core.cli import main
 from dl_inference_core.config import Config
 from dl_inference_core.cpus import cores
 from dl_inference_core.errors import ConfigError, ModelError
-from dl_inference_core.load_testing.report import console
-from dl_inference_core.load_testing.results import Load, Row, encoded, histogram
 from dl_inference_core.testing.fakes import FakeBackend
-from dl_inference_core.tuning import model_file, report, search, serving
-from dl_inference_core.tuning.model_file import TunedModel
-from dl_inference_core.tuning.report import Tuning
-from dl_inference_core.tuning.search import Budget, Candidate, Settings, Space, Turns, choose, reaches
 
 BEFORE = Settings()
 SPACE = Space(max_rows=(1, 8, 64), max_delay_us=(0, 500), placements=((1, None), (1, 1), (2, 1)))

@@ -14,8 +14,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from dl_inference_core.load_testing.results import Row
-from dl_inference_core.tuning.search import Candidate, Settings, Turns, reaches
+from dl_inference_tools.load_testing.results import Row
+from dl_inference_tools.tuning.search import Candidate, Settings, Turns, reaches
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _COLUMNS = ("max_rows", "max_delay_us", "instances", "intra-op", "in flight", "requests/s", "p50 ms", "p99 ms")

@@ -17,11 +17,11 @@ from typing import Any
 import tomlkit
 
 from dl_inference_core.errors import NodeFailed
-from dl_inference_core.load_testing.processes import Processes, started
-from dl_inference_core.load_testing.request import Message, Question, Target
-from dl_inference_core.load_testing.results import Load, Row
-from dl_inference_core.tuning.model_file import TunedModel
-from dl_inference_core.tuning.search import Candidate, Settings, Turns, reaches
+from dl_inference_tools.load_testing.processes import Processes, started
+from dl_inference_tools.load_testing.request import Message, Question, Target
+from dl_inference_tools.load_testing.results import Load, Row
+from dl_inference_tools.tuning.model_file import TunedModel
+from dl_inference_tools.tuning.search import Candidate, Settings, Turns, reaches
 
 ROUNDS = 5
 _CANDIDATES = 14

@@ -11,9 +11,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from dl_inference_core.errors import NodeFailed
-from dl_inference_core.load_testing.request import Message, Target
-from dl_inference_core.load_testing.results import Load, Row
-from dl_inference_core.load_testing.sending import Part, work
+from dl_inference_tools.load_testing.request import Message, Target
+from dl_inference_tools.load_testing.results import Load, Row
+from dl_inference_tools.load_testing.sending import Part, work
 
 _AHEAD_NS = 20_000_000
 """Within that they hear of a load and take it up."""

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from dl_inference_core.load_testing.processes import Processes
-from dl_inference_core.load_testing.results import PERCENTILES, Load, Results, Row, curve
+from dl_inference_tools.load_testing.processes import Processes
+from dl_inference_tools.load_testing.results import PERCENTILES, Load, Results, Row, curve
 
 _WIDTH = 130
 _COLUMNS = (*(f"p{percentile:g}" for percentile in PERCENTILES), "max")
