@@ -45,10 +45,31 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         return super().get_command(ctx, cmd_name) or self._of_plugins.get(cmd_name)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            raise click.UsageError("; ".join((error.message, *self._plugins.hints(args[0]))), ctx) from None
+
+    @cached_property
+    def _plugins(self) -> Plugins:
+        _prepare()
+        with contextlib.redirect_stdout(sys.stderr):  # what plugins print is not the command's output
+            return Plugins()
+
     @cached_property
     def _of_plugins(self) -> Mapping[str, click.Command]:
-        with contextlib.redirect_stdout(sys.stderr):  # what plugins print is not the command's output
-            return Plugins().commands(self.commands)
+        with contextlib.redirect_stdout(sys.stderr):
+            return self._plugins.commands(self.commands)
+
+
+def _prepare() -> None:
+    """What comes before the first plugin is imported."""
+    # gRPC's hooks of a fork stop its threads for that time if they are idle, and then the child often dies by SIGSEGV.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -61,9 +82,7 @@ def main() -> None:
     A gateway:   dl-inference-core serve --nodes nodefile.txt
     From a file: dl-inference-core serve --config server.toml
     """
-    # gRPC's hooks of a fork stop its threads for that time if they are idle, and then the child often dies by SIGSEGV.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _prepare()
 
 
 def _sources(command: Callable[..., None]) -> Callable[..., None]:

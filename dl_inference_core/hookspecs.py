@@ -64,7 +64,8 @@ def dl_inference_register_codecs() -> Sequence[type[Codecs]]:  # type: ignore[em
 
 @hookspec
 def dl_inference_register_commands() -> Sequence[click.Command]:  # type: ignore[empty-body]
-    """Commands of the program `dl-inference-core`. Called for `--help`, and for a command that the core does not have.
+    """Commands of the program `dl-inference-core`. Called for `--help`, for `dl-inference-core plugins`, and for a
+    command that the core does not have.
 
     The module with the commands imports nothing that takes long: a command imports what it needs when it runs. What
     several commands share is in `dl_inference_core.cli_options`."""

@@ -74,6 +74,9 @@ _DISTRIBUTIONS = {
         ),
         "dl-inference-balancers",
     ),
+    "bench": "dl-inference-tools",
+    "tune": "dl-inference-tools",
+    "tfserving": "dl-inference-tfserving",
 }
 """Which distribution of ours brings a name, for the hint in an error."""
 
@@ -185,7 +188,7 @@ class Plugins:
         return self._classes[kind]
 
     def commands(self, taken: Collection[str] = ()) -> Mapping[str, click.Command]:
-        """The commands that plugins add to the program, by name; asked for once.
+        """The commands that plugins add to the program, by name. To be called once: it calls the hooks.
 
         Args:
             taken: names that no plugin can have: those of the core's own commands.
@@ -258,10 +261,14 @@ class Plugins:
             return classes[name]
         lines = [f'{where} names the {kind.value} "{name}", which no installed plugin provides']
         lines.append(f"installed: {', '.join(sorted(classes)) or 'none'}")
-        lines += [f"broken: {plugin} ({plugin.error})" for plugin in self._plugins.values() if plugin.error]
+        raise PluginError("; ".join((*lines, *self.hints(name))))
+
+    def hints(self, name: str) -> list[str]:
+        """Why nothing of that name may be there: what is broken and why, and what would help."""
+        hints = [f"broken: {plugin} ({plugin.error})" for plugin in self._plugins.values() if plugin.error]
         if name in _DISTRIBUTIONS:
-            lines.append(f"try: pip install {_DISTRIBUTIONS[name]}")
-        raise PluginError("; ".join(lines))
+            hints.append(f"try: pip install {_DISTRIBUTIONS[name]}")
+        return hints
 
     def options(self, kind: Kind, name: str, options: Mapping[str, Any], where: str) -> PluginOptions:
         """The strict `Options` of the class of that kind and name; the class itself is not made.

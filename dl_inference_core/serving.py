@@ -52,7 +52,8 @@ class Serving:
 
         Args:
             worker: whether a supervisor has started this process.
-            again: the command line that says the same.
+            again: the command line that says the same: the name of the command, behind which a worker gets `--worker`,
+                and its arguments.
         """
         # A service manager may send it at any time. There is nothing to reload before the start is over.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -114,6 +114,7 @@ def test_a_broken_plugin_breaks_no_command_but_its_own(tmp_path: Path, source: s
     unknown = ask("unknown")
     assert unknown.returncode == 2
     assert "No such command 'unknown'" in unknown.stderr
+    assert "OSError: libfoo.so is missing" in unknown.stderr
     assert "OSError: libfoo.so is missing" in ask("plugins").stdout
 
 

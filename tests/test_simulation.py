@@ -9,7 +9,6 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,10 @@ from bench.simulation.__main__ import EXPECTED, strategies
 from bench.simulation.course import Figures, simulate
 from bench.simulation.node import Behaviour, Node
 from bench.simulation.scenarios import BY_NAME
-from dl_inference_core.errors import DeadlineExceeded, NodeFailed, NodeUnreachable
+from dl_inference_core.errors import DeadlineExceeded, HandlerFailed, NodeFailed, NodeUnreachable
 from dl_inference_core.gateway.forwarding import Forwarder
 from dl_inference_core.transport import Answer, Exchange
 from dl_inference_core.wire.protocol import Protocol
-from dl_inference_core.wire.routing_keys import RoutingKey
 
 ROOT = Path(__file__).parents[1]
 DEFAULT = "dynamic_weighted_round_robin"
@@ -61,18 +59,18 @@ def test_the_page_shows_the_table() -> None:
 
 
 def test_what_fails_in_one_request_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin_all, asked = Forwarder.begin_all, 0
+    begin, asked = Forwarder._begin, 0
 
-    def fail_once(self: Forwarder, exchanges: Sequence[Exchange], protocol: Protocol, key: RoutingKey) -> None:
+    def fail_once(self: Forwarder, exchange: Exchange, protocol: Protocol) -> None:
         nonlocal asked
         asked += 1
         if asked == 10:
             raise ZeroDivisionError("of no error that a client is told")
-        begin_all(self, exchanges, protocol, key)
+        begin(self, exchange, protocol)
 
-    monkeypatch.setattr(Forwarder, "begin_all", fail_once)
+    monkeypatch.setattr(Forwarder, "_begin", fail_once)
     scenario = replace(BY_NAME[SINKHOLE], warm_s=0.2, fault_s=2.0, after_s=2.0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(HandlerFailed, match="ZeroDivisionError"):
         simulate(scenario, DEFAULT)
     assert asked > 100
 

@@ -3,11 +3,11 @@
 Read `Forwarder.begin_all` and `_first_ended`, which are all that nearly every request needs; then, for retries, hedges
 and requests that wait, `dl_inference_core/gateway/attempts.py`.
 
-The transport calls `begin` and tells of the end of attempts on its threads; health and reload call from the event loop.
-Each route has one lock, and everything that belongs to the route happens under it: admission, choice, counts, budgets,
-and all methods of the strategy. Exchanges are called after the lock was released. The lock order is: the lock of a
-route, then that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse; and who holds the lock
-of a route never waits for that of another.
+The transport calls `begin_all` and tells of the end of attempts on its threads; health and reload call from the event
+loop. Each route has one lock, and everything that belongs to the route happens under it: admission, choice, counts,
+budgets, and all methods of the strategy. Exchanges are called after the lock was released. The lock order is: the lock
+of a route, then that of a node's health (`dl_inference_core/gateway/health.py`), never the reverse; and who holds the
+lock of a route never waits for that of another.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class Forwarder:
     def _first_ended(self, ended: Sequence[Ended]) -> None:
         """First attempts of requests have ended, which nearly always are the only ones."""
         exiting: BaseException | None = None
-        record = self.record  # by way of a local, as in `begin`
+        record = self.record  # by way of a local, as in `_begin`
         self.lock.acquire()
         try:
             for first, error, trailers, seconds in ended:
@@ -246,7 +246,7 @@ class Forwarder:
             node.attempts.successes += 1
             budget = self.retries
             budget.tokens += budget.share  # as `earn`, whose call takes 0.05 µs
-            add = self.recent.add  # by way of a local, as in `begin`
+            add = self.recent.add  # by way of a local, as in `_begin`
             add(seconds)
         else:
             node.attempts.count(outcome.value)
@@ -268,7 +268,7 @@ class Forwarder:
         """Under the lock.
 
         Raises:
-            Overloaded: as `begin`.
+            Overloaded: as `_begin`.
         """
         nodes = self._second_chance and self.retries.left and self.pool.due()
         if nodes or not self.limited:
@@ -280,7 +280,7 @@ class Forwarder:
         """The metadata with this gateway's id after `hops`.
 
         Raises:
-            RouteLoop: as `begin`.
+            RouteLoop: as `_begin`.
         """
         ids = [each for each in hops.split(",") if each]
         if self._gateway_id in ids:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -166,15 +167,17 @@ class ServedModel:
             requests.append(request)
         try:
             while not self._pick(key).submit_all(requests):
-                """It was closed meanwhile: the model has published others, or none."""
+                pass  # closed meanwhile: the model has published other versions, or none
         except InferenceError as error:
             self._fail([request.exchange for request in requests], error)
 
     def _fail(self, exchanges: Sequence[Exchange], error: InferenceError) -> None:
-        """End requests that were not queued."""
-        error.trailers = self._meter.answered(error, count=len(exchanges))
+        """End requests that were not queued. One of them carries the report of the load, if it is time for one."""
+        trailers = self._meter.answered(error, count=len(exchanges)) if exchanges else ()
         for exchange in exchanges:
-            fail(exchange, error)
+            own = copy(error)
+            own.trailers, trailers = trailers, ()
+            fail(exchange, own)
 
     def _reply(self, exchange: Exchange, question: Protocol, key: RoutingKey) -> None:
         try:
@@ -244,7 +247,7 @@ class ServedModel:
         """What that version, or the newest, takes and gives.
 
         Raises:
-            ModelNotFound, ModelNotReady: as `begin`.
+            ModelNotFound, ModelNotReady: as `_pick`.
         """
         return self._pick(RoutingKey(self.name, version)).loaded.model.signature
 
@@ -252,7 +255,7 @@ class ServedModel:
         """The name of the backend that runs that version, or the newest.
 
         Raises:
-            ModelNotFound, ModelNotReady: as `begin`.
+            ModelNotFound, ModelNotReady: as `_pick`.
         """
         return self._pick(RoutingKey(self.name, version)).loaded.platform
 
@@ -260,7 +263,7 @@ class ServedModel:
         """The version that `key` names, or the newest.
 
         Raises:
-            ModelNotFound, ModelNotReady, BadRequest: as `begin`.
+            ModelNotFound, ModelNotReady, BadRequest: as `_pick`.
         """
         published = self._published
         version = key.version

@@ -202,10 +202,13 @@ class RequestQueue:
         - BadRequest: its metadata names a priority that does not exist.
         """
         refused: list[_Refused] = []
+        timed: list[QueuedRequest] = []
         if self._lowest:
             requests = [request for request in requests if self._set_priority(request, refused)]
         with self._lock:
             if self._closed:
+                for request in requests:  # another version may have other priorities
+                    request.priority = 0
                 return False
             admission = self._admission
             for request in requests:
@@ -220,9 +223,10 @@ class RequestQueue:
                     self._concurrency.observe(self._waiting + self._in_hand, request.queued_at)
                 if self.gathering or self._sleeping:
                     self._wake_for(request)
-        for request in requests:
-            if request.expires_at < inf:
-                self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
+                if request.expires_at < inf:
+                    timed.append(request)
+        for request in timed:
+            self._loop.call_soon_threadsafe(self._expire_in_time, weakref.ref(request))
         for request, error in refused:
             self._refuse(request, error)
         return True
@@ -231,7 +235,7 @@ class RequestQueue:
         try:
             request.priority = self._limits.priority(request.exchange, request.asked_priority)
         except BadRequest as error:
-            refused.append((request, error))
+            refused.append((request, error.with_traceback(None)))  # it would lead to `refused`
             return False
         return True
 
@@ -266,8 +270,8 @@ class RequestQueue:
     # Admission
 
     def _admit(self, request: QueuedRequest, refused: list[_Refused]) -> bool:
-        """Whether there is room and time for `request`. What is refused for the sake of that, itself or one of a lower
-        priority whose place it takes, is added to `refused`. With the lock."""
+        """Whether there is room and time for `request`. Adds to `refused` what is refused: `request` itself, or one of
+        a lower priority, whose place it takes. With the lock."""
         fits = self._bytes + request.size <= self._max_bytes or not self._waiting
         has_room = fits and self._waiting < self._max_requests
         left_s = request.answer_by - request.queued_at

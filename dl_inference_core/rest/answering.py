@@ -212,7 +212,7 @@ class Api(ABC):
             body: the question's message.
 
         Raises:
-            InferenceError: any failure.
+            InferenceError: there is no such model. Any later failure ends the exchange.
         """
         exchange = _Exchange(question.node_method, body, metadata, self, http, write)
         try:

@@ -34,6 +34,7 @@ def _seldon(**task: Any) -> bytes:
 
 _TFSERVING, _OPENINFERENCE, _SELDON = (PROTOCOLS[name] for name in ("tfserving", "openinference", "seldon"))
 _INFER = messages.ModelInferRequest(model_name="m-69", id="i").SerializeToString()
+_ASKING = messages.ModelInferRequest(model_name="m", parameters={"timeout": {"int64_param": 7}}).SerializeToString()
 _INFER_VERSION = messages.ModelInferRequest(model_name="m", model_version="3").SerializeToString()
 
 PLAIN: dict[str, tuple[Protocol, bytes, RoutingKey]] = {
@@ -45,6 +46,8 @@ PLAIN: dict[str, tuple[Protocol, bytes, RoutingKey]] = {
     "tfserving status": (VERSIONS, _predict(name="m"), RoutingKey("m")),
     "openinference": (_OPENINFERENCE, _INFER, RoutingKey("m-69", "")),
     "openinference version": (_OPENINFERENCE, _INFER_VERSION + _PADDING, RoutingKey("m", "3")),
+    "openinference parameters": (_OPENINFERENCE, _ASKING, RoutingKey("m", "", queueing=True)),
+    "openinference large parameters": (_OPENINFERENCE, _ASKING + _PADDING, RoutingKey("m", "", queueing=True)),
     "seldon name": (_SELDON, _seldon(string_value="m"), RoutingKey("m")),
     "seldon number": (_SELDON, _seldon(number_value=69), RoutingKey(69)),
 }

@@ -46,8 +46,8 @@ class KeyFields:
         label: the path of the version's label, a string; likewise.
         tags: the path of a map of strings to google.protobuf.Value; () where the model stands in `model`.
         task: the key in that map of the task.
-        queueing: the number of the field, of the outermost message, of which `RoutingKey.queueing` says whether the
-            request has it; 0 where the protocol has none. It holds submessages.
+        queueing: the number of a top-level field of submessages. `RoutingKey.queueing` says whether the request has
+            that field. 0: the protocol has none.
     """
 
     model: tuple[int, ...] = ()
@@ -59,7 +59,8 @@ class KeyFields:
 
 
 TFSERVING_FIELDS = KeyFields(model=(1, 1), version=(1, 2, 1), label=(1, 4))
-OPENINFERENCE_FIELDS = KeyFields(model=(1,), version=(2,), queueing=4)
+_PARAMETERS, _DELIMITED = 4, 2
+OPENINFERENCE_FIELDS = KeyFields(model=(1,), version=(2,), queueing=_PARAMETERS)
 SELDON_FIELDS = KeyFields(tags=(2, 2), task="taskId")
 
 
@@ -116,10 +117,19 @@ def read_multi_inference_key(body: Message) -> RoutingKey:
 
 
 def read_openinference_key(body: Message) -> RoutingKey:
-    key = _parse_key(messages.ModelInferKey, body, messages.ModelInferRequest, 1, 2, 4)
+    """`queueing` says whether there are parameters, which are not read."""
+    spans = messages.spans(body, 0, len(body)) if len(body) >= _LARGE else None
+    key: Any
+    if spans is None:
+        key = messages.parse(messages.ModelInferKey, body, messages.ModelInferRequest)
+        queueing = len(key.parameters) > 0
+    else:
+        fields = b"".join([body[first:end] for number, first, _, end in spans if number in (1, 2)])
+        key = messages.parse(messages.ModelInferKey, fields, messages.ModelInferRequest)
+        queueing = any(number == _PARAMETERS and body[first] & 7 == _DELIMITED for number, first, *_ in spans)
     if not key.model_name:
         raise BadRequest("model_name is missing or empty; expected the name of a model")
-    return RoutingKey(key.model_name, key.model_version, queueing=len(key.parameters) > 0)
+    return RoutingKey(key.model_name, key.model_version, queueing=queueing)
 
 
 def read_seldon_key(body: Message) -> RoutingKey:

@@ -19,12 +19,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dl_inference_core.config import NamedModel, PluginOptions
-from dl_inference_core.errors import BadRequest, DeadlineExceeded, HandlerFailed, ModelError, ModelNotFound, Overloaded
+from dl_inference_core.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    HandlerFailed,
+    ModelError,
+    ModelNotFound,
+    ModelNotReady,
+    Overloaded,
+)
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.backend import Signature, TensorSpec
 from dl_inference_core.node.batcher import BatchCost, RecentConcurrency
 from dl_inference_core.node.batching import Batching, BatchingConfig, Bucket, NotRowwise
 from dl_inference_core.node.handling import Handler
+from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.loading import Loader
 from dl_inference_core.node.model import ServedModel
 from dl_inference_core.node.repository import Repository
@@ -242,6 +251,22 @@ async def test_requests_that_come_together_for_a_version_that_is_not_there_are_a
         for exchange in exchanges:
             with pytest.raises(ModelNotFound):
                 await exchange.outcome()
+
+
+async def test_of_requests_that_fail_together_one_carries_the_report_of_the_load() -> None:
+    report, counted = (("endpoint-load-metrics-bin", b"report"),), []
+
+    class Meter(LoadMeter):
+        def answered(self, error: Any = None, *, count: int = 1) -> Any:
+            counted.append(count)
+            return report
+
+    exchanges = [MemoryExchange(OIP.node_method, b"") for _ in range(2)]
+    ServedModel("m", Meter()).begin_all(exchanges, OIP, RoutingKey("m"))
+    errors = [exchange.error for exchange in exchanges]
+    assert [type(error) for error in errors] == [ModelNotReady, ModelNotReady]
+    assert [error.trailers for error in errors if error is not None] == [report, ()]
+    assert counted == [2]
 
 
 async def test_rows_are_counted_not_requests(tmp_path: Path) -> None:

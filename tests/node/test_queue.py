@@ -158,6 +158,41 @@ async def test_a_closed_queue_refuses_none_of_those_that_come_together() -> None
     assert rig.refused == []
 
 
+async def test_a_refused_request_gets_no_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(max_requests=1)
+    loop, timers = asyncio.get_running_loop(), []
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "call_soon_threadsafe", lambda *timer: timers.append(timer))
+        rig.queue.put_all([queued(timeout_s=1.0) for _ in range(3)])
+    assert len(rig.refused) == 2
+    assert len(timers) == 1
+
+
+@pytest.mark.parametrize("case", ["its client has left", "the queue is closed"])
+async def test_a_request_of_an_unknown_priority_is_kept_by_nothing(no_collector: None, case: str) -> None:
+    rig = Rig(priorities=2)
+    request = QueuedRequest(MemoryExchange("/m", b"", (("x-priority", "3"),)), OIP, time.monotonic())
+    if case == "the queue is closed":
+        rig.queue.close()
+    else:
+        request.end()
+    rig.queue.put_all([request])
+    gone = weakref.ref(request)
+    rig.refused.clear()
+    del request
+    assert gone() is None
+
+
+async def test_a_request_that_a_closed_queue_did_not_take_has_no_priority_left_of_it() -> None:
+    """The next version may have fewer."""
+    rig, other = Rig(priorities=3), Rig()
+    requests = [queued(priority=1), queued(priority=3)]
+    rig.queue.close()
+    assert not rig.queue.put_all(requests)
+    assert other.queue.put_all(requests)
+    assert other.take_all() == requests
+
+
 async def test_as_many_threads_wake_as_there_are_requests_that_come_together() -> None:
     rig = Rig()
     taken: asyncio.Queue[Any] = asyncio.Queue()

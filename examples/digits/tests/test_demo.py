@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.plugins import Plugins
 
 
 def test_the_demo_serves_what_was_trained_and_loses_nothing_when_a_node_crashes(run_demo: Any) -> None:
     report = run_demo("digits.demo", "auto")
-    assert report["transport"].partition(":")[0] == max(Plugins().classes(Kind.TRANSPORTS))  # native before grpcio
+    assert report["transport"].partition(":")[0] == Plugins().choose_transport("auto")[0]
     assert report["accuracy_offline"] > 0.95
     for row in report["served"].values():
         assert row["requests"] == 540

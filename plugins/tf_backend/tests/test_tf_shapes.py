@@ -42,7 +42,7 @@ def node(
     arguments = [f"--model_config_file={root / 'models.config'}", "--tensorflow_intra_op_parallelism=1"]
     if request.param == "batched":
         arguments.append("--enable_batching")
-    command: Any = main.commands["tfserving"]  # type: ignore[attr-defined]
+    command = tfserving_command.tfserving
     transport = Plugins().get(Kind.TRANSPORTS, "grpcio", "test")
     with main.make_context("dl-inference-core", ["tfserving"]) as parent:
         given = command.make_context("tfserving", arguments, parent=parent).params

@@ -51,8 +51,8 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// The key of a message, made by `key_of(model, version, label, queueing)` where it is new; None where only the core can read
-    /// it.
+    /// The key of a message, made by `key_of(model, version, label, queueing)` where it is new; None where only the
+    /// core can read it.
     pub fn find(
         &mut self,
         py: Python<'_>,

@@ -47,7 +47,7 @@ pub enum Version<'a> {
 
 /// Fields of a large message that the reference's reader steps over by itself.
 const MOST_FIELDS: usize = 32;
-/// Bytes of the fields of a key in a large message: those of two together are not counted by the reference.
+/// Bytes of a field of a key in a large message: those of its two fields together are not counted by the reference.
 const MOST_BYTES: usize = 1024;
 /// A double holds every whole number up to this magnitude.
 const EXACT: f64 = 9_007_199_254_740_992.0;
@@ -83,18 +83,9 @@ fn find<'a>(fields: &KeyFields, body: &'a [u8]) -> Plain<Key<'a>> {
 
 /// Whether the message has a submessage in the field of that number.
 fn occurs(body: &[u8], number: u32) -> Plain<bool> {
-    let (mut fields, mut occurs, mut bytes) = (Fields::new(body), false, 0);
+    let (mut fields, mut occurs) = (Fields::new(body), false);
     while let Some(field) = fields.next()? {
-        if let Value::Delimited(value) = field.value
-            && field.number == number
-        {
-            occurs = true;
-            bytes += value.len();
-        }
-    }
-    // As in `at`.
-    if body.len() >= SMALL && (fields.count() > MOST_FIELDS || bytes >= MOST_BYTES) {
-        return Err(NotPlain);
+        occurs |= field.number == number && matches!(field.value, Value::Delimited(_));
     }
     Ok(occurs)
 }

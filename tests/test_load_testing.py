@@ -311,7 +311,10 @@ async def test_a_first_request_that_fails_ends_it(tensors: Path) -> None:
 def test_what_serves_does_not_import_it() -> None:
     code = (
         "import sys, dl_inference_core.cli, dl_inference_core.app\n"
-        "print([name for name in sys.modules if name in ('hdrh', 'rich', 'dl_inference_tools')])"
+        "from dl_inference_core.plugins import Plugins\n"
+        "Plugins().choose_transport('auto')\n"
+        "heavy = 'hdrh', 'rich', 'matplotlib', 'dl_inference_tools.commands'\n"
+        "print([name for name in sys.modules if name in heavy])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

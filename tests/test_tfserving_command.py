@@ -78,7 +78,7 @@ ANYBODY = (
 
 def planned(*arguments: str, transport: type[Transport] = GrpcioTransport) -> tuple[Config, list[str]]:
     """The config of a command line, and what is said of it."""
-    command = main.commands["tfserving"]  # type: ignore[attr-defined]
+    command = tfserving_command.tfserving
     with (
         main.make_context("dl-inference-core", ["tfserving"]) as parent,
         command.make_context("tfserving", list(arguments), parent=parent) as context,
