@@ -100,13 +100,14 @@ class Admission:
         self._max_requests = 0
         self._max_rows = 1
         self._rows_each = 1.0  # mean rows of recent requests
-        self._free_at: dict[int, float] = {}
-        """By the number of a busy thread, when it should have done what it works on, by `time.monotonic`."""
+        self._begun: dict[int, tuple[float, int]] = {}
+        """By the number of a busy thread, when it began what it works on, by `time.monotonic`, and how many requests
+        that is."""
         self.threads = 1
         # What is the same for all requests until a thread begins or ends a batch, found out for the first of them:
         self.ample_s = inf
         self._foreseen = False
-        self._first_free_at = 0.0  # the least of `_free_at`, where all threads are busy
+        self._first_free_at = 0.0  # when the first thread should be free, where all are busy
         self._worthwhile = 1  # requests that make good use of a call
         self._batch_s = 0.0  # what these take
 
@@ -122,7 +123,7 @@ class Admission:
         """The thread of that number works on so many requests; `rows` are all their rows, 0 if that is not known."""
         if requests and rows:
             self._rows_each += (1 - _KEPT) * (max(rows / requests, 1.0) - self._rows_each)
-        self._free_at[thread] = time.monotonic() + self._cost.seconds(requests)
+        self._begun[thread] = time.monotonic(), requests
         self._foreseen, self.ample_s = False, inf
 
     def end(self, thread: int, requests: int, seconds: float) -> None:
@@ -132,14 +133,16 @@ class Admission:
             requests: how many came to the model; of 0 nothing is learned.
             seconds: how long the thread worked on these.
         """
-        del self._free_at[thread]
+        del self._begun[thread]
         if requests:
             self._cost.learn(requests, seconds)
         self._foreseen, self.ample_s = False, inf
 
     def _foresee(self, now: float) -> None:
         self._foreseen = True
-        self._first_free_at = min(self._free_at.values()) if len(self._free_at) >= self.threads else 0.0
+        self._first_free_at = 0.0
+        if len(self._begun) >= self.threads:
+            self._first_free_at = min([at + self._cost.seconds(requests) for at, requests in self._begun.values()])
         self._worthwhile = max(1, min(self._cost.worthwhile, int(self._max_rows / self._rows_each)))
         self._batch_s = self._cost.seconds(self._worthwhile)
         batches = self._max_requests // self._worthwhile // self.threads
@@ -150,7 +153,7 @@ class Admission:
     @property
     def busy(self) -> bool:
         """Whether a request would not be taken up at once."""
-        return len(self._free_at) >= self.threads or self._delay_s() > 0
+        return len(self._begun) >= self.threads or self._delay_s() > 0
 
     def why_late(self, request: QueuedRequest, before: int) -> str:
         """Why there is no time for `request`, which has just come, behind `before` others; "" if there is.

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from dl_inference_core.node.batching import Batching, Part
 
@@ -28,38 +28,56 @@ _WINDOW_S = 1.0
 """Concurrency is remembered for one to two windows: longer than the pauses of a steady client, shorter than a lull."""
 
 
+_Fit: TypeAlias = "tuple[tuple[float, float, float, float, float], tuple[float, float], int]"
+
+
 class BatchCost:
     """What a batch of n requests costs in seconds: a + b·n, fitted by exponentially weighted least squares. While all
     batches had the same size, any size is expected to cost the same: then larger batches are tried, which tell b.
 
-    Attributes:
-        line: a and b.
-        worthwhile: the number of requests from which on a larger batch saves hardly any time per request.
+    The fit is worked out when it is asked for: batches of one request end more often than anybody asks.
     """
 
     def __init__(self) -> None:
         self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)
-        self.line = (0.0, 0.0)
-        self.worthwhile = 1
+        self._fit: _Fit = self._sums, (0.0, 0.0), 1
+        """Of the sums that are its first item."""
 
     def learn(self, requests: int, seconds: float) -> None:
         """A batch of `requests` took `seconds`. One thread at a time."""
         weight, n, s, nn, ns = self._sums
-        self._sums = weight, n, s, nn, ns = (
+        self._sums = (
             _KEPT * weight + 1,
             _KEPT * n + requests,
             _KEPT * s + seconds,
             _KEPT * nn + requests * requests,
             _KEPT * ns + requests * seconds,
         )
+
+    def _fitted(self) -> _Fit:
+        fit, sums = self._fit, self._sums
+        if fit[0] is sums:
+            return fit
+        weight, n, s, nn, ns = sums
         mean, mean_s, square, product = n / weight, s / weight, nn / weight, ns / weight
         variance = square - mean * mean
         slope = (product - mean * mean_s) / variance if variance > _LEAST_VARIANCE * square else 0.0
         slope = min(max(slope, 0.0), mean_s / mean)
         fixed = mean_s - slope * mean
-        self.line = fixed, slope
         many = slope <= _OVERHEAD * fixed / _UNBOUNDED
-        self.worthwhile = _UNBOUNDED if many else max(1, math.ceil(fixed / (_OVERHEAD * slope)))
+        worthwhile = _UNBOUNDED if many else max(1, math.ceil(fixed / (_OVERHEAD * slope)))
+        self._fit = fit = sums, (fixed, slope), worthwhile
+        return fit
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """a and b. Any thread."""
+        return self._fitted()[1]
+
+    @property
+    def worthwhile(self) -> int:
+        """The number of requests from which on a larger batch saves hardly any time per request. Any thread."""
+        return self._fitted()[2]
 
     def seconds(self, requests: float) -> float:
         """The expected cost; 0 before anything is known. Any thread."""
@@ -97,7 +115,7 @@ class RecentConcurrency:
 
 
 class Batcher:
-    """Gathers the requests that one call of the model takes. Model threads only."""
+    """Gathers the requests that one call of the model takes. Model threads, several at the same time."""
 
     def __init__(self, batching: Batching, cost: BatchCost, *, at_once: bool) -> None:
         """Args:
@@ -105,7 +123,7 @@ class Batcher:
         at_once: whether to take several requests out of the queue at once. Not where a request may take long before the
             model: another thread that becomes free meanwhile could begin the others.
         """
-        self._batching = batching
+        self.batching = batching
         self._cost = cost
         self._at_once = _AT_ONCE if at_once else 1
 
@@ -117,10 +135,13 @@ class Batcher:
         Args:
             prepare: what a request brings, at a time by `time.monotonic`; None if it is answered already.
         """
-        max_rows, holds, cost = self._batching.max_rows, self._batching.delay_s > 0, self._cost
+        max_rows, holds, cost = self.batching.max_rows, self.batching.delay_s > 0, self._cost
+        if self._at_once > 1 and not holds and not thread.others_wait():
+            part = prepare(first, time.monotonic())
+            return [] if part is None else [part]
         parts: list[Part] = []
         rows = answered = 0  # rows of all parts; requests that did not need the model
-        hold_until = first.queued_at + self._batching.delay_s
+        hold_until = first.queued_at + self.batching.delay_s
         soonest = most = inf  # the first deadline that can be met, and how many requests the model answers by then
         taken: Sequence[QueuedRequest] = (first,)
         now = time.monotonic()
@@ -154,8 +175,8 @@ class Batcher:
 
     def _wait_for_more(self, thread: ModelThread, parts: Sequence[Part], rows: int, until: float) -> bool:
         """Returns whether to look for another request: False if the batch is not held any longer."""
-        if rows in self._batching.preferred:
+        if rows in self.batching.preferred:
             return False
-        missing = self._batching.next_size(rows) - rows
+        missing = self.batching.next_size(rows) - rows
         rows_each = max(rows / len(parts), 1.0) if parts else 1.0
         return thread.wait_for_more(until, math.ceil(missing / rows_each))

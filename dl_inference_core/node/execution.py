@@ -100,12 +100,11 @@ class Execution:
         self._number = number
         self._where = f'model "{model_name}" version {number}'
         self._instances = instances
-        self._batching = batching
-        self._cost = cost
         self._meter = meter
         self._metrics = metrics
         self._suspects = Suspects()
-        self._takes_what_fits = instances[0].handler.takes_what_fits  # all are of one class
+        self._takes_what_fits = fits = instances[0].handler.takes_what_fits  # all are of one class
+        self._batcher = None if batching is None else Batcher(batching, cost, at_once=fits)
         self._codecs: dict[str, Codec] = {}
         self._kinds = Kinds()
         self._complained = False
@@ -119,10 +118,10 @@ class Execution:
             with instance.model.session():
                 if first.protocol is MULTI_INFERENCE:
                     self._run_signatures(instance, first, completions)
-                elif self._batching is None:
+                elif self._batcher is None:
                     came = self._run_alone(instance, first, completions)
                 else:
-                    came = self._run_together(instance, self._batching, first, thread, completions)
+                    came = self._run_together(instance, self._batcher, first, thread, completions)
         except BaseException as error:  # a model's session, say: whatever it is, everybody is answered
             for request in thread.requests:
                 completions.fail(request, as_inference_error(error))
@@ -134,12 +133,12 @@ class Execution:
     def _run_together(
         self,
         instance: Instance,
-        batching: Batching,
+        batcher: Batcher,
         first: QueuedRequest,
         thread: ModelThread,
         completions: Completions,
     ) -> int:
-        batcher = Batcher(batching, self._cost, at_once=self._takes_what_fits)
+        batching = batcher.batching
         parts = batcher.gather(first, thread, partial(self._prepare, instance, batching, completions))
         thread.begin_model(len(parts), sum([part.rows for part in parts]))
         for batch in batching.batches(parts):

@@ -91,6 +91,10 @@ class ModelThread:
             self.requests += taken
             return taken
 
+    def others_wait(self) -> bool:
+        """Whether any request waits that the current batch might take."""
+        return self._queue.waiting() > 0
+
     def put_back(self, requests: Sequence[QueuedRequest]) -> None:
         """Leave `requests`, the last ones that were taken, to the next batch: nothing was done for them."""
         if not requests:

@@ -259,7 +259,7 @@ async def stress(
         "model threads that have not ended",
     )
     for queue in node.queues():
-        assert (queue.waiting(), queue._in_hand, queue._admission._free_at) == (0, 0, {})
+        assert (queue.waiting(), queue._in_hand, queue._admission._begun) == (0, 0, {})
         assert not queue.gathering
     assert not node.meter._work
     assert len(asyncio.all_tasks()) == 1
