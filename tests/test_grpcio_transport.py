@@ -5,11 +5,13 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dl_inference_core import grpcio_transport
-from dl_inference_core.errors import NodeGaveUp, NodeUnreachable
+from dl_inference_core.errors import DeadlineExceeded, NodeGaveUp, NodeUnreachable
+from dl_inference_core.grpcio_connections import GrpcioConnection
 from dl_inference_core.grpcio_transport import GrpcioTransport, TlsConnection
 from dl_inference_core.testing import TransportConformance
 from dl_inference_core.testing.loopback import (
@@ -185,3 +187,28 @@ async def test_a_server_listens_again_once_it_can_and_the_socket_of_the_one_that
             assert message.endswith(f"there is no folder {folder}")
         finally:
             await server.drain(0)
+
+
+class NeverEnding:
+    """A channel of `grpc.aio` whose timers do not run out: its calls end when they are cancelled."""
+
+    def unary_unary(self, method: str) -> Any:
+        return lambda message, **_: asyncio.get_running_loop().create_future()
+
+
+async def test_a_call_that_grpc_does_not_end_in_time_is_ended_all_the_same() -> None:
+    connection = GrpcioConnection(NeverEnding())  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        with pytest.raises(DeadlineExceeded, match="gRPC did not end the call"):
+            await connection.call("/m", b"", timeout_s=0.01)
+
+
+async def test_a_call_that_is_cancelled_before_its_deadline_is_cancelled() -> None:
+    calls: list[Any] = []
+    connection = GrpcioConnection(NeverEnding())  # type: ignore[arg-type]
+    task = asyncio.create_task(connection.call_for(calls.append, "/m", b"", (), 10.0))
+    while not calls:
+        await asyncio.sleep(0)
+    calls[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
