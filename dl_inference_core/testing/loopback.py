@@ -15,7 +15,7 @@ import grpc.aio
 import pytest
 
 from dl_inference_core.config import ClientTls, ServerTls
-from dl_inference_core.coroutines import Coroutines, StreamHandler, UnaryHandler
+from dl_inference_core.coroutines import Coroutines, StreamHandler, UnaryHandler, call_soon
 from dl_inference_core.errors import Code, DeadlineExceeded, InferenceError
 from dl_inference_core.testing.plugin import PluginConformance
 from dl_inference_core.transport import (
@@ -129,7 +129,7 @@ class DirectService:
 
     def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
         self.endings.extend(_endings(ended))
-        self._loop.call_soon_threadsafe(self._ended.set)
+        call_soon(self._loop, self._ended.set)
 
     async def has_ended(self, count: int) -> None:
         """Wait until so many exchanges have."""

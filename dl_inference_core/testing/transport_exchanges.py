@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from dl_inference_core.coroutines import UnaryHandler
+from dl_inference_core.coroutines import UnaryHandler, call_soon
 from dl_inference_core.errors import (
     AnswerMalformed,
     AttemptCancelled,
@@ -74,7 +74,7 @@ class Told:
     def __call__(self, *values: Any) -> None:
         self.calls.append(values)
         self.threads.append(threading.get_ident())
-        self._loop.call_soon_threadsafe(self._called.set)
+        call_soon(self._loop, self._called.set)
 
     def called_here(self) -> bool:
         """Whether this thread has called it. Right after a registration, that was inside of it; another thread may."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from dl_inference_core.coroutines import call_soon
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, MessageTooLarge
 from dl_inference_core.http_exchange import HttpExchange, Refused
 from dl_inference_core.testing.loopback import LOOPBACK, CoroutineService, LoopbackConformance, asynchronous
@@ -50,7 +51,7 @@ class HeldService:
     def begin_http(self, exchange: HttpExchange) -> None:
         if self._begin is not None:
             self._begin(exchange)
-        self._loop.call_soon_threadsafe(self._begun.put_nowait, exchange)
+        call_soon(self._loop, lambda: self._begun.put_nowait(exchange))
 
     def fail_http(self, exchange: HttpExchange, error: InferenceError) -> None:
         self.failures.append(error)
@@ -136,7 +137,7 @@ class Cancelled:
 
     def __call__(self) -> None:
         self.count += 1
-        self._loop.call_soon_threadsafe(self._called.set)
+        call_soon(self._loop, self._called.set)
 
     async def was_called(self) -> None:
         async with asyncio.timeout(10):
