@@ -168,9 +168,9 @@ async def _reload(app: App, asked: asyncio.Event) -> None:
 
 
 def settle() -> None:
-    """What is there once everything has started stays: the garbage collector passes over it, and comes so seldom that
-    requests have ended before. By Python's own settings it looks at each of them several times, which takes a tenth of
-    a busy server's time. A model frees its memory all the same when it is unloaded (`node/reclaiming.py`)."""
+    """Have the garbage collector pass over the objects that exist once everything has started, and run so seldom that
+    requests have ended before. With the settings of Python it looks at each request several times, which takes a tenth
+    of a busy server's time. A model that is unloaded frees its memory all the same (`node/reclaiming.py`)."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(_YOUNG, *gc.get_threshold()[1:])

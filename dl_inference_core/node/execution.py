@@ -103,8 +103,8 @@ class Execution:
         self._meter = meter
         self._metrics = metrics
         self._suspects = Suspects()
-        self._takes_what_fits = fits = instances[0].handler.takes_what_fits  # all are of one class
-        self._batcher = None if batching is None else Batcher(batching, cost, at_once=fits)
+        self._takes_what_fits = instances[0].handler.takes_what_fits  # all are of one class
+        self._batcher = None if batching is None else Batcher(batching, cost, at_once=self._takes_what_fits)
         self._codecs: dict[str, Codec] = {}
         self._kinds = Kinds()
         self._complained = False

@@ -124,8 +124,7 @@ def read_openinference_key(body: Message) -> RoutingKey:
         key = messages.parse(messages.ModelInferKey, body, messages.ModelInferRequest)
         queueing = len(key.parameters) > 0
     else:
-        fields = b"".join([body[first:end] for number, first, _, end in spans if number in (1, 2)])
-        key = messages.parse(messages.ModelInferKey, fields, messages.ModelInferRequest)
+        key = messages.parse(messages.ModelInferKey, messages.joined(body, spans, 1, 2), messages.ModelInferRequest)
         queueing = any(number == _PARAMETERS and body[first] & 7 == _DELIMITED for number, first, *_ in spans)
     if not key.model_name:
         raise BadRequest("model_name is missing or empty; expected the name of a model")

@@ -43,7 +43,9 @@ from dl_inference_core.cli_options import client_tls, numbers, seconds, tls_opti
 @click.option("--warm-up", type=seconds, default="1s", show_default=True, metavar="TIME", help="Before each load.")
 @click.option("--timeout", type=seconds, default="10s", show_default=True, metavar="TIME", help="Of one request.")
 @click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="That share the load.")
-@click.option("--connections", type=click.IntRange(1), metavar="N", help="Of all together.  [default: one a process]")
+@click.option(
+    "--connections", type=click.IntRange(1), metavar="N", help="Connections of all processes.  [default: one each]"
+)
 @click.option("--json", "json_file", metavar="FILE", help='Write all figures; "-" is standard output.')
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.png", help="Draw latencies.")
 @click.option(
