@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import admin, asgi, sockets
 from dl_inference_core import config as configs
+from dl_inference_core.api import make_apis
 from dl_inference_core.children import OwnSockets
-from dl_inference_core.config import ClientTls, Config, NodeConfig, RouteConfig, resolved
+from dl_inference_core.config import ClientTls, Config, NamedModel, NodeConfig, RouteConfig, resolved
 from dl_inference_core.coroutines import UnaryHandler
 from dl_inference_core.cpus import affinity_cores, cores
 from dl_inference_core.dispatcher import Dispatcher
-from dl_inference_core.errors import ConfigError
+from dl_inference_core.errors import ConfigError, PluginError
 from dl_inference_core.gateway.balancing import Balancer
 from dl_inference_core.gateway.clock import SystemClock
 from dl_inference_core.gateway.reloading import Gateway
@@ -30,23 +31,21 @@ from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.rest import seldon
 from dl_inference_core.rest.answering import Local, Rest
-from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.routing import Routes
 from dl_inference_core.transport import Connection, Http, HttpApp, Limits, Server, Transport, room_for
 from dl_inference_core.wire import codecs
+from dl_inference_core.wire.protocol import METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Mapping, Sequence
 
     from starlette.routing import BaseRoute
 
     from dl_inference_core.node.backend import Backend, Signature
-    from dl_inference_core.node.model_config import NamedModels
     from dl_inference_core.node.repository import Repository
 
 _log = logging.getLogger(__name__)
 
-_RELOAD = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
 _READY_POLL_S = 0.05
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - what a host may be, not one that is listened on
 _SAY_UNREADY_AFTER_S = 2.0
@@ -83,13 +82,13 @@ class App:
         self._ports: set[int] = set()
         self._peer_ports: set[int] = set()
         self.repository: Repository | None = None
-        self._named: NamedModels | None = None
         self._backend_options: dict[str, dict[str, Any]] = {}
         self.codecs = plugins.choose_codecs(config.codec)
         """The name of the set of codecs in use, and why."""
         codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
-        if config.models.any:
-            folder = config_file.parent if config_file is not None else Path()
+        folder = config_file.parent if config_file is not None else Path()
+        self._apis = make_apis(plugins, config, folder)
+        if config.models.any or any(api.brings_models for api in self._apis):
             self.repository = repository = self._build_repository(folder)
             self.metrics.sample(
                 "dl_inference_queue",
@@ -125,25 +124,25 @@ class App:
         """
         from dl_inference_core.node.backend import on_demand
         from dl_inference_core.node.load import LoadMeter
-        from dl_inference_core.node.model_config import NamedModels
         from dl_inference_core.node.repository import Repository
 
-        if self._config.models.accept_config and self._config.workers > 1:
-            raise ConfigError("models.accept_config takes workers = 1: what a client sends reaches but one of them")
-        self._named = NamedModels(self._config.models)
+        named: Mapping[str, NamedModel] = self._config.models.named
+        for api in self._apis:
+            named = api.name_models(named, self._config)
         for name, options in self._config.backends.items():
-            made = self._plugins.options(Kind.BACKENDS, name, options, f"[backends.{name}]")
-            self._backend_options[name] = resolved(made, folder).model_dump(exclude_unset=True)
+            made = self._plugins.options(Kind.BACKENDS, name, options, f"[backends.{name}]", folder)
+            self._backend_options[name] = made.model_dump(exclude_unset=True)
         backends = {
             name: on_demand(cls, partial(self._make_backend, name))
             for name, cls in self._plugins.classes(Kind.BACKENDS).items()
         }
         return Repository(
             self._config.models.directory,
-            named=self._named.models,
+            named=named,
             backends=backends,
             handlers=self._plugins.classes(Kind.HANDLERS),
             defaults=self._config.models.defaults,
+            recorded=[api.recorded_requests for api in self._apis],
             poll_interval_s=self._config.models.poll_interval_ms / 1000,
             load_timeout_s=self._config.models.load_timeout_s,
             meter=LoadMeter(self._config.models.load_reports_per_s),
@@ -239,9 +238,10 @@ class App:
         Raises:
             ConfigError, PluginError: what is configured cannot be.
         """
-        if self.repository is not None and self._named is not None:
+        if self.repository is not None:
             await self.repository.begin()
-            self._named.start(self.repository)
+            for api in self._apis:
+                api.start(self.repository)
         if self.gateway is not None:
             if self._config.gateway.tls is not None:
                 self.transport.prepare(self._config.gateway.tls)
@@ -354,8 +354,7 @@ class App:
             self.gateway.reload()
         elif self._config_file is not None:
             self._compare(self._config_file)
-        if self._named is not None:
-            await self._named.look()
+        await _all_of("reload", [api.reload() for api in self._apis])
         if self.repository is not None:
             await self.repository.reload()
 
@@ -398,17 +397,23 @@ class App:
         return replace(self._limits, connections=min(config.connections or room, max(1, room - http_room))), limits
 
     def _dispatcher(self, routes: Routes) -> Dispatcher:
-        introspection = Introspection(routes, self._readiness)
         waiting: dict[str, UnaryHandler] = {}
         if self.gateway is not None and self.gateway.registry is not None:
             waiting |= self.gateway.registry.methods()
-        if self._named is not None:
-            waiting[_RELOAD] = self._named.reload
+        protocols = dict(METHODS)
+        for api in self._apis:
+            further = api.methods()
+            if taken := sorted((protocols.keys() | waiting.keys()) & (api.protocols.keys() | further.keys())):
+                raise PluginError(f"[apis.{api.name}]: the method {taken[0]} is taken by the core or another API")
+            protocols |= api.protocols
+            waiting |= further
+        introspection = Introspection(routes, self._readiness, protocols)
         return Dispatcher(
             routes,
             self.metrics,
             most_in_flight=self._config.in_flight,
             openinference_as_requested=self._config.models.openinference_outputs == "as_requested",
+            protocols=protocols,
             unary=introspection.unary(),
             waiting=waiting,
             streaming=introspection.streaming(),
@@ -417,9 +422,10 @@ class App:
     def _rest(self, dispatcher: Dispatcher) -> Rest:
         timeout_ms, cors = self._config.rest_timeout_ms, self._config.rest_cors
         local = Local(self.repository, self.gateway, self._readiness)
+        further = (api.rest(local, dispatcher, cors=cors) for api in self._apis)
         return Rest(
-            TfServing(local, dispatcher, cors=cors),
             seldon.Seldon(local, dispatcher, self._readiness, cors=cors),
+            *(api for api in further if api is not None),
             body_bytes=self._config.rest_bytes,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
@@ -446,9 +452,7 @@ class App:
     @property
     def _awaits_config(self) -> bool:
         """Whether there is no model because a client has yet to say which."""
-        named = self._named
-        models = self._config.models
-        return models.accept_config and models.directory is None and named is not None and not named.models
+        return self._config.models.directory is None and any(api.awaits_models for api in self._apis)
 
     @property
     def _awaits_nodes(self) -> bool:
@@ -474,12 +478,18 @@ class App:
             await self._server.drain(self._config.drain_s)
         if self.gateway is not None:
             await self.gateway.close()
-        if self._named is not None:
-            await self._named.close()
+        await _all_of("close", [api.close() for api in self._apis])
         if self.repository is not None:
             await self.repository.close()
         if self._http_server is not None:
             await self._http_server.close()
+
+
+async def _all_of(what: str, calls: Sequence[Awaitable[None]]) -> None:
+    """Await the `calls`, one to each API. What they raise is logged."""
+    for error in await asyncio.gather(*calls, return_exceptions=True):
+        if error is not None:
+            _log.error("the %s of an API failed", what, exc_info=error)
 
 
 def _port_of(address: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -10,9 +11,11 @@ import grpc
 import numpy as np
 
 from dl_inference_core import certificates
+from dl_inference_core.api import Api
 from dl_inference_core.config import ClientTls
 from dl_inference_core.errors import BadRequest, Code, from_status
 from dl_inference_core.grpcio_transport import GrpcioTransport, channel_credentials, name_options, size_options
+from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.transport import Limits, Metadata
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
@@ -20,8 +23,6 @@ from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
 _FORMS = {
     "openinference": Form.TENSORS_RAW,
     "tfserving": Form.TENSORS,
-    "tfserving_classify": Form.EXAMPLES,
-    "tfserving_regress": Form.EXAMPLES,
 }
 
 
@@ -47,8 +48,9 @@ def build(
     """
     named = isinstance(payload, Mapping) and all(isinstance(value, np.ndarray) for value in payload.values())
     name = protocol or ("openinference" if named else "seldon")
-    if name not in PROTOCOLS:
-        raise BadRequest(f'there is no protocol "{name}"; expected one of {", ".join(PROTOCOLS)}')
+    known = PROTOCOLS if name in PROTOCOLS else _all_protocols()
+    if name not in known:
+        raise BadRequest(f'there is no protocol "{name}"; expected one of {", ".join(known)}')
     request = Request(
         payload=payload,
         form=form or _FORMS.get(name) or _unnamed(payload),
@@ -63,9 +65,17 @@ def build(
         id=id,
     )
     try:
-        return PROTOCOLS[name], PROTOCOLS[name].codec.encode_request(request)
+        return known[name], known[name].codec.encode_request(request)
     except TypeError as error:
         raise BadRequest(f"{name} cannot hold the payload: {error}") from error
+
+
+@functools.cache
+def _all_protocols() -> Mapping[str, Protocol]:
+    """The protocols that a request can be written in, by name: the core's, and those of installed APIs."""
+    apis: Mapping[str, type[Api]] = Plugins().classes(Kind.APIS)
+    further = (protocol for api in apis.values() for protocol in api.protocols.values() if not protocol.several)
+    return {**PROTOCOLS, **{protocol.name: protocol for protocol in further}}
 
 
 def _unnamed(payload: Payload) -> Form:
@@ -125,7 +135,8 @@ class Client:
 
         Args:
             payload: named tensors (a dict of arrays), one array, bytes, text, or JSON values; for
-                "tfserving_classify" and "tfserving_regress" a list of examples, each a dict of features or serialized.
+                "tfserving_classify" and "tfserving_regress", which the plugin dl-inference-tfserving brings, a list of
+                examples, each a dict of features or serialized.
             timeout_s: the deadline of this call.
             metadata: goes along; "x-request-id" names the request in the server's log.
             request: `protocol` ("openinference" or "tfserving" for named tensors, "tfserving_classify" or

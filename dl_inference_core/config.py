@@ -216,15 +216,6 @@ class ModelsConfig(_Section):
     """seconds that the load of a version may take, its warm-up included; then it counts as failed, another load takes
     its place, and what it gives later is discarded; 0 means no limit. The default reads 60 GB at 200 MB/s, and is half
     of the 600 s that Kubernetes gives a new pod to become ready; give larger models more"""
-    config_file: Path | None = None
-    """a `model_config_file` of TensorFlow Serving's, whose models are served as if they stood under `named`; relative
-    to the config file"""
-    config_poll_interval_ms: int = Field(default=0, ge=0)
-    """milliseconds between two looks at `config_file`; 0 looks at the start and at SIGHUP only"""
-    accept_config: bool = False
-    """whether clients may replace `named` and `config_file` by `ModelService/HandleReloadConfigRequest`; whoever can
-    call it can have any folder of this machine loaded, but `handler.py` and `processor.py` in it are run only if the
-    operator has named it, too"""
     defaults: dict[str, Any] = {}
     """keys of `model.toml` for every model; what a `model.toml` or `settings` says takes their place"""
     openinference_outputs: Literal["raw", "as_requested"] = "raw"
@@ -238,7 +229,7 @@ class ModelsConfig(_Section):
     @property
     def any(self) -> bool:
         """Whether there is anything to serve."""
-        return self.directory is not None or bool(self.named) or self.config_file is not None
+        return self.directory is not None or bool(self.named)
 
 
 class RegistryConfig(_Section):
@@ -398,6 +389,8 @@ class Config(_Section):
     routes: tuple[RouteConfig, ...] = ()
     backends: dict[str, dict[str, Any]] = {}
     """options of each backend, by its name: `[backends.torch]`"""
+    apis: dict[str, dict[str, Any]] = {}
+    """options of each API, by its name: `[apis.tfserving]`"""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

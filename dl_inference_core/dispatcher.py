@@ -43,6 +43,7 @@ class Dispatcher:
         *,
         most_in_flight: int = 0,
         openinference_as_requested: bool = False,
+        protocols: Mapping[str, Protocol] = METHODS,
         unary: Mapping[str, Begin] | None = None,
         waiting: Mapping[str, UnaryHandler] | None = None,
         streaming: Mapping[str, StreamHandler] | None = None,
@@ -52,6 +53,7 @@ class Dispatcher:
         Args:
             most_in_flight: the most inferences answered at one time; 0 sets no limit.
             openinference_as_requested: whether ModelInfer answers a typed request typed.
+            protocols: the protocols of the methods that infer, by path.
             unary: what begins exchanges of further methods, by path; may raise an InferenceError.
             waiting: coroutines that answer further methods, by path.
             streaming: coroutines that answer methods that stream, by path.
@@ -72,11 +74,11 @@ class Dispatcher:
         }
         if openinference_as_requested:
             self._begin[OPENINFERENCE_AS_REQUESTED.node_method] = self._infer_as_requested
-        self._protocols = {path: protocol for path, protocol in METHODS.items() if path not in self._begin}
+        self._protocols = {path: protocol for path, protocol in protocols.items() if path not in self._begin}
         """Of the methods that infer, and whose protocol follows from the path alone."""
         self.methods = {
             **{path: Method() for path in self._begin},
-            **{path: Method(key=protocol.key_fields) for path, protocol in METHODS.items()},
+            **{path: Method(key=protocol.key_fields) for path, protocol in protocols.items()},
             **{path: Method(streaming=True) for path in streams},
         }
         self._begin.update(streams)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     import click
 
+    from dl_inference_core.api import Api
     from dl_inference_core.gateway.balancing import Balancer
     from dl_inference_core.node.backend import Backend
     from dl_inference_core.node.handling import Handler
@@ -60,6 +61,11 @@ def dl_inference_register_transports() -> Sequence[type[Transport]]:  # type: ig
 @hookspec
 def dl_inference_register_codecs() -> Sequence[type[Codecs]]:  # type: ignore[empty-body]
     """Codecs: what takes the messages of requests apart, and writes those of answers."""
+
+
+@hookspec
+def dl_inference_register_apis() -> Sequence[type[Api]]:  # type: ignore[empty-body]
+    """APIs: method paths, REST URLs and sources of models beyond the core's. All installed ones are answered."""
 
 
 @hookspec

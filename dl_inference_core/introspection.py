@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,9 +25,6 @@ from dl_inference_core.wire.protocol import METHODS, QUESTIONS, READY, VERSIONS,
 _WATCH_S = 0.1
 _OIP = "/inference.GRPCInferenceService"
 _HEALTH = "/grpc.health.v1.Health"
-_SERVICES = frozenset(
-    {"", *(path.split("/")[1] for path in (*METHODS, *(question.node_method for question in QUESTIONS)))}
-)
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
@@ -61,9 +58,14 @@ class Readiness:
 class Introspection:
     """Answers about the server and its routes. Event loop only."""
 
-    def __init__(self, routes: Routes, readiness: Readiness) -> None:
+    def __init__(self, routes: Routes, readiness: Readiness, paths: Collection[str] = METHODS) -> None:
+        """Args:
+        paths: of the methods that are answered beside those of this class.
+        """
         self._routes = routes
         self._readiness = readiness
+        paths = (*paths, *(question.node_method for question in QUESTIONS))
+        self._services = {path.split("/")[1] for path in paths}
 
     def unary(self) -> Mapping[str, Begin]:
         """What begins an exchange of each unary method, by path; raises InferenceError."""
@@ -78,8 +80,12 @@ class Introspection:
 
     def streaming(self) -> Mapping[str, StreamHandler]:
         """Handlers of streams by method path."""
-        paths = {path.split("/")[1] for path in (*METHODS, *self.unary())}
-        services = [*sorted(paths), "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"]
+        own = {path.split("/")[1] for path in self.unary()}
+        services = [
+            *sorted(self._services | own),
+            "grpc.reflection.v1.ServerReflection",
+            "grpc.reflection.v1alpha.ServerReflection",
+        ]
         servicer = reflection.ReflectionServicer(services, pool=messages.pool)
 
         async def reflect(_: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
@@ -97,7 +103,7 @@ class Introspection:
     def _status(self, service: str) -> Any:
         """The health of `service`: a model's name is that model, which serves as soon as it has loaded; "" is the
         server, which serves if it has started and any model would be answered for; None is unknown."""
-        if service in _SERVICES:
+        if not service or service in self._services:
             return _Status.SERVING if self._readiness.ready else _Status.NOT_SERVING
         try:
             upstream = self._routes.find(service)

@@ -21,7 +21,7 @@ from packaging.utils import canonicalize_name
 import dl_inference_core
 from dl_inference_core import hookspecs
 from dl_inference_core.choosable import Choosable
-from dl_inference_core.config import PluginOptions, validated
+from dl_inference_core.config import PluginOptions, resolved, validated
 from dl_inference_core.errors import ConfigError, PluginError, text_of
 
 
@@ -33,6 +33,7 @@ class Kind(enum.Enum):
     BALANCERS = "balancer"
     TRANSPORTS = "transport"
     CODECS = "codec"
+    APIS = "API"
 
     @property
     def hook(self) -> str:
@@ -51,6 +52,7 @@ _INTERFACES = {
     Kind.BALANCERS: "dl_inference_core.gateway.balancing.Balancer",
     Kind.TRANSPORTS: "dl_inference_core.transport.Transport",
     Kind.CODECS: "dl_inference_core.wire.codecs.Codecs",
+    Kind.APIS: "dl_inference_core.api.Api",
 }
 
 _COMMANDS = "dl_inference_register_commands"
@@ -270,8 +272,13 @@ class Plugins:
             hints.append(f"try: pip install {_DISTRIBUTIONS[name]}")
         return hints
 
-    def options(self, kind: Kind, name: str, options: Mapping[str, Any], where: str) -> PluginOptions:
+    def options(
+        self, kind: Kind, name: str, options: Mapping[str, Any], where: str, folder: Path | None = None
+    ) -> PluginOptions:
         """The strict `Options` of the class of that kind and name; the class itself is not made.
+
+        Args:
+            folder: the folder that relative paths in the options are relative to; by default they stay relative.
 
         Raises:
             PluginError: as `get`.
@@ -279,16 +286,19 @@ class Plugins:
         """
         cls = self.get(kind, name, where)
         made: PluginOptions = validated(cls.Options, options, f"{where}: options of {kind.value} {name}")
-        return made
+        return made if folder is None else resolved(made, folder)
 
-    def make(self, kind: Kind, name: str, options: Mapping[str, Any], where: str) -> Any:
+    def make(self, kind: Kind, name: str, options: Mapping[str, Any], where: str, folder: Path | None = None) -> Any:
         """An object of the class of that kind and name, made with its strict `Options`.
+
+        Args:
+            folder: as of `options`.
 
         Raises:
             PluginError: as `get`; or the class raises.
             ConfigError: the options do not fit.
         """
-        values = self.options(kind, name, options, where)
+        values = self.options(kind, name, options, where, folder)
         try:
             return self.get(kind, name, where)(values)
         except (ConfigError, PluginError, KeyboardInterrupt):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dl_inference_core import children, sockets
+from dl_inference_core.api import make_apis
 from dl_inference_core.cli_options import fail
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError, PluginError
@@ -68,9 +69,18 @@ class Serving:
             command, *rest = again
             program = (sys.executable, "-m", "dl_inference_core.cli", command, "--worker", *rest)
             # uvloop makes no process groups.
-            run_coroutine(Supervisor(config, program, self.transport).run(), asyncio.new_event_loop)
+            supervisor = Supervisor(config, program, self.transport, keeps_spare=not self._serves_models())
+            run_coroutine(supervisor.run(), asyncio.new_event_loop)
         else:
             run_coroutine(self.run())
+
+    def _serves_models(self) -> bool:
+        folder = self.config_file.parent if self.config_file is not None else Path()
+        try:
+            apis = make_apis(self.plugins, self.config, folder)
+        except (ConfigError, PluginError) as error:
+            fail(error)
+        return self.config.models.any or any(api.brings_models for api in apis)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; reload at SIGHUP."""

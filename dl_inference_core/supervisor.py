@@ -134,14 +134,17 @@ class Supervisor:
     """Starts at least two workers, replaces those that die, and ends them all by the end of their standard input,
     which also ends when this process dies."""
 
-    def __init__(self, config: Config, command: Sequence[str], said: str) -> None:
+    def __init__(self, config: Config, command: Sequence[str], said: str, *, keeps_spare: bool) -> None:
         """Args:
         command: starts one worker, which ends when its standard input does.
         said: printed once all workers serve, before "serving on".
+        keeps_spare: whether one more process is started that takes the place of the next worker that dies. It gains
+            nothing where models are served, whose load takes longer than a start.
         """
         self._config = config
         self._command = command
         self._said = said
+        self._keeps_spare = keeps_spare
         self._ending = asyncio.Event()
         self._ready = [asyncio.Event() for _ in range(config.workers)]
         self._processes: dict[int, asyncio.subprocess.Process] = {}
@@ -195,8 +198,7 @@ class Supervisor:
         """What goes on for ever while workers are kept."""
         if self._config.hang_s:
             yield self._watch()
-        # Where models are served, to load those takes longest.
-        if not self._config.models.any:
+        if self._keeps_spare:
             yield self._keep_spare()
 
     def _places(self, stack: ExitStack) -> list[Place]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
+from dl_inference_tfserving.options import TfServingOptions
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -84,9 +85,6 @@ client_ca = "clients.pem"
 directory = "models"
 poll_interval_ms = 1000
 load_timeout_s = 300.0
-config_file = "models.config"
-config_poll_interval_ms = 5000
-accept_config = false
 defaults = { threads = 2 }
 openinference_outputs = "raw"
 load_reports_per_s = 20
@@ -99,6 +97,11 @@ sources = true
 
 [backends.torch]
 intra_op_threads = 1
+
+[apis.tfserving]
+model_config_file = "models.config"
+model_config_poll_interval_ms = 5000
+allow_remote_reload = false
 
 [gateway]
 nodefile = "nodefile.txt"
@@ -304,8 +307,8 @@ never share a call.
 - When a version is loaded, the model is run on samples before it is ready: in every size of `allowed_rows`, or else 1,
   2, 4, … rows. They are the arrays in `warm_up.npz` or `sample.npz` beside it (written by `numpy.savez`, by input), or
   made from the signature. Where a row's answer is another among others than alone, the model does not batch, and one
-  warning says so; with `enabled = true` it is not loaded. TensorFlow Serving's recorded requests
-  (`assets.extra/tf_serving_warmup_requests`) are answered, too.
+  warning says so; with `enabled = true` it is not loaded. With the plugin `dl-inference-tfserving` TensorFlow Serving's
+  recorded requests (`assets.extra/tf_serving_warmup_requests`) are answered, too.
 """
 
 
@@ -317,6 +320,7 @@ def reference() -> str:
         _table("## At the top of the file", Config, leave_out=("models", "gateway", "join", "routes", "tls")),
         _table("## `[models]`", ModelsConfig),
         _table("### `[models.named.NAME]`", NamedModel),
+        _table("## `[apis.tfserving]`", TfServingOptions),
         START,
         LOAD,
         _table("## `[gateway]`", GatewayConfig, leave_out=("health", "registry", "tls")),

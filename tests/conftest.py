@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import grpc
@@ -31,7 +31,8 @@ from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import CoroutineService, free_port
 from dl_inference_core.transport import Answer, Exchange, Limits, Server, Transport
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import METHODS, PROTOCOLS, QUESTIONS
+from dl_inference_core.wire.protocol import PROTOCOLS, QUESTIONS
+from tests.methods import METHODS
 
 INFER = PROTOCOLS["openinference"].node_method
 CHECK = "/grpc.health.v1.Health/Check"
@@ -245,11 +246,17 @@ class _Loaded(EntryPoint):
 
 @pytest.fixture
 def installed() -> Callable[..., Plugins]:
-    """The core, and one more plugin that registers classes of one kind: `installed(kind, *classes)`."""
+    """The core, and one more plugin that registers classes of one kind, or of several: `installed(kind, *classes)`,
+    `installed(kind, *classes, more={kind: [class]})`."""
 
-    def of(kind: Kind, *classes: type) -> Plugins:
+    def of(kind: Kind, *classes: type, more: Mapping[Kind, list[type]] = MappingProxyType({})) -> Plugins:
         module = ModuleType("installed")
-        setattr(module, kind.hook, hookimpl(lambda: list(classes)))
+
+        def register(kind: Kind, classes: list[type]) -> None:
+            setattr(module, kind.hook, hookimpl(lambda: classes))
+
+        for each, registered in {kind: list(classes), **more}.items():
+            register(each, registered)
         found = [_Loaded(name, name, "dl_inference_core") for name in ("core", "installed")]
         for entry, loaded in zip(found, (builtins, module), strict=True):
             vars(entry)["module"] = loaded

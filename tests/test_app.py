@@ -89,14 +89,14 @@ def test_every_path_of_a_config_is_made_absolute(tmp_path: Path, monkeypatch: py
     (tmp_path / "conf").mkdir()
     file = Path("conf", "server.toml")
     file.write_text(
-        'socket_path = "s"\n[models]\ndirectory = "d"\nconfig_file = "c"\n[models.named.m]\npath = "p"\n'
+        'socket_path = "s"\n[models]\ndirectory = "d"\n[models.named.m]\npath = "p"\n'
         '[gateway]\nnodefile = "n"\n[gateway.tls]\nca = "a"\n[gateway.registry]\ntoken_file = "t"\n'
         '[join]\ngateways = ["g:1"]\ntoken_file = "j"\n[join.tls]\nca = "b"\n[tls]\ncertificate = "e"\nkey = "/k"\n'
     )
     config = configs.load(file)
     folder = tmp_path / "conf"
     assert config.socket_path == folder / "s"
-    assert (config.models.directory, config.models.config_file) == (folder / "d", folder / "c")
+    assert config.models.directory == folder / "d"
     assert config.models.named["m"].path == folder / "p"
     assert config.gateway.nodefile == folder / "n"
     assert config.gateway.tls is not None

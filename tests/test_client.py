@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dl_inference_tfserving.protocols import CLASSIFY, REGRESS
 
 from dl_inference_core.client import AsyncClient, Client, build
 from dl_inference_core.config import ClientTls, ServerTls
@@ -28,6 +29,7 @@ from dl_inference_core.transport import Exchange, Limits, Server
 from dl_inference_core.wire.protocol import PROTOCOLS
 
 TENSORS = {"x": np.arange(6, dtype=np.int64).reshape(2, 3), "y": np.array([True, False])}
+KNOWN = {**PROTOCOLS, CLASSIFY.name: CLASSIFY, REGRESS.name: REGRESS}
 PAYLOADS: list[tuple[str, Any]] = [
     ("openinference", TENSORS),
     ("tfserving", TENSORS),
@@ -65,7 +67,7 @@ class Echo:
 
             return answer
 
-        return CoroutineService({protocol.node_method: handler(protocol.codec) for protocol in PROTOCOLS.values()})
+        return CoroutineService({protocol.node_method: handler(protocol.codec) for protocol in KNOWN.values()})
 
     async def serve(self, tls: ServerTls | None = None) -> tuple[Server, str]:
         transport = GrpcioTransport(GrpcioTransport.Options())
@@ -106,7 +108,7 @@ async def test_examples_go_out_as_features_or_serialized(protocol: str, expected
         np.testing.assert_equal((await asking).payload, expected)
     async with AsyncClient(address) as async_client:
         np.testing.assert_equal((await async_client.predict("m", examples, protocol=protocol)).payload, expected)
-    request = PROTOCOLS[protocol].codec.decode_request(echo.calls[0].message)
+    request = KNOWN[protocol].codec.decode_request(echo.calls[0].message)
     assert (request.label, request.signature) == ("stable", "s")
     await server.drain(1)
 

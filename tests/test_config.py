@@ -144,8 +144,7 @@ def test_relative_paths_are_taken_from_the_files_folder() -> None:
     config = read('[tls]\ncertificate = "c"\nkey = "/k"\n[gateway.tls]\nca = "tls/ca"\nserver_name = "n"')
     assert config.tls == ServerTls(certificate=Path("/etc/dl/c"), key=Path("/k"))
     assert config.gateway.tls == ClientTls(ca=Path("/etc/dl/tls/ca"), server_name="n")
-    config = read('[models]\nconfig_file = "m.config"\n[models.named.a]\npath = "a"\n[models.named.b]\npath = "/b"')
-    assert config.models.config_file == Path("/etc/dl/m.config")
+    config = read('[models.named.a]\npath = "a"\n[models.named.b]\npath = "/b"')
     assert {name: model.path for name, model in config.models.named.items()} == {
         "a": Path("/etc/dl/a"),
         "b": Path("/b"),
@@ -197,13 +196,12 @@ def test_what_is_no_node_is_refused_in_words(text: str) -> None:
     ("text", "there"),
     [
         ("", False),
-        ("[models]\npoll_interval_ms = 0\naccept_config = true", False),
+        ("[models]\npoll_interval_ms = 0", False),
         ("[models]\ndirectory = 'models'", True),
-        ("[models]\nconfig_file = 'models.config'", True),
         ("[models.named.m]\npath = 'm'", True),
     ],
 )
-def test_models_may_come_from_a_folder_by_name_or_from_a_file(text: str, there: bool) -> None:
+def test_models_may_come_from_a_folder_or_by_name(text: str, there: bool) -> None:
     assert read(text).models.any is there
 
 

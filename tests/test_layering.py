@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("wire",),
     ("transport",),
     ("failures", "grpcio_connections", "plugins", "routing", "http_server"),
-    ("coroutines", "grpcio_exchanges"),
+    ("coroutines", "grpcio_exchanges", "api"),
     ("grpcio_transport", "asgi"),
     ("gateway", "node", "introspection", "joining"),
     ("dispatcher", "client", "builtins", "admin"),

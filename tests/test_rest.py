@@ -20,6 +20,9 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 import pytest
+from dl_inference_tfserving import rest
+from dl_inference_tfserving.rest import TfServingRest
+from dl_inference_tfserving.rest_codec import PredictCodec, shortest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,10 +34,7 @@ from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.rest import tfserving
 from dl_inference_core.rest.answering import Local, Rest
-from dl_inference_core.rest.tfserving import TfServing
-from dl_inference_core.rest.tfserving_codec import PredictCodec, shortest
 from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Payload, Request, Response, as_tensor, from_json
 from dl_inference_core.testing import FakeBackend
@@ -185,7 +185,7 @@ async def serving(
         await repository.start()
     readiness, metrics = Readiness(serving=start), Metrics()
     dispatcher = Dispatcher(Routes(repository), metrics)
-    api = TfServing(Local(repository, elsewhere, readiness), dispatcher, cors=cors)
+    api = TfServingRest(Local(repository, elsewhere, readiness), dispatcher, cors=cors)
     rest = Rest(api, body_bytes=LIMIT, timeout_s=timeout_s)
     app = asgi.with_exchanges(Http(service=rest, app=admin.app(metrics, readiness)))
     server = await HttpServer.start(app, "127.0.0.1", 0)
@@ -944,7 +944,7 @@ async def test_what_nobody_foresaw_is_logged_and_told_as_json(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with serving(folder) as served:
-        monkeypatch.setattr(tfserving, "_spec", lambda _: 1 / 0)
+        monkeypatch.setattr(rest, "_spec", lambda _: 1 / 0)
         answer = await served.ask("float")
         assert (answer.status, answer.error) == (500, "unexpected ZeroDivisionError")
     (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -36,7 +36,7 @@ class Scripts(Supervisor):
 
     def __init__(self, folder: Path, config: Config, beside: str) -> None:
         script = f'cd "{folder}"; echo $$ >> started; {WORKER.format(beside=beside)}'
-        super().__init__(config, ("/bin/sh", "-c", script), "")
+        super().__init__(config, ("/bin/sh", "-c", script), "", keeps_spare=not config.models.any)
         self.failing = False
         self.failed = 0
 

@@ -96,9 +96,9 @@ def test_one_model_is_served_as_tensorflow_serving_would_by_default() -> None:
     assert config.models == ModelsConfig(
         named={"default": NamedModel(path=Path("/models/m"), settings=NEWEST, flat=False)},
         poll_interval_ms=1000,
-        accept_config=True,
         defaults=DEFAULTS,
     )
+    assert config.apis == {"tfserving": {"allow_remote_reload": True, "model_config_poll_interval_ms": 0}}
 
 
 @pytest.mark.parametrize("joined", [True, False])
@@ -154,13 +154,12 @@ def test_every_flag_is_taken_with_an_equals_sign_and_without(tmp_path: Path, joi
         "rest_bytes": 64 * 1024 * 1024,
         "models": {
             "named": {"m": {"path": Path("/models/m"), "settings": NEWEST, "flat": False}},
-            "config_poll_interval_ms": 60_000,
             "poll_interval_ms": 0,
             "load_timeout_s": 900.0,
-            "accept_config": True,
             "defaults": BATCHED,
         },
         "backends": {"tensorflow": {"intra_op_threads": 2, "inter_op_threads": 3}},
+        "apis": {"tfserving": {"allow_remote_reload": True, "model_config_poll_interval_ms": 60_000}},
     }
 
 
@@ -203,7 +202,7 @@ def test_what_batching_parameters_have_that_is_not_served_is_said(tmp_path: Path
 def test_a_model_config_file_comes_before_a_model_of_the_command_line() -> None:
     config, notes = planned("--model_base_path=/m", "--model_name=m", "--model_config_file=/models.config")
     assert config.models.named == {}
-    assert config.models.config_file == Path("/models.config")
+    assert config.apis["tfserving"]["model_config_file"] == "/models.config"
     assert notes == ["--model_config_file is given: --model_name and --model_base_path are ignored", ANYBODY]
     assert config.models.defaults == DEFAULTS
 
@@ -331,7 +330,7 @@ def test_help_tells_of_every_flag() -> None:
 
 async def test_a_server_that_begins_with_no_models_serves_at_once_and_takes_a_config(lab: Any) -> None:
     (lab.folder / "models.config").write_text("model_config_list {}")
-    server = await lab.gateway('[models]\nconfig_file = "models.config"\naccept_config = true\n')
+    server = await lab.gateway('[apis.tfserving]\nmodel_config_file = "models.config"\nallow_remote_reload = true\n')
     method = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
     request = messages.ReloadConfigRequest(config={"model_config_list": {}})
     answer = await server.start_call(method=method, body=request.SerializeToString())
@@ -350,13 +349,15 @@ async def test_clients_may_not_change_the_models_without_leave(lab: Any) -> None
     method = "/tensorflow.serving.ModelService/HandleReloadConfigRequest"
     code, said = await server.refusal(method=method, body=request.SerializeToString())
     assert code is Code.PERMISSION_DENIED
-    assert "set accept_config = true under [models]" in said
+    assert "set allow_remote_reload = true under [apis.tfserving]" in said
 
 
 def test_several_workers_take_no_config_of_clients(tmp_path: Path) -> None:
-    models = ModelsConfig(directory=tmp_path, accept_config=True)
-    with pytest.raises(ConfigError, match="accept_config takes workers = 1"):
-        App(Config(models=models, workers=2), Plugins())
+    config = Config(
+        models=ModelsConfig(directory=tmp_path), workers=2, apis={"tfserving": {"allow_remote_reload": True}}
+    )
+    with pytest.raises(ConfigError, match=r"\[apis\.tfserving\]: allow_remote_reload takes workers = 1"):
+        App(config, Plugins())
 
 
 # A process that has them

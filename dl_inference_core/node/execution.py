@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dl_inference_core import children
 from dl_inference_core.errors import (
@@ -29,8 +29,7 @@ from dl_inference_core.node.kinds import Kinds, request_kind
 from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.node.suspects import Suspects, client_of
 from dl_inference_core.tensors import Request, Response
-from dl_inference_core.wire import tfserving_examples
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
+from dl_inference_core.wire.protocol import Protocol
 
 if TYPE_CHECKING:
     from dl_inference_core.metrics import Metrics
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from dl_inference_core.node.model_threads import ModelThread
     from dl_inference_core.node.version import Instance
     from dl_inference_core.transport import Reply
-    from dl_inference_core.wire.codecs import Codec
+    from dl_inference_core.wire.codecs import Codec, SeveralCodec
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +115,7 @@ class Execution:
         instance = self._instances[thread.number % len(self._instances)]
         try:
             with instance.model.session():
-                if first.protocol is MULTI_INFERENCE:
+                if first.protocol.several:
                     self._run_signatures(instance, first, completions)
                 elif self._batcher is None:
                     came = self._run_alone(instance, first, completions)
@@ -222,18 +221,18 @@ class Execution:
         return 1
 
     def _run_signatures(self, instance: Instance, queued: QueuedRequest, completions: Completions) -> None:
-        """Answer a MultiInference call; the first signature that fails ends it."""
+        """Answer a call that asks several signatures; the first that fails ends it."""
         if queued.cancelled():
             self._fail_late(queued, completions)
             return
         stage = "decoding a request"
         try:
             response = self._response()
-            requests = tfserving_examples.decode_multi_inference(queued.message)
-            answers: list[Any] = []
+            codec = cast("SeveralCodec", queued.protocol.codec)
+            requests = codec.decode_requests(queued.message)
+            answers: list[bytes] = []
             for request in requests:
                 request.call = queued
-                codec = self._codec(PROTOCOLS[f"tfserving_{request.method.name.lower()}"])
                 stage = "preprocess"
                 part = Part.alone(queued, request, self._inputs(instance, request))
                 outputs = self._outputs(instance, part)
@@ -241,7 +240,7 @@ class Execution:
                 payload = instance.handler.postprocess(outputs, request)
                 stage = "encoding the answer"
                 answers.append(self._encode(codec, instance.model, request, payload, response))
-            encoded = tfserving_examples.encode_multi_inference(requests, answers)
+            encoded = codec.join(requests, answers)
         except BaseException as error:
             completions.fail(queued, self._failed(stage, error))
         else:
@@ -379,7 +378,9 @@ class Execution:
         """What a client is told of `error`, which ended a stage of its request."""
         return as_inference_error(error, f"{self._where}: {stage} failed: ")
 
-    def _encode(self, codec: Codec, model: Model, request: Request, payload: Any, response: Response) -> bytes:
+    def _encode(
+        self, codec: Codec | SeveralCodec, model: Model, request: Request, payload: Any, response: Response
+    ) -> bytes:
         """Args:
             response: of `_response`; filled in anew for each answer.
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import tomllib
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.reclaiming import take_variables
 from dl_inference_core.node.sources import Sources, load_module
 from dl_inference_core.node.version import Instance, Loaded, unload
-from dl_inference_core.node.warm_up import warm_up
+from dl_inference_core.node.warm_up import FindRecorded, warm_up
 from dl_inference_core.node.watchdog import WatchdogConfig
 
 CONFIG_FILE = "model.toml"
@@ -140,11 +140,13 @@ class Loader:
     backends: every installed backend.
     handlers: every installed handler.
     defaults: as of `read_config`.
+    recorded: as of `warm_up`.
     """
 
     backends: Mapping[str, Backend]
     handlers: Mapping[str, type[Handler]]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Sequence[FindRecorded] = ()
 
     def load(self, named: NamedModel, folder: Path, sources: Sources | None = None) -> Loaded:
         """The version of `named` in `folder`, which may be the model's own. Blocks; call it on a thread that will run
@@ -178,7 +180,14 @@ class Loader:
                 for device in (config.devices or (config.device,)) * config.instances:
                     add_instance(device)
                 batchings = [
-                    warm_up(folder, instance.model, instance.handler, config.batching, samples=config.warm_up)
+                    warm_up(
+                        folder,
+                        instance.model,
+                        instance.handler,
+                        config.batching,
+                        recorded=self.recorded,
+                        samples=config.warm_up,
+                    )
                     for instance in instances
                 ]
         except BaseException as error:

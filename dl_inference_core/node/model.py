@@ -15,7 +15,6 @@ from dl_inference_core.node.queue import QueuedRequest
 from dl_inference_core.wire import messages, openinference, tfserving_models
 from dl_inference_core.wire.protocol import (
     METADATA,
-    MULTI_INFERENCE,
     NO_QUEUEING,
     READY,
     SIGNATURES,
@@ -149,7 +148,7 @@ class ServedModel:
           fit the model.
         - HandlerFailed: handler or model raised, or the protocol cannot hold the answer.
         """
-        if not protocol.codec_at and protocol is not MULTI_INFERENCE:
+        if not protocol.codec_at:
             for exchange in exchanges:
                 self._reply(exchange, protocol, key)
             return

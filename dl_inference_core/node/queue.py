@@ -68,7 +68,7 @@ class QueuedRequest:
         self.exchange = exchange
         self.protocol = protocol
         self.message = message = exchange.message
-        self.shares_batches = protocol.codec_at != ""
+        self.shares_batches = not protocol.several
         self.queued_at = queued_at
         deadline = exchange.deadline
         self.answer_by = inf if deadline is None else deadline

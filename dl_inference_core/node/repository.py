@@ -13,7 +13,7 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -32,6 +32,7 @@ from dl_inference_core.node.model_state import ModelState, VersionState
 from dl_inference_core.node.scanning import TOO_LARGE, Fingerprint, Sight, misplacement, scan, too_large
 from dl_inference_core.node.sources import Sources
 from dl_inference_core.node.version import LoadedVersion
+from dl_inference_core.node.warm_up import FindRecorded
 
 _RELOAD_PAUSE_S = 1.0
 """Between the two looks of a reload: a file that is being copied grows within it."""
@@ -56,6 +57,7 @@ class Repository:
         backends: Mapping[str, Backend],
         handlers: Mapping[str, type[Handler]],
         defaults: Mapping[str, Any] = MappingProxyType({}),
+        recorded: Sequence[FindRecorded] = (),
         poll_interval_s: float = 1.0,
         loads_at_once: int = 2,
         load_timeout_s: float = 0,
@@ -68,6 +70,7 @@ class Repository:
         backends: the backends there are, by name.
         handlers: the installed handlers by name.
         defaults: keys of `model.toml`, for models that say nothing else.
+        recorded: functions that find the recorded requests of a version in its folder.
         poll_interval_s: seconds between two looks for changes; 0 never looks again.
         loads_at_once: how many versions may be loading at the same time.
         load_timeout_s: seconds that the load of a version may take before it counts as failed; 0 means no limit.
@@ -81,7 +84,7 @@ class Repository:
         self._directory = directory
         self._named = named
         self._defaults = defaults
-        self._loader = Loader(backends=backends, handlers=handlers, defaults=defaults)
+        self._loader = Loader(backends=backends, handlers=handlers, defaults=defaults, recorded=recorded)
         self._poll_interval_s = poll_interval_s
         self._may_load = asyncio.Semaphore(loads_at_once)
         self._load_timeout_s = load_timeout_s

@@ -1,23 +1,22 @@
 """Before a version is ready: whether its requests may share batches, and what is run so that no client waits for what
 only happens once.
 
-A model answers TensorFlow Serving's recorded requests and is run on samples (`samples.py`) in every size of batch.
+A model answers the requests that were recorded for it and is run on samples (`samples.py`) in every size of batch.
 """
 
 from __future__ import annotations
 
 import logging
-import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from dl_inference_core.errors import InferenceError, ModelError
+from dl_inference_core.errors import ModelError
 from dl_inference_core.node.backend import Model, Signature
 from dl_inference_core.node.batching import Batching, BatchingConfig
 from dl_inference_core.node.handler_inputs import inputs_of, kind_of
@@ -25,11 +24,9 @@ from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.samples import of_rows, read_samples, rows_of
 from dl_inference_core.node.samples import samples as made_samples
 from dl_inference_core.tensors import Form, Request, Tensor
-from dl_inference_core.wire import messages, tfserving_examples
-from dl_inference_core.wire.protocol import PROTOCOLS
 
-FILE = Path("assets.extra", "tf_serving_warmup_requests")
-MOST_RECORDS = 1000
+FindRecorded: TypeAlias = "Callable[[Path], Iterable[tuple[str, Request]]]"
+"""`Api.recorded_requests`."""
 
 _ROWS = 3
 """Of the samples by which rows alone and together are compared."""
@@ -38,32 +35,35 @@ _LONGEST_RUN_S = 1.0
 _MOST_BYTES = 64 << 20
 """Of the samples of one call."""
 
-# A record of a TFRecord file: its length and a checksum of that, its bytes and a checksum of those.
-_HEAD = struct.Struct("<QI")
-_CHECKSUM = 4
-
 _log = logging.getLogger(__name__)
 
 
 def warm_up(
-    directory: Path, model: Model, handler: Handler, config: BatchingConfig, *, samples: bool = True
+    directory: Path,
+    model: Model,
+    handler: Handler,
+    config: BatchingConfig,
+    *,
+    recorded: Sequence[FindRecorded] = (),
+    samples: bool = True,
 ) -> Batching | None:
     """Run the model on what lies beside it and on samples in every size of batch. Outside its session.
 
     Args:
+        recorded: functions that find the recorded requests of a version in its folder.
         samples: if not, only recorded requests are answered, and what batches must be told to.
 
     Returns:
         how its requests share calls, None if they do not.
 
     Raises:
-        ModelError: recorded requests are damaged, over `MOST_RECORDS`, or cannot be answered; says which. The model
-            fails for the samples beside it. What `config` asks for cannot be: the handler takes one request at a time,
+        ModelError: recorded requests cannot be read or answered; says which. The model fails for the samples beside it.
+            What `config` asks for cannot be: the handler takes one request at a time,
             or a row's answer is not the same alone and among others.
     """
     beside = _Samples(directory)
     with model.session():
-        _answer_recorded(directory, model, handler)
+        _answer_recorded(recorded, directory, model, handler)
         batching = _batching(beside if samples else None, model, handler, config)
         if not samples or not handler.takes_batches:
             return batching
@@ -229,46 +229,11 @@ def _run_sizes(samples: _Samples, model: Model, handler: Handler, name: str, siz
     return _Run(max(sizes))
 
 
-def _answer_recorded(directory: Path, model: Model, handler: Handler) -> None:
-    try:
-        content = (directory / FILE).read_bytes()
-    except FileNotFoundError:
-        return
-    for number, record in enumerate(_records(content), start=1):
-        where = f"warm-up request {number} in {directory / FILE}"
-        if number > MOST_RECORDS:
-            raise ModelError(f"{directory / FILE} has over {MOST_RECORDS} records")
-        try:
-            for request in _requests(record):
+def _answer_recorded(recorded: Sequence[FindRecorded], directory: Path, model: Model, handler: Handler) -> None:
+    for find in recorded:
+        for where, request in find(directory):
+            try:
                 inputs = inputs_of(handler, request)
                 handler.postprocess(handler.run_model(model, inputs, request), request)
-        except Exception as error:
-            raise ModelError(f"{where} cannot be answered") from error
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    """The records of a TFRecord file. Their checksums are not looked at: what is no request will not be parsed."""
-    position = 0
-    while position < len(content):
-        if position + _HEAD.size > len(content):
-            raise ModelError(f"{FILE} ends within a record's head; expected a TFRecord file")
-        size, _ = _HEAD.unpack_from(content, position)
-        position += _HEAD.size
-        if position + size + _CHECKSUM > len(content):
-            raise ModelError(f"{FILE} ends within a record of {size} bytes; expected a TFRecord file")
-        yield content[position : position + size]
-        position += size + _CHECKSUM
-
-
-def _requests(record: bytes) -> list[Request]:
-    log = messages.parse(messages.PredictionLog, record)
-    kind = log.WhichOneof("log_type")
-    if kind is None:
-        raise InferenceError("it is no Predict, Classify, Regress or MultiInference")
-    body = getattr(log, kind).request.SerializeToString()
-    if kind == "multi_inference_log":
-        return tfserving_examples.decode_multi_inference(body)
-    protocol = {"predict_log": "tfserving", "classify_log": "tfserving_classify", "regress_log": "tfserving_regress"}[
-        kind
-    ]
-    return [PROTOCOLS[protocol].codec.decode_request(body)]
+            except Exception as error:
+                raise ModelError(f"{where} cannot be answered") from error

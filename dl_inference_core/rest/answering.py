@@ -122,7 +122,7 @@ class Local(Routes):
         return True
 
 
-class Api(ABC):
+class RestApi(ABC):
     """One REST API: its URLs, and the form of its answers and errors. Any thread.
 
     Questions about models are answered on the caller's thread. The answer of a model is written, and replied, on the
@@ -232,7 +232,7 @@ class _Exchange(UnaryExchange):
     __slots__ = ("_api", "_http", "_open", "_write")
 
     def __init__(
-        self, method: str, message: bytes, metadata: Metadata, api: Api, http: HttpExchange, write: Write
+        self, method: str, message: bytes, metadata: Metadata, api: RestApi, http: HttpExchange, write: Write
     ) -> None:
         super().__init__(method, message, metadata, http.deadline)
         self._api = api
@@ -268,7 +268,7 @@ class _Exchange(UnaryExchange):
 class Rest:
     """The HTTP service of this process: `HttpService` for several APIs. Any thread."""
 
-    def __init__(self, *apis: Api, body_bytes: int, timeout_s: float | None) -> None:
+    def __init__(self, *apis: RestApi, body_bytes: int, timeout_s: float | None) -> None:
         """Args:
         body_bytes: of the largest request body, as it comes and after decompression.
         timeout_s: the most seconds from a request's headers to its answer; None sets no limit.
@@ -284,7 +284,7 @@ class Rest:
     def fail_http(self, exchange: HttpExchange, error: InferenceError) -> None:
         self._api_of(exchange).fail_http(exchange, error)
 
-    def _api_of(self, exchange: HttpExchange) -> Api:
+    def _api_of(self, exchange: HttpExchange) -> RestApi:
         return next(api for api in self._apis if is_among(exchange.path, api.paths))
 
 

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotReady
 from dl_inference_core.http_exchange import HttpExchange, Refused
 from dl_inference_core.introspection import Readiness
-from dl_inference_core.rest.answering import Api, Local, decoded
+from dl_inference_core.rest.answering import Local, RestApi, decoded
 from dl_inference_core.rest.documents import checked_object, form_fields, multipart_fields, parsed
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import METADATA, PROTOCOLS, TRANSFORMS, Protocol
@@ -147,7 +147,7 @@ def pages(readiness: Readiness) -> tuple[BaseRoute, ...]:
     return Route("/health/ping", ping), Route("/live", live), Route("/ready", ready)
 
 
-class Seldon(Api):
+class Seldon(RestApi):
     """Answers the requests for models, and about them: what seldon-core's server for one model answers, and the same
     below `/seldon/NAME` and `/seldon/NAMESPACE/NAME`."""
 

@@ -10,6 +10,8 @@ from dl_inference_core.choosable import Choosable
 from dl_inference_core.config import PluginOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dl_inference_core.tensors import Request, Response
 
 
@@ -39,6 +41,23 @@ class Codec(Protocol):
         """Raises:
         BadRequest: `body` is malformed.
         """
+
+
+class SeveralCodec(Protocol):
+    """The codec of a call that asks several of a model's signatures."""
+
+    def decode_requests(self, body: bytes) -> Sequence[Request]:
+        """The requests of one call, at least one.
+
+        Raises:
+            InferenceError: as `Codec.decode_request`.
+        """
+
+    def encode_response(self, response: Response, request: Request) -> bytes:
+        """As `Codec.encode_response`."""
+
+    def join(self, requests: Sequence[Request], answers: Sequence[bytes]) -> bytes:
+        """The answer to the call. `answers` are those of `encode_response`, one for each of `requests`."""
 
 
 class Codecs(Choosable):
@@ -77,5 +96,5 @@ def use(codecs: Codecs) -> None:
 def find(at: str) -> Codec:
     """The codec that `Protocol.codec_at` names, of the set in use. Imports the core's codec, and numpy with it."""
     module, _, attribute = at.partition(":")
-    found: Any = importlib.import_module(f"dl_inference_core.wire.{module}")
+    found: Any = importlib.import_module(module if "." in module else f"dl_inference_core.wire.{module}")
     return _Chosen.codecs.codec(at, cast("Codec", getattr(found, attribute) if attribute else found))

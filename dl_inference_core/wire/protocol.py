@@ -18,7 +18,6 @@ from dl_inference_core.wire.routing_keys import (
     TFSERVING_FIELDS,
     KeyFields,
     RoutingKey,
-    read_multi_inference_key,
     read_openinference_key,
     read_seldon_key,
     read_status_key,
@@ -61,8 +60,10 @@ class Protocol:
             the model is empty, of another kind, or missing where the protocol requires it. Raises ModelNotFound:
             GetModelStatus asks for the empty name.
         key_fields: where the key stands, for transports that read it themselves; None where only `read_key` can.
-        codec_at: where in `dl_inference_core.wire` its codec is, "module" or "module:attribute"; "" for a question
-            about a model, which one that is served here answers in its own way.
+        codec_at: where its codec is, "module" or "module:attribute"; a module without a dot is one of
+            `dl_inference_core.wire`. "" for a question about a model, which one that is served here answers in its own
+            way.
+        several: whether one call asks several of a model's signatures. Its codec is a `codecs.SeveralCodec` then.
         key_metadata: the metadata that may name the model of a request whose bytes hold no key; "" if the bytes always
             hold one.
         key_expected: how a client names a model, for the error message of a request that names none.
@@ -77,6 +78,7 @@ class Protocol:
     read_key: Callable[[Message], RoutingKey]
     key_fields: KeyFields | None = None
     codec_at: str = ""
+    several: bool = False
     key_metadata: str = ""
     key_expected: str = ""
     allow_empty: bool = False
@@ -148,20 +150,6 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
                 codec_at="tfserving",
             ),
             Protocol(
-                name="tfserving_classify",
-                node_method=f"{_TENSORFLOW}/Classify",
-                read_key=read_tfserving_key,
-                key_fields=TFSERVING_FIELDS,
-                codec_at="tfserving_examples:CLASSIFY",
-            ),
-            Protocol(
-                name="tfserving_regress",
-                node_method=f"{_TENSORFLOW}/Regress",
-                read_key=read_tfserving_key,
-                key_fields=TFSERVING_FIELDS,
-                codec_at="tfserving_examples:REGRESS",
-            ),
-            Protocol(
                 name="seldon",
                 node_method="/seldon.protos.Model/Predict",
                 read_key=read_seldon_key,
@@ -184,13 +172,6 @@ PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
 """Those that infer, by name."""
 
 _WPAI = "/com.bj58.ailab.dlpredictonline.grpc.WpaiDLPredictOnlineService"
-
-MULTI_INFERENCE = Protocol(
-    name="tfserving_multi_inference",
-    node_method=f"{_TENSORFLOW}/MultiInference",
-    read_key=read_multi_inference_key,
-)
-"""Several of a model's signatures asked at once."""
 
 TRANSFORMS: tuple[Protocol, ...] = tuple(
     Protocol(
@@ -215,11 +196,10 @@ METHODS: Mapping[str, Protocol] = MappingProxyType(
         TIS_PREDICT: PROTOCOLS["openinference"],
         **{protocol.node_method: protocol for protocol in PROTOCOLS.values()},
         "/seldon.protos.Seldon/Predict": PROTOCOLS["seldon"],
-        MULTI_INFERENCE.node_method: MULTI_INFERENCE,
         **{transform.node_method: transform for transform in TRANSFORMS},
     }
 )
-"""By the path of each method that infers or transforms."""
+"""The core's own, by the path of each method that infers or transforms."""
 
 OPENINFERENCE_AS_REQUESTED = replace(PROTOCOLS["openinference"], codec_at="openinference:AS_REQUESTED")
 """ModelInfer, answered typed where the request was typed. TisPredict is always answered raw: its clients read nothing

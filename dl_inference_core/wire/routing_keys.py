@@ -71,23 +71,32 @@ _LARGE = limits.SMALL
 
 # The first words are TensorFlow Serving's.
 _NO_SPEC = "Missing ModelSpec: model_spec is missing; expected the name of a model in model_spec.name"
-_NO_NAME = "ModelSpec has no name specified. model_spec.name is missing or empty; expected the name of a model"
+NO_NAME = "ModelSpec has no name specified. model_spec.name is missing or empty; expected the name of a model"
 
 
-def _parse_key(envelope: Any, body: Message, whole: Any, *numbers: int) -> Any:
+def parse_key(envelope: Any, body: Message, whole: Any, *numbers: int) -> Any:
+    """The key's part of `body`, a message of the class `whole`, as a message of the class `envelope`.
+
+    Args:
+        numbers: the top-level fields that `envelope` declares.
+
+    Raises:
+        BadRequest: as `messages.parse`.
+    """
     if len(body) >= _LARGE and (fields := messages.fields(body, *numbers)) is not None:
         return messages.parse(envelope, fields, whole)
     return messages.parse(envelope, body, whole)
 
 
 def read_tfserving_key(body: Message) -> RoutingKey:
-    key = _parse_key(messages.PredictKey, body, messages.PredictRequest, 1)
+    key = parse_key(messages.PredictKey, body, messages.PredictRequest, 1)
     if not key.model_spec.name:
-        raise BadRequest(_NO_NAME if key.HasField("model_spec") else _NO_SPEC)
-    return _key_of(key.model_spec)
+        raise BadRequest(NO_NAME if key.HasField("model_spec") else _NO_SPEC)
+    return key_of(key.model_spec)
 
 
-def _key_of(spec: Any) -> RoutingKey:
+def key_of(spec: Any) -> RoutingKey:
+    """The key in a `tensorflow.serving.ModelSpec`."""
     return RoutingKey(spec.name, spec.version.value if spec.HasField("version") else None, spec.version_label)
 
 
@@ -100,20 +109,7 @@ def read_status_key(body: Message) -> RoutingKey:
         raise BadRequest(_NO_SPEC)
     if not key.model_spec.name:
         raise ModelNotFound("Could not find any versions of model ; model_spec.name is empty")
-    return _key_of(key.model_spec)
-
-
-def read_multi_inference_key(body: Message) -> RoutingKey:
-    """The key of the first task, which says the version for all tasks."""
-    tasks = _parse_key(messages.MultiInferenceKey, body, messages.MultiInferenceRequest, 1).tasks
-    names = {task.model_spec.name for task in tasks}
-    if len(names) > 1 and "" in names:
-        raise BadRequest("Found ModelSpec with an empty model name.")
-    if len(names) > 1:
-        raise BadRequest("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
-    if not names or "" in names:
-        raise BadRequest(_NO_NAME)
-    return _key_of(tasks[0].model_spec)
+    return key_of(key.model_spec)
 
 
 def read_openinference_key(body: Message) -> RoutingKey:
@@ -132,7 +128,7 @@ def read_openinference_key(body: Message) -> RoutingKey:
 
 
 def read_seldon_key(body: Message) -> RoutingKey:
-    tags = _parse_key(messages.SeldonKey, body, messages.SeldonMessage, 2).meta.tags
+    tags = parse_key(messages.SeldonKey, body, messages.SeldonMessage, 2).meta.tags
     return RoutingKey(read_task(tags["taskId"]) if "taskId" in tags else None)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from dl_inference_tfserving.protocols import MULTI_INFERENCE
 
 from dl_inference_core.config import HealthConfig, NodeConfig, RouteConfig
 from dl_inference_core.errors import Code, NodeFailed, NodeUnreachable
@@ -25,7 +26,8 @@ from dl_inference_core.metrics import Metrics
 from dl_inference_core.testing.memory import LoopClock
 from dl_inference_core.transport import Answer, Connection, Message
 from dl_inference_core.wire import messages, orca
-from dl_inference_core.wire.protocol import METHODS, MULTI_INFERENCE, PROTOCOLS
+from dl_inference_core.wire.protocol import PROTOCOLS
+from tests.methods import METHODS
 
 Lab = Any  # tests/conftest.py
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dl_inference_tfserving.rest import TfServingRest
 
 from dl_inference_core import admin, asgi
 from dl_inference_core.client import build
@@ -23,7 +24,6 @@ from dl_inference_core.introspection import Introspection, Readiness
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.rest.answering import Local, Rest
-from dl_inference_core.rest.tfserving import TfServing
 from dl_inference_core.routing import Routes
 from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.memory import MemoryExchange
@@ -88,7 +88,7 @@ async def serving(root: Path) -> AsyncIterator[Node]:
     metrics, readiness = Metrics(), Readiness(serving=True)
     routes = Routes(repository)
     dispatcher = Dispatcher(routes, metrics, unary=Introspection(routes, readiness).unary())
-    rest = Rest(TfServing(Local(repository, None, readiness), dispatcher), body_bytes=100_000, timeout_s=20.0)
+    rest = Rest(TfServingRest(Local(repository, None, readiness), dispatcher), body_bytes=100_000, timeout_s=20.0)
     app = asgi.with_exchanges(Http(service=rest, app=admin.app(metrics, readiness)))
     server = await HttpServer.start(app, "127.0.0.1", 0)
     try:

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dl_inference_tfserving.protocols import CLASSIFY as CLASSIFY_PROTOCOL
+from dl_inference_tfserving.protocols import MULTI_INFERENCE
+from dl_inference_tfserving.protocols import REGRESS as REGRESS_PROTOCOL
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import (
@@ -34,7 +37,7 @@ from dl_inference_core.tensors import Form, Method, Payload, Request, Tensor
 from dl_inference_core.testing import FakeBackend, FakeModel
 from dl_inference_core.testing.memory import answered
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS
+from dl_inference_core.wire.protocol import PROTOCOLS, SIGNATURES, VERSIONS
 
 CLASSIFY, REGRESS = Method.CLASSIFY.value, Method.REGRESS.value
 EXAMPLES = TensorSpec(name="inputs", dtype=np.dtype(object), shape=(None,), native_name="tf_example:0")
@@ -117,7 +120,7 @@ async def look_twice(repository: Repository) -> None:
 
 async def infer(model: ServedModel, method: str, *x: float, **more: Any) -> Any:
     """The answer to one of the methods for examples with those values, as the message that it is."""
-    protocol = PROTOCOLS[f"tfserving_{method}"]
+    protocol = {"classify": CLASSIFY_PROTOCOL, "regress": REGRESS_PROTOCOL}[method]
     request = Request(payload=[{"x": float(value)} for value in x or (1.0,)], form=Form.EXAMPLES, model="m", **more)
     body = protocol.codec.encode_request(request)
     answer = await answered(model, protocol, body)
@@ -314,11 +317,11 @@ def test_what_the_method_cannot_hold_is_the_models_fault(tmp_path: Path, method:
 def test_malformed_and_empty_requests_are_the_clients_fault(tmp_path: Path) -> None:
     async def main() -> None:
         async with served(tmp_path) as (model, _, _):
-            for name in ("tfserving_classify", "tfserving_regress"):
+            for protocol in (CLASSIFY_PROTOCOL, REGRESS_PROTOCOL):
                 empty = messages.ClassificationRequest(model_spec={"name": "m"}).SerializeToString()
                 for body, said in ((b"\xff", "malformed"), (empty, r"Input is empty\.")):
                     with pytest.raises(BadRequest, match=said):
-                        await answered(model, PROTOCOLS[name], body)
+                        await answered(model, protocol, body)
 
     asyncio.run(main())
 

@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable
 
 import pytest
+from dl_inference_tfserving.protocols import MULTI_INFERENCE
 
 from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.model_threads import ModelThread, ModelThreads
 from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
 from dl_inference_core.testing.memory import MemoryExchange
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Protocol
+from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
 
 
 class Rig:

@@ -19,6 +19,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+from dl_inference_tfserving.protocols import MULTI_INFERENCE
 
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import BadRequest, Code, InferenceError
@@ -37,7 +38,7 @@ from dl_inference_core.testing.loopback import official
 from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.transport import Exchange, Limits, Metadata
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS
+from dl_inference_core.wire.protocol import PROTOCOLS
 
 OIP = PROTOCOLS["openinference"]
 SECONDS = 2.0

@@ -12,6 +12,7 @@ import weakref
 from typing import Any
 
 import pytest
+from dl_inference_tfserving.protocols import MULTI_INFERENCE
 
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, Overloaded
 from dl_inference_core.node import load
@@ -20,7 +21,7 @@ from dl_inference_core.node.batcher import BatchCost
 from dl_inference_core.node.load import LoadMeter
 from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
 from dl_inference_core.testing.memory import MemoryExchange
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, Queueing
+from dl_inference_core.wire.protocol import PROTOCOLS, Queueing
 
 OIP = PROTOCOLS["openinference"]
 

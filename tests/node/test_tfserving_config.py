@@ -6,21 +6,23 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
+from dl_inference_tfserving import model_config
+from dl_inference_tfserving.named_models import NamedModels
+from dl_inference_tfserving.options import TfServingOptions
 from google.protobuf import text_format
 from tensorflow_serving.apis import model_management_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
-from dl_inference_core.config import ModelsConfig, NamedModel
+from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest, Code, ConfigError, InferenceError, PermissionDenied, ReloadFailed
-from dl_inference_core.node import tfserving_config
 from dl_inference_core.node.handling import Handler
-from dl_inference_core.node.model_config import NamedModels
 from dl_inference_core.node.processor import Processor
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.testing import FakeBackend, FakeModel
@@ -32,7 +34,7 @@ NEWEST = {"versions": "newest", "keep_versions": 1}
 
 
 def parse(text: str) -> dict[str, NamedModel] | None:
-    return tfserving_config.parse(text.encode(), FILE)
+    return model_config.parse(text.encode(), FILE)
 
 
 def config(*models: str) -> str:
@@ -165,12 +167,12 @@ def test_a_file_that_is_no_utf_8_is_a_config_error() -> None:
         ConfigError,
         match=f"^{FILE}: Error parsing text-format tensorflow.serving.ModelServerConfig: line 1 is not UTF-8",
     ):
-        tfserving_config.parse(b"\xff", FILE)
+        model_config.parse(b"\xff", FILE)
 
 
 def test_a_file_may_begin_with_a_byte_order_mark() -> None:
     text = config('name: "m" base_path: "/m"')
-    assert tfserving_config.parse(b"\xef\xbb\xbf" + text.encode(), FILE) == parse(text)
+    assert model_config.parse(b"\xef\xbb\xbf" + text.encode(), FILE) == parse(text)
 
 
 def test_what_has_no_effect_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,6 +204,10 @@ async def serving(named: NamedModels, backend: FakeBackend | None = None) -> Asy
         await repository.close()
 
 
+def reloadable(named: Mapping[str, NamedModel] = MappingProxyType({})) -> NamedModels:
+    return NamedModels(named, TfServingOptions(allow_remote_reload=True))
+
+
 def request(*models: tuple[str, Path | str], **more: Any) -> MemoryExchange:
     """What the official client would send."""
     message = model_management_pb2.ReloadConfigRequest()
@@ -220,9 +226,7 @@ async def refusal(named: NamedModels, call: MemoryExchange) -> InferenceError:
 async def test_a_client_replaces_the_models_and_those_that_stay_keep_what_they_have_loaded(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         FakeBackend.write(tmp_path / name / "1")
-    named = NamedModels(
-        ModelsConfig(named={name: NamedModel(path=tmp_path / name) for name in ("a", "b")}, accept_config=True)
-    )
+    named = reloadable({name: NamedModel(path=tmp_path / name) for name in ("a", "b")})
     async with serving(named) as repository:
         assert set(repository.models) == {"a", "b"}
         kept = repository.models["b"].loaded[1]
@@ -238,17 +242,17 @@ async def test_a_client_replaces_the_models_and_those_that_stay_keep_what_they_h
 
 async def test_a_client_may_not_without_leave(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "a" / "1")
-    named = NamedModels(ModelsConfig(named={"a": NamedModel(path=tmp_path / "a")}))
+    named = NamedModels({"a": NamedModel(path=tmp_path / "a")}, TfServingOptions())
     async with serving(named) as repository:
         error = await refusal(named, request())
         assert isinstance(error, PermissionDenied)
-        assert "accept_config = true" in str(error)
+        assert "allow_remote_reload = true" in str(error)
         assert set(repository.models) == {"a"}
 
 
 async def test_what_cannot_be_changes_nothing(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "a" / "1")
-    named = NamedModels(ModelsConfig(named={"a": NamedModel(path=tmp_path / "a")}, accept_config=True))
+    named = reloadable({"a": NamedModel(path=tmp_path / "a")})
     nothing = messages.ReloadConfigRequest().SerializeToString()
     custom = messages.ReloadConfigRequest(config={"custom_model_config": {}}).SerializeToString()
     async with serving(named) as repository:
@@ -268,7 +272,7 @@ async def test_what_cannot_be_changes_nothing(tmp_path: Path) -> None:
 async def test_the_answer_tells_of_each_model_that_failed_and_the_others_are_served(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "good" / "1")
     FakeBackend.write(tmp_path / "bad" / "3", fail_load="broken on purpose")
-    named = NamedModels(ModelsConfig(accept_config=True))
+    named = reloadable()
     async with serving(named) as repository:
         (tmp_path / "empty").mkdir()
         models = [(name, tmp_path / name) for name in ("good", "bad", "none", "empty")]
@@ -286,7 +290,7 @@ async def test_versions_and_labels_that_are_named_have_to_be_there(tmp_path: Pat
     for version in (1, 2):
         FakeBackend.write(tmp_path / "m" / str(version))
     FakeBackend.write(tmp_path / "m" / "3", fail_load="broken on purpose")
-    named = NamedModels(ModelsConfig(accept_config=True))
+    named = reloadable()
     async with serving(named) as repository:
         policy: dict[str, Any] = {"model_version_policy": {"specific": {"versions": [1, 2]}}}
         labels: dict[str, Any] = {"version_labels": {"stable": 1}}
@@ -306,7 +310,7 @@ async def test_a_model_elsewhere_is_another_even_if_its_files_look_the_same(tmp_
     for factor in (2, 3):
         file = FakeBackend.write(tmp_path / f"x{factor}" / "1", factor=factor) / "fake.json"
         os.utime(file, ns=(0, 0))
-    named = NamedModels(ModelsConfig(named={"m": NamedModel(path=tmp_path / "x2")}, accept_config=True))
+    named = reloadable({"m": NamedModel(path=tmp_path / "x2")})
     async with serving(named) as repository:
         assert repository.models["m"].loaded[1].loaded.model.native.factor == 2
         await named.reload(request(("m", tmp_path / "x3")))
@@ -315,7 +319,7 @@ async def test_a_model_elsewhere_is_another_even_if_its_files_look_the_same(tmp_
 
 async def test_a_client_that_leaves_does_not_undo_it(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "a" / "1")
-    named = NamedModels(ModelsConfig(accept_config=True))
+    named = reloadable()
     async with serving(named) as repository:
         leaving = asyncio.create_task(named.reload(request(("a", tmp_path / "a"))))
         await asyncio.sleep(0)
@@ -329,7 +333,7 @@ async def test_what_older_files_answer_is_not_what_was_asked_for(tmp_path: Path)
     FakeBackend.write(good / "1")
     FakeBackend.write(bad / "1", fail_load="broken on purpose")
     flat = FakeBackend.write(tmp_path / "flat")
-    named = NamedModels(ModelsConfig(accept_config=True))
+    named = reloadable()
     async with serving(named) as repository:
         await named.reload(request(("m", good)))
         kept = repository.models["m"].loaded[1]
@@ -349,7 +353,7 @@ async def test_what_older_files_answer_is_not_what_was_asked_for(tmp_path: Path)
 
 async def test_a_platform_that_no_backend_has_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "a" / "1")
-    named = NamedModels(ModelsConfig(accept_config=True))
+    named = reloadable()
     async with serving(named) as repository:
         await named.reload(request(("a", tmp_path / "a"), model_platform="fake"))
         error = await refusal(named, request(("b", tmp_path / "a"), model_platform="caffe"))
@@ -363,7 +367,7 @@ async def test_a_request_that_hangs_holds_up_no_reload(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "b" / "1")
     file = tmp_path / "models.config"
     file.write_text(config(f'name: "a" base_path: "{tmp_path / "a"}"'))
-    named = watched(file, accept_config=True)
+    named = watched(file, allow_remote_reload=True)
     go, running = threading.Event(), threading.Event()
 
     def hang() -> None:
@@ -399,7 +403,7 @@ class Late(FakeBackend):
 
 async def test_a_load_that_takes_long_holds_up_only_the_reload_that_names_it(tmp_path: Path) -> None:
     FakeBackend.write(tmp_path / "a" / "1")
-    named = NamedModels(ModelsConfig(accept_config=True))
+    named = reloadable()
     backend = Late()
     async with serving(named, backend) as repository:
         try:
@@ -430,7 +434,7 @@ async def test_the_old_version_answers_until_the_new_one_has_loaded(tmp_path: Pa
         file.write_text(text_format.MessageToString(message))
 
     say("m", **old)
-    named = watched(file, accept_config=True)
+    named = watched(file, allow_remote_reload=True)
     backend = Late()
     backend.go.set()
     async with serving(named, backend) as repository:
@@ -465,7 +469,7 @@ async def test_no_source_is_run_from_a_folder_that_only_a_client_names(
     handler = FakeBackend.write(tmp_path / "ours" / "2") / "handler.py"
     handler.write_text("from dl_inference_core.node.handling import Handler\nclass Mine(Handler): pass")
     ours = NamedModel(path=tmp_path / "ours")
-    named = NamedModels(ModelsConfig(named={"m": ours}, accept_config=True))
+    named = reloadable({"m": ours})
     async with serving(named) as repository:
         assert ran.exists(), "an operator's sources are run"
         ran.unlink()
@@ -485,8 +489,9 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.005)
 
 
-def watched(file: Path, **more: Any) -> NamedModels:
-    return NamedModels(ModelsConfig(config_file=file, config_poll_interval_ms=10, **more))
+def watched(file: Path, named: Mapping[str, NamedModel] = MappingProxyType({}), **more: Any) -> NamedModels:
+    options = TfServingOptions(model_config_file=file, model_config_poll_interval_ms=10, **more)
+    return NamedModels(named, options)
 
 
 async def test_the_file_is_followed_and_a_broken_one_changes_nothing(
@@ -521,7 +526,7 @@ async def test_what_a_client_said_stands_until_the_file_changes(tmp_path: Path) 
     file = tmp_path / "models.config"
     models = {name: f'name: "{name}" base_path: "{FakeBackend.write(tmp_path / name / "1").parent}"' for name in "abc"}
     file.write_text(config(models["a"]))
-    named = watched(file, accept_config=True)
+    named = watched(file, allow_remote_reload=True)
     async with serving(named) as repository:
         await named.reload(request(("b", tmp_path / "b")))
         await asyncio.sleep(0.05)
@@ -537,7 +542,7 @@ async def test_the_models_of_our_own_config_stay_beside_those_of_the_file(
     models = {name: f'name: "{name}" base_path: "{FakeBackend.write(tmp_path / name / "1").parent}"' for name in "abc"}
     file.write_text(config(models["a"]))
     ours = {"b": NamedModel(path=tmp_path / "b")}
-    async with serving(watched(file, named=ours)) as repository:
+    async with serving(watched(file, ours)) as repository:
         assert set(repository.models) == {"a", "b"}
         file.write_text(config(models["b"]))
         await until(lambda: caplog.records)
@@ -571,7 +576,7 @@ async def test_what_nobody_foresaw_is_logged_once_and_does_not_end_the_watch(
 
     async with serving(named) as repository:
         with monkeypatch.context() as patch:
-            patch.setattr(tfserving_config, "parse", fail)
+            patch.setattr(model_config, "parse", fail)
             file.write_text(config('name: "m" base_path: "m"'))
             await until(lambda: caplog.records)
             await asyncio.sleep(0.05)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dl_inference_tfserving.recorded import FILE, recorded_requests
 
 from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import ModelError
 from dl_inference_core.node.loading import Loader, in_words
-from dl_inference_core.node.warm_up import FILE
 from dl_inference_core.testing import FakeBackend
 
 HANDLER = """
@@ -54,7 +54,7 @@ def predict(x: Any) -> Any:
 
 def load(folder: Path) -> Any:
     backend = FakeBackend()
-    Loader(backends={"fake": backend}, handlers={}).load(NamedModel(path=folder), folder)
+    Loader(backends={"fake": backend}, handlers={}, recorded=[recorded_requests]).load(NamedModel(path=folder), folder)
     return backend.models[0]
 
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dl_inference_tfserving import protocols
+from dl_inference_tfserving.examples import (
+    CLASSIFY,
+    MULTI_INFERENCE,
+    REGRESS,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.errors import BadRequest, ModelNotFound, NodeFailed, Unimplemented
 from dl_inference_core.tensors import Form, Method, Request, Response
 from dl_inference_core.wire import messages, openinference, seldon, tfserving
-from dl_inference_core.wire.protocol import MULTI_INFERENCE, PROTOCOLS, SIGNATURES, VERSIONS, well_formed
+from dl_inference_core.wire.protocol import PROTOCOLS, SIGNATURES, VERSIONS, well_formed
 from dl_inference_core.wire.routing_keys import RoutingKey
-from dl_inference_core.wire.tfserving_examples import (
-    CLASSIFY,
-    REGRESS,
-    decode_multi_inference,
-    encode_multi_inference,
-)
 from dl_inference_core.wire.tfserving_models import (
     DescribedSignature,
     encode_metadata,
@@ -67,7 +67,7 @@ def tensorflows() -> Any:
     ]
     yield from (*answers, CLASSIFY.encode_request(examples), REGRESS.encode_request(examples))
     methods = [Request(payload=None, form=Form.EXAMPLES, method=method) for method in (Method.CLASSIFY, Method.REGRESS)]
-    yield encode_multi_inference(methods, answers)
+    yield MULTI_INFERENCE.join(methods, answers)
     listed = messages.ClassificationRequest.FromString(CLASSIFY.encode_request(examples)).input.example_list.examples
     context = {"example_list_with_context": {"examples": listed, "context": listed[0]}}
     yield messages.RegressionRequest(model_spec=spec, input=context).SerializeToString()
@@ -159,7 +159,7 @@ def test_what_a_gateway_reads_of_20000_damaged_requests_is_a_key_or_the_clients_
 @pytest.mark.parametrize(
     ("protocol", "decode"),
     [
-        (MULTI_INFERENCE, decode_multi_inference),
+        (protocols.MULTI_INFERENCE, MULTI_INFERENCE.decode_requests),
         (SIGNATURES, partial(messages.parse, messages.GetModelMetadataRequest)),
         (VERSIONS, partial(messages.parse, messages.GetModelStatusRequest)),
     ],

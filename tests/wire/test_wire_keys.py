@@ -7,16 +7,16 @@ from itertools import permutations
 from typing import Any
 
 import pytest
+from dl_inference_tfserving import examples
+from dl_inference_tfserving.protocols import CLASSIFY, MULTI_INFERENCE, REGRESS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.config import PluginOptions
 from dl_inference_core.errors import BadRequest, ModelNotFound
-from dl_inference_core.wire import codecs, messages, openinference, tfserving, tfserving_examples
+from dl_inference_core.wire import codecs, messages, openinference, tfserving
 from dl_inference_core.wire import seldon as seldon_codec
 from dl_inference_core.wire.protocol import (
-    METHODS,
-    MULTI_INFERENCE,
     OPENINFERENCE_AS_REQUESTED,
     PROTOCOLS,
     QUESTIONS,
@@ -28,6 +28,7 @@ from dl_inference_core.wire.protocol import (
     well_formed,
 )
 from dl_inference_core.wire.routing_keys import RoutingKey
+from tests.methods import METHODS
 
 PADDING = b"\x7a" + b"\xff\xff\x03" + b"p" * 65_535  # field 15, unknown to all: makes a body large enough for the walk
 ENVELOPES = [
@@ -75,7 +76,9 @@ def test_methods_name_every_path_that_infers() -> None:
     for path in (*METHODS, *(q.node_method for q in QUESTIONS)):
         service, _, method = path[1:].rpartition("/")
         assert method in {m.name for m in messages.pool.FindServiceByName(service).methods}
-    assert all(METHODS[p.node_method] is p for p in (*PROTOCOLS.values(), MULTI_INFERENCE, *TRANSFORMS))
+    assert all(
+        METHODS[p.node_method] is p for p in (*PROTOCOLS.values(), CLASSIFY, REGRESS, MULTI_INFERENCE, *TRANSFORMS)
+    )
     assert METHODS[TIS_PREDICT].name == "openinference"
 
 
@@ -83,13 +86,15 @@ def test_each_protocol_finds_its_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs._Chosen, "codecs", codecs.CoreCodecs(PluginOptions()))
     assert {name: p.codec for name, p in PROTOCOLS.items()} == {
         "tfserving": tfserving,
-        "tfserving_classify": tfserving_examples.CLASSIFY,
-        "tfserving_regress": tfserving_examples.REGRESS,
         "seldon": seldon_codec,
         "openinference": openinference,
     }
+    assert CLASSIFY.codec is examples.CLASSIFY
+    assert REGRESS.codec is examples.REGRESS
+    several: Any = MULTI_INFERENCE.codec
+    assert several is examples.MULTI_INFERENCE
     assert OPENINFERENCE_AS_REQUESTED.codec is openinference.AS_REQUESTED
-    own = (MULTI_INFERENCE, *QUESTIONS, *TRANSFORMS)
+    own = (*QUESTIONS, *TRANSFORMS)
     assert not any(p.codec_at for p in own), "these a model answers in its own way"
 
 
@@ -127,8 +132,8 @@ def test_the_fields_of_a_key_stand_where_the_protocol_has_them(protocol: Any) ->
 @pytest.mark.parametrize(
     ("p", "message"),
     [
-        (PROTOCOLS["tfserving_classify"], messages.ClassificationRequest),
-        (PROTOCOLS["tfserving_regress"], messages.RegressionRequest),
+        (CLASSIFY, messages.ClassificationRequest),
+        (REGRESS, messages.RegressionRequest),
         (SIGNATURES, messages.GetModelMetadataRequest),
         (VERSIONS, messages.GetModelStatusRequest),
     ],

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dl_inference_tfserving.examples import CLASSIFY, MULTI_INFERENCE, REGRESS
 
 from bench.amplification import ROOTS, Case, cases
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.tensors import Form, Request
 from dl_inference_core.wire import limits, messages, openinference, seldon, tfserving
 from dl_inference_core.wire.arrays import field
-from dl_inference_core.wire.protocol import METHODS, QUESTIONS
-from dl_inference_core.wire.tfserving_examples import CLASSIFY, REGRESS, decode_multi_inference
+from dl_inference_core.wire.protocol import QUESTIONS
+from tests.methods import METHODS
 from tests.wire.test_wire_fuzz import SEEDS, damaged
 
 MB = 1_000_000
@@ -61,7 +62,7 @@ EXAMPLES = field(2, field(1, b"\x0a\x00" * 4_500_000))
         (tfserving.decode_request, TENSOR, "tensorflow.TensorShapeProto.dim"),
         (CLASSIFY.decode_request, EXAMPLES, "tensorflow.serving.ExampleList.examples"),
         (REGRESS.decode_request, EXAMPLES, "tensorflow.serving.ExampleList.examples"),
-        (decode_multi_inference, EXAMPLES, "tensorflow.serving.ExampleList.examples"),
+        (MULTI_INFERENCE.decode_requests, EXAMPLES, "tensorflow.serving.ExampleList.examples"),
     ],
     ids=["inputs", "outputs", "nulls", "dims", "classify", "regress", "multi-inference"],
 )

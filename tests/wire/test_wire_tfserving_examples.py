@@ -10,19 +10,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from dl_inference_tfserving.examples import (
+    CLASSIFY,
+    MULTI_INFERENCE,
+    REGRESS,
+    encode_example,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_inference_core.errors import BadRequest, Unimplemented
 from dl_inference_core.tensors import Form, Method, Request, Response
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.tfserving_examples import (
-    CLASSIFY,
-    REGRESS,
-    decode_multi_inference,
-    encode_example,
-    encode_multi_inference,
-)
 
 METHODS = {"classify": Method.CLASSIFY, "regress": Method.REGRESS}
 
@@ -392,7 +391,7 @@ def several(apis: Any, tf: Any, *tasks: tuple[str, str], model: str = "m") -> An
 def test_a_request_for_each_task_of_the_same_examples(apis: Any, tf: Any) -> None:
     message = several(apis, tf, ("c", "classify"), ("", "regress"), ("r", "regress"))
     message.tasks[0].model_spec.version_label = "stable"
-    first, second, third = decode_multi_inference(message.SerializeToString())
+    first, second, third = MULTI_INFERENCE.decode_requests(message.SerializeToString())
     assert [request.signature for request in (first, second, third)] == ["c", "", "r"]
     assert [request.method for request in (first, second, third)] == [Method.CLASSIFY, Method.REGRESS, Method.REGRESS]
     assert (first.label, second.label, first.model, first.form) == ("stable", "", "m", Form.EXAMPLES)
@@ -415,26 +414,26 @@ def test_a_request_for_each_task_of_the_same_examples(apis: Any, tf: Any) -> Non
 )
 def test_tasks_that_cannot_be_evaluated(apis: Any, tf: Any, tasks: Any, error: Any, said: str) -> None:
     with pytest.raises(error, match=said):
-        decode_multi_inference(several(apis, tf, *tasks).SerializeToString())
+        MULTI_INFERENCE.decode_requests(several(apis, tf, *tasks).SerializeToString())
 
 
 def test_tasks_without_examples_and_malformed_ones(apis: Any, tf: Any) -> None:
     message = several(apis, tf, ("s", "regress"))
     message.ClearField("input")
     with pytest.raises(BadRequest, match=r"Input is empty\."):
-        decode_multi_inference(message.SerializeToString())
+        MULTI_INFERENCE.decode_requests(message.SerializeToString())
     with pytest.raises(BadRequest, match=r"expected a tensorflow\.serving\.MultiInferenceRequest"):
-        decode_multi_inference(b"\x0a\x05a")
+        MULTI_INFERENCE.decode_requests(b"\x0a\x05a")
 
 
 def test_the_answers_of_all_tasks_are_one(apis: Any, tf: Any) -> None:
     message = several(apis, tf, ("c", "classify"), ("r", "regress"))
-    requests = decode_multi_inference(message.SerializeToString())
+    requests = MULTI_INFERENCE.decode_requests(message.SerializeToString())
     answers = [
         CLASSIFY.encode_response(Response(payload={"scores": SCORES[:1]}, model="m", version=3), requests[0]),
         REGRESS.encode_response(Response(payload={"outputs": np.ones(1)}, model="m", version=3), requests[1]),
     ]
-    whole = apis.MultiInferenceResponse.FromString(encode_multi_inference(requests, answers))
+    whole = apis.MultiInferenceResponse.FromString(MULTI_INFERENCE.join(requests, answers))
     first, second = whole.results
     assert [(r.model_spec.name, r.model_spec.version.value) for r in (first, second)] == [("m", 3)] * 2
     assert [r.model_spec.signature_name for r in (first, second)] == ["c", "r"]

@@ -9,6 +9,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from dl_inference_tfserving.protocols import CLASSIFY
 
 from dl_inference_core.app import App
 from dl_inference_core.config import Config, PluginOptions
@@ -54,9 +55,9 @@ def test_a_config_can_say_that_they_are_not(tmp_path: Path) -> None:
 
 
 def test_protocols_without_a_native_codec_keep_the_cores() -> None:
-    before = PROTOCOLS["tfserving_classify"].codec
+    before = CLASSIFY.codec
     codecs.use(native.NativeCodecs(PluginOptions()))
-    assert PROTOCOLS["tfserving_classify"].codec is before
+    assert CLASSIFY.codec is before
 
 
 @pytest.mark.parametrize(("given", "left"), [(0.005, 0.0005), (0.0001, 0.0001)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from dl_inference_tfserving.api import TfServingApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ native = pytest.importorskip("dl_inference_native._native", reason="the extensio
 
 READERS = {
     protocol.name: (protocol, native.KeyReader(protocol.key_fields))
-    for protocol in (*METHODS.values(), *QUESTIONS)
+    for protocol in (*METHODS.values(), *TfServingApi.protocols.values(), *QUESTIONS)
     if protocol.key_fields is not None
 }
 

@@ -1,4 +1,5 @@
-"""The command `tfserving`, which takes TensorFlow Serving's flags. It needs no TensorFlow."""
+"""TensorFlow Serving's surface: its API beyond the core's, and the command `tfserving`, which takes its flags. It needs
+no TensorFlow."""
 
 from __future__ import annotations
 
@@ -8,6 +9,15 @@ from dl_inference_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import click
+
+    from dl_inference_core.api import Api
+
+
+@hookimpl
+def dl_inference_register_apis() -> list[type[Api]]:
+    from dl_inference_tfserving.api import TfServingApi
+
+    return [TfServingApi]
 
 
 @hookimpl

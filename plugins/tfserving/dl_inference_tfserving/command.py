@@ -15,7 +15,9 @@ from dl_inference_core.errors import ConfigError, PluginError
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.serving import Serving
 from dl_inference_core.transport import Limits, Transport
-from dl_inference_core.wire import messages, text
+from dl_inference_core.wire import messages
+from dl_inference_tfserving import model_config, text
+from dl_inference_tfserving.api import TfServingApi
 
 _METRICS_PATH = "/monitoring/prometheus/metrics"
 _LARGEST_MESSAGE = 2**31 - 1
@@ -178,21 +180,20 @@ def config_of(given: Mapping[str, Any], transport: type[Transport]) -> tuple[Con
         streams=streams,
         models=_models(given, notes),
         backends={"tensorflow": threads} if threads else {},
+        apis={TfServingApi.name: _api(given)},
     )
     return config, notes
 
 
 def _models(given: Mapping[str, Any], notes: list[str]) -> ModelsConfig:
-    from dl_inference_core.node import tfserving_config  # a gateway's command line loads nothing of a node's
-
     file, base_path, name = given["model_config_file"], given["model_base_path"], given["model_name"]
     named: dict[str, NamedModel] = {}
     if file:
         if base_path:
             notes.append("--model_config_file is given: --model_name and --model_base_path are ignored")
     elif base_path:
-        named[tfserving_config.checked_name(name, "--model_name")] = NamedModel(
-            path=tfserving_config.checked_path(base_path, "--model_base_path", Path()),
+        named[model_config.checked_name(name, "--model_name")] = NamedModel(
+            path=model_config.checked_path(base_path, "--model_base_path", Path()),
             settings={"versions": "newest", "keep_versions": 1},
             flat=False,
         )
@@ -204,12 +205,20 @@ def _models(given: Mapping[str, Any], notes: list[str]) -> ModelsConfig:
     return ModelsConfig(
         defaults={"threads": min(cores(), _MOST_THREADS), "check_shapes": False, **_batching(given, notes)},
         named=named,
-        config_file=Path(file) if file else None,
-        config_poll_interval_ms=1000 * given["model_config_file_poll_wait_seconds"],
         poll_interval_ms=1000 * given["file_system_poll_wait_seconds"],
         load_timeout_s=given["load_timeout_s"],
-        accept_config=True,
     )
+
+
+def _api(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the API "tfserving"."""
+    options: dict[str, Any] = {
+        "model_config_poll_interval_ms": 1000 * given["model_config_file_poll_wait_seconds"],
+        "allow_remote_reload": True,
+    }
+    if given["model_config_file"]:
+        options["model_config_file"] = given["model_config_file"]
+    return options
 
 
 def _batching(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -220,7 +229,7 @@ def _batching(given: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         return {"batching": {"enabled": False}, "warm_up": False}
     if not given["batching_parameters_file"]:
         return {}
-    from dl_inference_core.node.batching import BatchingConfig  # as in `_models`
+    from dl_inference_core.node.batching import BatchingConfig  # a gateway's command line loads nothing of a node's
 
     file = Path(given["batching_parameters_file"])
     parameters = text.read(file, messages.BatchingParameters)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
-from dl_inference_core.config import ModelsConfig, NamedModel
+from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import BadRequest, Code, ConfigError, PermissionDenied, ReloadFailed
 from dl_inference_core.files import FileWatcher
-from dl_inference_core.node import tfserving_config
 from dl_inference_core.node.model import ServedModel, State
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.transport import Exchange
 from dl_inference_core.wire import messages
+from dl_inference_tfserving import model_config
+from dl_inference_tfserving.options import TfServingOptions
 
 _log = logging.getLogger(__name__)
 
@@ -22,11 +22,15 @@ _log = logging.getLogger(__name__)
 class NamedModels:
     """Which models a repository has by name, kept as the file or the last client says. Event loop only."""
 
-    def __init__(self, config: ModelsConfig) -> None:
-        """Raises:
-        ConfigError: `config.config_file` cannot be used, or names a model that `config.named` names.
+    def __init__(self, named: Mapping[str, NamedModel], options: TfServingOptions) -> None:
+        """Args:
+        named: the models that our own config names.
+
+        Raises:
+            ConfigError: the `model_config_file` cannot be used, or names one of `named`.
         """
-        self._config = config
+        self._named = named
+        self._options = options
         self._file: FileWatcher | None = None
         self._pending: bytes | None = None
         """What the file said at the last look, if it could not be taken."""
@@ -35,18 +39,18 @@ class NamedModels:
         self._looking = asyncio.Lock()  # SIGHUP may ask for a look while the one of the interval goes on
         self._repository: Repository
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ours: Mapping[str, NamedModel] = MappingProxyType(config.named)
-        if config.config_file is not None:
+        self._ours = named
+        if options.model_config_file is not None:
             # A change counts at the first look, as in TensorFlow Serving: looks may be minutes apart.
-            self._file = FileWatcher(config.config_file, patience=0)
-            self._ours = self._with_ours(tfserving_config.parse(self._file.read(), config.config_file) or {})
+            self._file = FileWatcher(options.model_config_file, patience=0)
+            self._ours = self._with_ours(model_config.parse(self._file.read(), options.model_config_file) or {})
         self.models = self._ours
         """By name, as of now."""
 
     def start(self, repository: Repository) -> None:
         """From now on have `repository`, which was made with `models`, follow."""
         self._repository = repository
-        if self._config.config_file is not None and self._config.config_poll_interval_ms:
+        if self._file is not None and self._options.model_config_poll_interval_ms:
             self._spawn(asyncio.create_task(self._watch(), name="watch the model_config_file"))
 
     async def close(self) -> None:
@@ -65,9 +69,10 @@ class NamedModels:
             BadRequest: the request names what cannot be; nothing has changed.
             ReloadFailed: it has been done, but a model, a version or a label that it names is not there.
         """
-        if not self._config.accept_config:
+        if not self._options.allow_remote_reload:
             raise PermissionDenied(
-                "this server takes no config from clients; to allow it, set accept_config = true under [models]"
+                "this server takes no config from clients; to allow it, set allow_remote_reload = true under "
+                "[apis.tfserving]"
             )
         config = messages.parse(messages.ReloadConfigRequest, exchange.message).config
         if config.WhichOneof("config") != "model_config_list":
@@ -76,7 +81,7 @@ class NamedModels:
                 " Only ModelConfigList is currently supported"
             )
         try:
-            models = tfserving_config.named_models(config, "ReloadConfigRequest")
+            models = model_config.named_models(config, "ReloadConfigRequest")
         except ConfigError as error:
             raise BadRequest(str(error)) from error
         for name, model in models.items():
@@ -96,7 +101,7 @@ class NamedModels:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._config.config_poll_interval_ms / 1000)
+            await asyncio.sleep(self._options.model_config_poll_interval_ms / 1000)
             await self.look()
 
     async def look(self) -> None:
@@ -113,7 +118,7 @@ class NamedModels:
             if file.complaint:
                 raise ConfigError(file.complaint)
             self._pending = self._pending if content is None else content
-            models = tfserving_config.parse(self._pending, file.path) if self._pending is not None else None
+            models = model_config.parse(self._pending, file.path) if self._pending is not None else None
             if models is not None:  # a file without any list is being written
                 self._ours = self._with_ours(models)
                 await self._replace(self._ours)
@@ -128,9 +133,9 @@ class NamedModels:
                 _log.exception("following %s failed", file.path)
 
     def _with_ours(self, models: Mapping[str, NamedModel]) -> Mapping[str, NamedModel]:
-        if both := sorted(models.keys() & self._config.named.keys()):
-            raise ConfigError(f"{self._config.config_file}: our own config names the model {both[0]}, too")
-        return {**self._config.named, **models}
+        if both := sorted(models.keys() & self._named.keys()):
+            raise ConfigError(f"{self._options.model_config_file}: our own config names the model {both[0]}, too")
+        return {**self._named, **models}
 
     async def _replace(self, models: Mapping[str, NamedModel]) -> None:
         self.models = models

@@ -5,7 +5,7 @@ A model sees the serialized examples, a tensor of strings; it parses them itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,42 +233,54 @@ REGRESS = ExamplesCodec(
 _RESULTS = {Method.CLASSIFY: "classification_result", Method.REGRESS: "regression_result"}
 
 
-def decode_multi_inference(body: bytes) -> list[Request]:
-    """A request for each task; all have the same payload.
+class MultiInferenceCodec:
+    """The codec of MultiInference, a `codecs.SeveralCodec`."""
 
-    Raises:
-        BadRequest: no tasks, no examples, or a signature twice.
-        Unimplemented: a task of another method.
-    """
-    message = messages.parse(messages.MultiInferenceRequest, body)
-    whole = Request(payload=_decode_input(message.input), form=Form.EXAMPLES)
-    requests: list[Request] = []
-    signatures: set[str] = set()
-    for task in message.tasks:
-        try:
-            method = Method(task.method_name)
-        except ValueError:
-            method = Method.PREDICT
-        if method not in _RESULTS:
-            raise Unimplemented(f"Unsupported signature method_name: {task.method_name[:100]}")
-        request = replace(whole, method=method, **decode_spec(task.model_spec))
-        signature = request.signature or DEFAULT_SIGNATURE
-        if signature in signatures:
-            raise BadRequest(f"Duplicate evaluation of signature: {signature[:100]}")
-        signatures.add(signature)
-        requests.append(request)
-    if not requests:
-        raise BadRequest("there are no tasks; expected one for each signature to be evaluated")
-    return requests
+    def decode_requests(self, body: bytes) -> list[Request]:
+        """A request for each task; all have the same payload.
+
+        Raises:
+            BadRequest: no tasks, no examples, or a signature twice.
+            Unimplemented: a task of another method.
+        """
+        message = messages.parse(messages.MultiInferenceRequest, body)
+        whole = Request(payload=_decode_input(message.input), form=Form.EXAMPLES)
+        requests: list[Request] = []
+        signatures: set[str] = set()
+        for task in message.tasks:
+            try:
+                method = Method(task.method_name)
+            except ValueError:
+                method = Method.PREDICT
+            if method not in _RESULTS:
+                raise Unimplemented(f"Unsupported signature method_name: {task.method_name[:100]}")
+            request = replace(whole, method=method, **decode_spec(task.model_spec))
+            signature = request.signature or DEFAULT_SIGNATURE
+            if signature in signatures:
+                raise BadRequest(f"Duplicate evaluation of signature: {signature[:100]}")
+            signatures.add(signature)
+            requests.append(request)
+        if not requests:
+            raise BadRequest("there are no tasks; expected one for each signature to be evaluated")
+        return requests
+
+    def encode_response(self, response: Response, request: Request) -> bytes:
+        """As `CLASSIFY` or `REGRESS`, whichever `request` asks for."""
+        return _codec_of(request).encode_response(response, request)
+
+    def join(self, requests: Sequence[Request], answers: Sequence[bytes]) -> bytes:
+        """As `codecs.SeveralCodec`."""
+        message = messages.MultiInferenceResponse()
+        for request, answer in zip(requests, answers, strict=True):
+            part = messages.parse_answer(_codec_of(request).response, answer)
+            result = message.results.add()
+            result.model_spec.CopyFrom(part.model_spec)
+            getattr(result, _RESULTS[request.method]).CopyFrom(part.result)
+        return message.SerializeToString()  # type: ignore[no-any-return]
 
 
-def encode_multi_inference(requests: Sequence[Request], answers: Iterable[bytes]) -> bytes:
-    """The answers to each of `requests`, as CLASSIFY and REGRESS encode them, in one."""
-    message = messages.MultiInferenceResponse()
-    for request, answer in zip(requests, answers, strict=True):
-        codec = CLASSIFY if request.method is Method.CLASSIFY else REGRESS
-        part = messages.parse_answer(codec.response, answer)
-        result = message.results.add()
-        result.model_spec.CopyFrom(part.model_spec)
-        getattr(result, _RESULTS[request.method]).CopyFrom(part.result)
-    return message.SerializeToString()  # type: ignore[no-any-return]
+def _codec_of(request: Request) -> ExamplesCodec:
+    return CLASSIFY if request.method is Method.CLASSIFY else REGRESS
+
+
+MULTI_INFERENCE = MultiInferenceCodec()

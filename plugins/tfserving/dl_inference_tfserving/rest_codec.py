@@ -30,7 +30,7 @@ from dl_inference_core.tensors import (
 )
 from dl_inference_core.wire.arrays import BFLOAT16, STRING, from_strings, native
 from dl_inference_core.wire.routing_keys import RoutingKey
-from dl_inference_core.wire.tfserving_examples import CLASSIFY, REGRESS, ExamplesCodec, encode_example
+from dl_inference_tfserving.examples import CLASSIFY, REGRESS, ExamplesCodec, encode_example
 
 _FEW = 64
 """As many floats are written one by one in the time that arrays take to set out, 0.1 ms."""

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST API: its URLs, and what is asked about a model. Values are `rest.tfserving_codec`'s."""
+"""TensorFlow Serving's REST API: its URLs, and what is asked about a model. Values are `rest_codec`'s."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from google.protobuf import json_format
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError
 from dl_inference_core.http_exchange import HttpExchange
-from dl_inference_core.rest.answering import Api, decoded
+from dl_inference_core.rest.answering import RestApi, decoded
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import SIGNATURES, VERSIONS, Protocol
 from dl_inference_core.wire.routing_keys import RoutingKey
@@ -37,12 +37,12 @@ class _Inference(Protocol):
 
     @property
     def codec(self) -> Codec:
-        from dl_inference_core.rest.tfserving_codec import CODECS  # numpy with it
+        from dl_inference_tfserving.rest_codec import CODECS  # numpy with it
 
         return cast("Codec", CODECS[self.verb](self.key))
 
 
-class TfServing(Api):
+class TfServingRest(RestApi):
     """Answers the requests below `/v1`."""
 
     paths = ("/v1/",)

@@ -9,7 +9,8 @@ from typing import Any
 
 from dl_inference_core.config import NamedModel
 from dl_inference_core.errors import ConfigError
-from dl_inference_core.wire import messages, text
+from dl_inference_core.wire import messages
+from dl_inference_tfserving import text
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,292 @@
+"""What a process does with the APIs that plugins bring."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import grpc.aio
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from dl_inference_core.api import Api
+from dl_inference_core.app import App
+from dl_inference_core.config import Config, ModelsConfig, NamedModel, PluginOptions
+from dl_inference_core.coroutines import UnaryHandler
+from dl_inference_core.dispatcher import Dispatcher
+from dl_inference_core.errors import ConfigError, InferenceError, ModelError, PluginError
+from dl_inference_core.http_exchange import HttpExchange
+from dl_inference_core.node.repository import Repository
+from dl_inference_core.plugins import Kind, Plugins
+from dl_inference_core.rest.answering import Local, RestApi
+from dl_inference_core.tensors import Form, Request
+from dl_inference_core.testing import FakeBackend
+from dl_inference_core.testing.loopback import CoroutineService
+from dl_inference_core.transport import Exchange, Limits
+from dl_inference_core.wire import messages
+from dl_inference_core.wire.protocol import PROTOCOLS, TIS_PREDICT, Protocol
+
+Lab = Any  # tests/conftest.py
+Install = Callable[..., Plugins]
+
+SHOUT = replace(PROTOCOLS["tfserving"], name="shout", node_method="/loud.Service/Predict")
+QUESTION = "/loud.Service/Question"
+
+
+class Page(RestApi):
+    """Answers one URL."""
+
+    paths = ("/loud/",)
+
+    def begin(self, exchange: HttpExchange) -> None:
+        self.answer(exchange, json.dumps({"asked": exchange.path}).encode())
+
+    def describe(self, error: InferenceError, status: int) -> Any:
+        return {"error": str(error)}
+
+
+class Loud(Api):
+    """An API with one of everything."""
+
+    name = "loud"
+    protocols: ClassVar[Mapping[str, Protocol]] = MappingProxyType({SHOUT.node_method: SHOUT})
+    made: ClassVar[list[Loud]] = []
+
+    class Options(PluginOptions):
+        folder: Path | None = None
+        waits: bool = False
+        damaged: bool = False
+
+    def __init__(self, options: PluginOptions) -> None:
+        super().__init__(options)
+        self.calls: list[str] = []
+        self.made.append(self)
+
+    @property
+    def said(self) -> Options:
+        assert isinstance(self.options, self.Options)
+        return self.options
+
+    @property
+    def brings_models(self) -> bool:
+        return self.said.folder is not None
+
+    @property
+    def awaits_models(self) -> bool:
+        return self.said.waits
+
+    def name_models(self, named: Mapping[str, NamedModel], config: Config) -> Mapping[str, NamedModel]:
+        self.calls.append("name models")
+        folder = self.said.folder
+        return {**named, "loud": NamedModel(path=folder)} if folder is not None and not self.said.waits else named
+
+    def recorded_requests(self, folder: Path) -> Iterable[tuple[str, Request]]:
+        if self.said.damaged:
+            raise ModelError(f"{folder}: the recorded requests are damaged")
+        inputs = {"x": np.array([7], np.float32)}
+        yield f"request 1 in {folder}", Request(payload=inputs, form=Form.TENSORS)
+
+    def methods(self) -> Mapping[str, UnaryHandler]:
+        async def answer(exchange: Exchange) -> bytes:
+            return bytes(exchange.message)[::-1]
+
+        return {QUESTION: answer}
+
+    def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> RestApi:
+        return Page(local, dispatcher, cors=cors)
+
+    def start(self, repository: Repository) -> None:
+        self.calls.append(f"start with {', '.join(repository.models)}")
+
+    async def reload(self) -> None:
+        self.calls.append("reload")
+
+    async def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    Loud.made.clear()
+
+
+@pytest.fixture
+def plugins(installed: Install) -> Plugins:
+    return installed(Kind.APIS, Loud, more={Kind.BACKENDS: [FakeBackend]})
+
+
+@asynccontextmanager
+async def serving(
+    config: Config, plugins: Plugins, file: Path | None = None
+) -> AsyncIterator[tuple[App, grpc.aio.Channel]]:
+    app = App(config, plugins, config_file=file)
+    try:
+        (port,) = await app.serve("127.0.0.1:0")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield app, channel
+    finally:
+        await app.close()
+
+
+async def call(channel: grpc.aio.Channel, method: str, message: bytes) -> bytes:
+    answer: bytes = await channel.unary_unary(method)(message, timeout=10)
+    return answer
+
+
+def predict(model: str) -> bytes:
+    request = messages.PredictRequest(model_spec={"name": model})
+    request.inputs["x"].dtype = 1
+    request.inputs["x"].tensor_shape.dim.add(size=2)
+    request.inputs["x"].float_val.extend([1, 2])
+    return request.SerializeToString()  # type: ignore[no-any-return]
+
+
+def values(answer: bytes) -> list[float]:
+    outputs: Any = messages.PredictResponse.FromString(answer).outputs
+    return list(outputs["x"].float_val)
+
+
+def get(port: int, path: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    finally:
+        connection.close()
+
+
+async def test_a_node_answers_all_that_an_api_brings(tmp_path: Path, plugins: Plugins) -> None:
+    for name in ("m", "far"):
+        FakeBackend.write(tmp_path / name / "1", factor=3)
+    config = Config(
+        transport="grpcio",
+        http_port=0,
+        models=ModelsConfig(named={"m": NamedModel(path=tmp_path / "m")}),
+        apis={"loud": {"folder": "far"}},
+    )
+    file = tmp_path / "server.toml"
+    file.write_text("")
+    async with serving(config, plugins, file) as (app, channel):
+        (api,) = Loud.made
+        for model in ("m", "loud"):
+            assert values(await call(channel, SHOUT.node_method, predict(model))) == [3, 6]
+        assert await call(channel, QUESTION, b"abc") == b"cba"
+        assert app.http_port is not None
+        assert await asyncio.to_thread(get, app.http_port, "/loud/x") == (200, b'{"asked": "/loud/x"}')
+        health = health_pb2_grpc.HealthStub(channel)
+        answer = await health.Check(health_pb2.HealthCheckRequest(service="loud.Service"), timeout=10)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        await app.reload()
+    assert api.calls == ["name models", "start with loud, m", "reload", "close"]
+
+
+async def test_a_version_answers_recorded_requests_before_it_is_ready(tmp_path: Path, plugins: Plugins) -> None:
+    FakeBackend.write(tmp_path / "m" / "1", factor=3)
+    models = ModelsConfig(directory=tmp_path)
+    async with serving(Config(transport="grpcio", models=models), plugins) as (app, _):
+        assert app.repository is not None
+        (instance,) = app.repository.models["m"].loaded[1].loaded.instances
+        assert 7.0 in [float(inputs["x"][0]) for inputs in instance.model.calls]
+    damaged = App(Config(transport="grpcio", models=models, apis={"loud": {"damaged": True}}), plugins)
+    try:
+        await damaged.load()
+        (row,) = damaged.describe()
+        assert row["detail"].endswith("the recorded requests are damaged")
+    finally:
+        await damaged.close()
+
+
+async def test_a_process_whose_clients_have_yet_to_name_models_is_ready(tmp_path: Path, plugins: Plugins) -> None:
+    config = Config(transport="grpcio", apis={"loud": {"folder": str(tmp_path), "waits": True}})
+    async with serving(config, plugins) as (_, channel):
+        answer = await call(channel, "/inference.GRPCInferenceService/ServerReady", b"")
+        assert messages.ServerReadyResponse.FromString(answer).ready
+
+
+async def test_a_gateway_forwards_the_methods_of_an_api(lab: Lab, installed: Install) -> None:
+    calls: list[Exchange] = []
+
+    async def answer(exchange: Exchange) -> bytes:
+        calls.append(exchange)
+        return b"\x0a\x03far"
+
+    node = await lab.make_transport().serve(CoroutineService({SHOUT.node_method: answer}), ("127.0.0.1:0",), Limits())
+    try:
+        theirs = [type(lab.make_transport())] if lab.transport_name != "grpcio" else []
+        lab.plugins = installed(Kind.APIS, Loud, more={Kind.TRANSPORTS: theirs})
+        gateway = await lab.front(f"127.0.0.1:{node.ports[0]}")
+        assert await gateway.start_call(body=predict("m"), method=SHOUT.node_method) == b"\x0a\x03far"
+        assert [exchange.message for exchange in calls] == [predict("m")]
+        (api,) = Loud.made
+        assert api.calls == [], "a gateway has no models to name"
+    finally:
+        await node.drain(0)
+
+
+# What cannot be
+
+
+def test_options_are_strict_and_their_paths_those_of_the_config_file(tmp_path: Path, plugins: Plugins) -> None:
+    config = Config(models=ModelsConfig(directory=tmp_path), apis={"loud": {"folder": "far"}})
+    file = tmp_path / "conf" / "server.toml"
+    file.parent.mkdir()
+    file.write_text("")
+    App(config, plugins, config_file=file)
+    (api,) = Loud.made
+    assert api.said.folder == tmp_path / "conf" / "far"
+    wrong = config.model_copy(update={"apis": {"loud": {"colour": "red"}}})
+    with pytest.raises(ConfigError, match=r'\[apis\.loud\]: options of API loud: unknown key "colour"'):
+        App(wrong, plugins)
+
+
+def test_an_api_that_is_not_installed_is_an_error_where_a_config_names_it(tmp_path: Path, plugins: Plugins) -> None:
+    config = Config(models=ModelsConfig(directory=tmp_path), apis={"tfserving": {}})
+    with pytest.raises(PluginError, match=r'\[apis\.tfserving\] names the API "tfserving", which no installed plugin'):
+        App(config, plugins)
+
+
+def test_an_api_that_cannot_be_made_ends_only_a_process_that_names_it(
+    tmp_path: Path, installed: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Api):
+        name = "broken"
+
+        def __init__(self, options: PluginOptions) -> None:
+            raise OSError("no device")
+
+    plugins = installed(Kind.APIS, Broken, Loud)
+    config = Config(models=ModelsConfig(directory=tmp_path))
+    App(config, plugins)
+    assert [api.name for api in Loud.made] == ["loud"]
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.message.startswith("the API broken is not answered: ")
+    assert record.message.endswith('cannot make the API "broken": OSError: no device')
+    with pytest.raises(PluginError, match="OSError: no device"):
+        App(config.model_copy(update={"apis": {"broken": {}}}), plugins)
+
+
+@pytest.mark.parametrize("taken", [TIS_PREDICT, SHOUT.node_method, QUESTION])
+async def test_a_method_that_is_taken_is_an_error_at_the_start(tmp_path: Path, installed: Install, taken: str) -> None:
+    class Second(Api):
+        name = "second"
+        protocols: ClassVar[Mapping[str, Protocol]] = MappingProxyType({taken: SHOUT})
+
+    FakeBackend.write(tmp_path / "m" / "1")
+    plugins = installed(Kind.APIS, Loud, Second, more={Kind.BACKENDS: [FakeBackend]})
+    app = App(Config(transport="grpcio", models=ModelsConfig(directory=tmp_path)), plugins)
+    try:
+        with pytest.raises(PluginError, match=rf"\[apis\.second\]: the method {taken} is taken by the core or another"):
+            await app.serve("127.0.0.1:0")
+    finally:
+        await app.close()
