@@ -4,7 +4,7 @@ use crate::attempt::{self, Cancel, Forward};
 use crate::body::{Messages, failure_of};
 use crate::events::Event;
 use crate::flag::Flag;
-use crate::http::answer_stream;
+use crate::http::{answer_stream, send};
 use crate::http_body::Incomplete;
 use crate::io::Io;
 use crate::listen::ServerHere;
@@ -13,11 +13,12 @@ use crate::server::{ServedMethod, Service};
 use crate::stream::Stream;
 use crate::window::Window;
 use atomic_waker::AtomicWaker;
+use bytes::Buf;
 use dl_inference_grpc::{
     ACCEPTED, Code, Failure, Frame, GRPC_STATUS, check_headers, check_size, status_headers, timeout_of,
 };
-use h2::RecvStream;
 use h2::server::SendResponse;
+use h2::{Reason, RecvStream, SendStream};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, header};
 use pyo3::prelude::*;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
+use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep_until};
 
 pub const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
@@ -324,7 +326,7 @@ impl Call {
             Some(stream) if !left => stream.end(io, end),
             _ => {
                 let code = end.code();
-                self.finish(end);
+                self.finish(io, end);
                 self.tell_ended(io, code, callbacks);
                 self.over.raise();
             }
@@ -350,7 +352,7 @@ impl Call {
     }
 
     /// Sends the last of the answer.
-    pub fn finish(&self, end: End) {
+    pub fn finish(&self, io: &Io, end: End) {
         let respond = self.respond.take();
         let Some(respond) = respond else {
             if let Some(stream) = &self.stream {
@@ -360,7 +362,7 @@ impl Call {
         };
         match end {
             End::Ok { frame, trailers } => {
-                let _ = succeed(respond, frame, trailers); // else the client left: there is nobody to tell
+                let _ = succeed(io, respond, frame, trailers); // else the client left: there is nobody to tell
             }
             End::Failed(failure) | End::Left(Some(failure)) => fail(respond, failure),
             End::Left(None) => {}
@@ -438,13 +440,31 @@ pub fn head(headers: HeaderMap) -> Response<()> {
     response
 }
 
-fn succeed(mut respond: SendResponse<Frame>, frame: Option<Frame>, trailers: HeaderMap) -> Result<(), h2::Error> {
+fn succeed(
+    io: &Io,
+    mut respond: SendResponse<Frame>,
+    frame: Option<Frame>,
+    trailers: HeaderMap,
+) -> Result<(), h2::Error> {
+    let trailers = End::Ok { frame: None, trailers }.trailers().unwrap_or_default();
     let mut out = respond.send_response(head(HeaderMap::new()), false)?;
     if let Some(frame) = frame {
-        // The whole answer is in memory already, so h2 may hold what the client's window has no room for.
+        out.reserve_capacity(frame.remaining());
+        if out.capacity() < frame.remaining() {
+            drop(spawn_local(send_as_read(out, frame, trailers, io.common.settings.body_timeout())));
+            return Ok(());
+        }
         out.send_data(frame, false)?;
     }
-    out.send_trailers(End::Ok { frame: None, trailers }.trailers().unwrap_or_default())
+    out.send_trailers(trailers)
+}
+
+/// Sends an answer for which the client's window has no room yet.
+async fn send_as_read(mut out: SendStream<Frame>, frame: Frame, trailers: HeaderMap, patience: Duration) {
+    match send(&mut out, frame, false, patience).await {
+        Some(()) => drop(out.send_trailers(trailers)), // else the client left: there is nobody to tell
+        None => out.send_reset(Reason::CANCEL),
+    }
 }
 
 fn fail(mut respond: SendResponse<Frame>, failure: Failure) {

@@ -292,20 +292,20 @@ pub async fn answer_stream(
     let (head, body) = answer.into_parts();
     let out = respond.send_response(Response::from_parts(head, ()), body.is_none());
     if let (Ok(mut out), Some(frame)) = (out, body)
-        && send(&mut out, frame, patience).await.is_none()
+        && send(&mut out, frame, true, patience).await.is_none()
     {
         out.send_reset(Reason::CANCEL); // where the client has left, there is nobody to tell
     }
 }
 
-/// Sends as much as the client takes at a time. None where it has left, or takes nothing for `patience`: an answer that
-/// nobody reads would use the budget for ever.
-async fn send(out: &mut SendStream<Frame>, mut frame: Frame, patience: Duration) -> Option<()> {
+/// Sends as much as the client takes at a time; `last` says whether the stream ends with it. None where the client has
+/// left, or takes nothing for `patience`: an answer that nobody reads would use the budget for ever.
+pub async fn send(out: &mut SendStream<Frame>, mut frame: Frame, last: bool, patience: Duration) -> Option<()> {
     while frame.has_remaining() {
         out.reserve_capacity(frame.remaining());
         let room = timeout(patience, poll_fn(|cx| out.poll_capacity(cx))).await.ok()??.ok()?;
         let part = frame.split_to(room);
-        out.send_data(part, !frame.has_remaining()).ok()?;
+        out.send_data(part, last && !frame.has_remaining()).ok()?;
     }
     Some(())
 }

@@ -3,7 +3,7 @@
 use crate::http::answer;
 use crate::http_body::Incomplete;
 use crate::io::Io;
-use crate::listen::{ServerHere, Stage, reached};
+use crate::listen::{Answering, ServerHere, Stage, reached};
 use crate::server::retirement;
 use crate::settings::Settings;
 use crate::socket::Socket;
@@ -14,6 +14,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use std::cell::Cell;
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
@@ -48,12 +49,19 @@ pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
         .serve_connection(TokioIo::new(watched), service);
     let mut stage = server.stage();
     let mut next = Stage::Draining;
+    let answering = Answering::new(server);
     let mut retires = retirement(io);
     let mut tick = pin!(sleep_until(progress.next_check(settings, retires)));
     loop {
         tokio::select! {
             biased;
-            _ = &mut connection => break,
+            _ = poll_fn(|cx| {
+                let ended = Pin::new(&mut connection).poll(cx);
+                if next == Stage::Closed {
+                    answering.set(progress.is_answering());
+                }
+                ended
+            }) => break,
             _ = reached(&mut stage, next) => {
                 if next == Stage::Closed {
                     return;
@@ -124,6 +132,10 @@ impl Progress {
             Poll::Pending => self.stuck.set(self.stuck.get().or_else(|| Some(Instant::now()))),
         }
         polled
+    }
+
+    fn is_answering(&self) -> bool {
+        self.doing.get().0 == Doing::Answering || self.stuck.get().is_some()
     }
 
     fn is_dead(&self, settings: &Settings, now: Instant) -> bool {

@@ -39,6 +39,8 @@ pub struct ServerHere {
     stage: watch::Sender<Stage>,
     /// Connections and listening sockets.
     open: Cell<usize>,
+    /// Connections that still have answers to send, while the server drains.
+    answering: Cell<usize>,
     none_left: Notify,
 }
 
@@ -59,13 +61,37 @@ impl Drop for Open {
     }
 }
 
+/// Whether one connection still has answers to send. To be kept up to date from the begin of a drain on.
+pub struct Answering(Rc<ServerHere>, Cell<bool>);
+
+impl Answering {
+    pub fn new(server: &Rc<ServerHere>) -> Answering {
+        Answering(server.clone(), Cell::new(false))
+    }
+
+    pub fn set(&self, answering: bool) {
+        let count = &self.0.answering;
+        match (self.1.replace(answering), answering) {
+            (false, true) => count.set(count.get() + 1),
+            (true, false) => count.set(count.get() - 1),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.set(false);
+    }
+}
+
 impl ServerHere {
-    /// Takes nothing new, waits for the calls in flight, cancels the rest.
+    /// Takes nothing new, waits for the calls in flight and until their answers are sent, cancels the rest.
     pub async fn drain(&self, io: &Io, grace: Duration) {
         self.stage.send_replace(Stage::Draining);
         let until = Instant::now() + grace;
         while timeout(GOODBYE.min(until - Instant::now()), self.until_none()).await.is_err() {
-            if Instant::now() >= until || !self.has_calls(io) {
+            if Instant::now() >= until || !(self.has_calls(io) || self.answering.get() > 0) {
                 break;
             }
         }
@@ -113,6 +139,7 @@ pub fn serve(io: &Rc<Io>, id: u64, service: &Arc<Service>, listeners: Vec<Moving
         service: service.clone(),
         stage: watch::Sender::new(Stage::Serving),
         open: Cell::new(0),
+        answering: Cell::new(0),
         none_left: Notify::new(),
     });
     io.servers.borrow_mut().insert(id, server.clone());

@@ -5,12 +5,12 @@ use crate::coalesce::Coalesce;
 use crate::http::HttpService;
 use crate::http1;
 use crate::io::Io;
-use crate::listen::{ServerHere, Stage, reached};
+use crate::listen::{Answering, ServerHere, Stage, reached};
 use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
 use crate::tls::Newest;
 use crate::window::{LARGE, SMALL, Window};
-use dl_inference_grpc::Frame;
+use dl_inference_grpc::{Frame, PREFIX};
 use dl_inference_wire::KeyFields;
 use h2::PingPong;
 use h2::server::Connection;
@@ -151,6 +151,7 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<Made> {
         .max_frame_size(FRAME_BYTES)
         .max_header_list_size(DECODED_HEADERS)
         .max_concurrent_streams(service.streams)
+        .max_send_buffer_size(service.message_bytes + PREFIX) // an answer is in memory already, and may be sent at once
         .max_pending_accept_reset_streams(CANCELLED_AT_ONCE)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(LATE_FRAMES))
@@ -178,12 +179,19 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
     let mut next = Stage::Draining;
     let mut vitals = Vitals::new(io, connection.ping_pong());
     let window = Rc::new(Window::default());
+    let answering = Answering::new(server);
     let mut tick = pin!(sleep_until(vitals.next));
     loop {
         tokio::select! {
             // First, so that a call costs none of the rest; each read of the socket gives the others their turn.
             biased;
-            accepted = poll_fn(|cx| writer.poll_and_send(cx, |cx| connection.poll_accept(cx))) => match accepted {
+            accepted = poll_fn(|cx| {
+                let accepted = writer.poll_and_send(cx, |cx| connection.poll_accept(cx));
+                if next == Stage::Closed {
+                    answering.set(connection.has_streams());
+                }
+                accepted
+            }) => match accepted {
                 Some(Ok((request, respond))) => {
                     vitals.idle_since = None;
                     drop(spawn_local(call::run(io.clone(), server.clone(), window.clone(), request, respond)));

@@ -128,7 +128,7 @@ impl Stream {
                     io.tell(Event::Callback(callback));
                 }
             } else if let Some((code, end)) = self.abandon() {
-                call.finish(end);
+                call.finish(io, end);
                 return call.tell_ended(io, code, vec![]);
             } else {
                 self.changed.notified().await;

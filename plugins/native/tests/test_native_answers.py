@@ -183,5 +183,5 @@ def test_what_else_a_codec_does_is_the_cores(name: str) -> None:
 
 
 def test_there_is_no_codec_for_another_protocol() -> None:
-    with pytest.raises(ValueError, match="no native codec for tfserving_examples:CLASSIFY"):
-        native.Codec("tfserving_examples:CLASSIFY", ModuleType("codec"))
+    with pytest.raises(ValueError, match="no native codec for example:CODEC"):
+        native.Codec("example:CODEC", ModuleType("codec"))

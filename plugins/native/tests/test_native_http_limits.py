@@ -296,6 +296,18 @@ async def test_a_drain_waits_for_requests(serve_http: Any) -> None:
         await draining
 
 
+async def test_a_drain_waits_for_an_answer_that_is_read_slowly(serve_http: Any) -> None:
+    service = HeldService(lambda exchange: exchange.reply(200, {}, bytes(30 << 20)))
+    async with serve_http(service) as served, silent(served.port) as client:
+        client.send("GET", "/api/")
+        await service.begun()
+        draining = asyncio.ensure_future(served.server.drain(30))
+        await asyncio.sleep(2.5)  # twice as long as a client may take that has its answer
+        assert not draining.done()
+        assert len((await client.answer()).body) == 30 << 20
+        await draining
+
+
 async def test_a_drain_that_ends_first_tells_the_client(serve_http: Any) -> None:
     service, cancelled = HeldService(), Cancelled()
     async with serve_http(service) as served, connected(served.port) as client:

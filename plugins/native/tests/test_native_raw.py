@@ -349,6 +349,35 @@ async def test_what_streams_that_nobody_reads_hold_is_in_the_budget() -> None:
         await until(lambda: threads.buffered_bytes() == 0)
 
 
+async def test_an_answer_that_nobody_reads_is_given_up() -> None:
+    service = DirectService(lambda exchange: exchange.reply(bytes(1 << 20)))
+    async with serving(service, body_timeout_s=2) as (address, threads), raw(address) as client:
+        client.send(head(1) + data(1, SHORT))
+        await until(lambda: threads.buffered_bytes() > 1 << 19)
+        await until(lambda: threads.buffered_bytes() == 0)
+        await until(lambda: client.resets == [(1, 8)])
+        assert [code for _, code in service.endings] == [Code.OK]
+
+
+async def test_an_answer_that_is_read_slowly_comes_whole_although_the_server_drains() -> None:
+    service = DirectService(lambda exchange: exchange.reply(bytes(200_000)))
+    transport = native.NativeTransport(native.NativeTransport.Options())
+    server = await transport.serve(service, ("127.0.0.1:0",), Limits())
+    async with raw(f"127.0.0.1:{server.ports[0]}") as client:
+        client.send(update(0, 300_000) + head(1) + data(1, SHORT))
+        await until(lambda: len(service.endings) == 1)
+        draining = asyncio.ensure_future(server.drain(30))
+        for _ in range(25):
+            await asyncio.sleep(0.1)  # in all twice as long as a client may take that has its answer
+            client.send(update(1, 4000))
+        assert not draining.done()
+        client.send(update(1, 200_000))
+        await until(lambda: client.received[HEADERS] == 2)
+        await draining
+        await client.closed.wait()
+        assert client.resets == []
+
+
 async def test_a_stream_that_is_read_slowly_takes_in_no_more_than_its_window() -> None:
     exchanges: list[Exchange] = []
     service = DirectService(exchanges.append, streaming=True)

@@ -59,7 +59,7 @@ struct Codec {
 #[pymethods]
 impl Codec {
     /// Args:
-    ///   at: where in `dl_inference_core.wire` the core's codec is, as of `Protocol.codec_at`.
+    ///   at: where the core's codec is, as of `Protocol.codec_at`.
     ///   core: that codec.
     ///
     /// Raises:
