@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 SELDON := .venv-seldon
-EDITABLE := -e '.[uvloop,dev,peers]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e plugins/tools -e plugins/tfserving -e examples/digits
+EDITABLE := -e '.[uvloop,dev,peers]' -e plugins/tf_backend -e plugins/torch_backend -e plugins/balancers -e plugins/tools -e plugins/tfserving -e plugins/seldon -e examples/digits
 LOAD_GENERATOR := --manifest-path bench/load_generator/Cargo.toml --target-dir bench/out/load_generator
 NATIVE := plugins/native/pyproject.toml $(shell find plugins/native -name target -prune -o \( -name '*.rs' -o -name 'Cargo.*' \) -print)
 RUST := $(shell command -v cargo)

@@ -11,10 +11,9 @@ from starlette.routing import BaseRoute, Route
 
 from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
-from dl_inference_core.transport import HttpApp
 
 
-def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path: str = "/metrics") -> HttpApp:
+def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path: str = "/metrics") -> Starlette:
     """Answers GET and HEAD; any other path is 404, any other method 405.
 
     - `metrics_path`: the metrics, in the format that Prometheus asks for.
@@ -49,3 +48,8 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path
     )
     starlette.router.redirect_slashes = False
     return starlette
+
+
+def paths(pages: Starlette) -> list[str]:
+    """The paths that `pages` answers."""
+    return [route.path for route in pages.routes if isinstance(route, Route)]

@@ -1,27 +1,34 @@
-"""An API: what one family of clients calls, beside what the core itself answers. Plugins bring APIs; every installed
-one is answered.
+"""The interface of an API, and the APIs of one process.
 
-This module imports nothing of a node: a gateway forwards the methods of an API, too.
+An API is a set of methods and URLs for one family of clients. Plugins bring APIs, and a server answers every installed
+one that its config does not switch off. This module imports nothing of a node: a gateway forwards the methods of an
+API, too.
 """
 
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from dl_inference_core.config import PluginOptions
-from dl_inference_core.errors import PluginError
+from dl_inference_core.errors import ConfigError, PluginError, text_of
+from dl_inference_core.http_exchange import is_among
 from dl_inference_core.plugins import Kind, Plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    from starlette.routing import BaseRoute
 
     from dl_inference_core.config import Config, NamedModel
     from dl_inference_core.coroutines import UnaryHandler
     from dl_inference_core.dispatcher import Dispatcher
+    from dl_inference_core.introspection import Readiness
     from dl_inference_core.node.repository import Repository
+    from dl_inference_core.node.warm_up import FindRecorded
     from dl_inference_core.rest.answering import Local, RestApi
     from dl_inference_core.tensors import Request
     from dl_inference_core.wire.protocol import Protocol
@@ -30,8 +37,9 @@ _log = logging.getLogger(__name__)
 
 
 class Api:
-    """One API. A process makes one object of each class. Its methods are called on the event loop, unless they say
-    otherwise; each has a default, which does nothing.
+    """One API. A process makes one object of each class. All but `recorded_requests` is called on the main thread, in
+    the order in which it stands here: on a node all of it, on a gateway without models neither `name_models` nor
+    `start`. Each method has a default, which does nothing.
 
     Attributes:
         name: the name by which a config gives its options: `[apis.NAME]`.
@@ -49,16 +57,18 @@ class Api:
 
     @property
     def brings_models(self) -> bool:
-        """Whether models come by this API. The process is a node then, even if the config names no models."""
+        """Whether this API names models. The process is a node then, even if the config names none."""
         return False
 
     @property
     def awaits_models(self) -> bool:
-        """Whether clients have yet to say which models to serve. Until then the process is ready without a model."""
+        """Whether clients have yet to say which models to serve. Until then a node is ready without a model. Any
+        thread."""
         return False
 
     def name_models(self, named: Mapping[str, NamedModel], config: Config) -> Mapping[str, NamedModel]:
-        """The models to serve by name at the start, instead of `named`. Called once, on a node only.
+        """The models to serve by name at the start, instead of `named`; `named` itself for no others. Starts nothing
+        that would have to be closed.
 
         Raises:
             ConfigError: the API cannot be answered with this config.
@@ -67,7 +77,7 @@ class Api:
 
     def recorded_requests(self, folder: Path) -> Iterable[tuple[str, Request]]:
         """The requests that the version in `folder` must answer before it is ready. With each request goes its place,
-        for error messages. Runs on the thread that loads the version.
+        for error messages. Runs on the threads that load versions, several at the same time.
 
         Raises:
             ModelError: a request cannot be read.
@@ -75,11 +85,11 @@ class Api:
         return ()
 
     def methods(self) -> Mapping[str, UnaryHandler]:
-        """The coroutines that answer further methods, by method path. Called once, after `name_models`."""
+        """The coroutines that answer further methods, by method path."""
         return MappingProxyType({})
 
     def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> RestApi | None:
-        """The REST side of this API; None if it has none.
+        """The REST side of this API; None if it has none. It may be asked before `start`.
 
         Args:
             local: the models of this process.
@@ -88,32 +98,173 @@ class Api:
         """
         return None
 
+    def pages(self, readiness: Readiness) -> Sequence[BaseRoute]:
+        """Further pages of the HTTP application, which answers metrics and health."""
+        return ()
+
     def start(self, repository: Repository) -> None:
-        """Called once, on a node only, when `repository` has begun to load the models."""
+        """Called when `repository` has begun to load the models."""
 
     async def reload(self) -> None:
-        """Look at once for changes. Called at SIGHUP, after `start`. Logs what fails, and raises nothing."""
+        """Look at once for changes. Called at each SIGHUP."""
 
     async def close(self) -> None:
-        """End all background work. Called once, before the repository is closed; also where `start` was not called."""
+        """End all background work. Called before the repository is closed; also where `start` was not called."""
 
 
-def make_apis(plugins: Plugins, config: Config, folder: Path) -> tuple[Api, ...]:
-    """An object of each installed API, with its options. A broken API that `config` does not name is logged and left
-    out.
+class Apis:
+    """The APIs of one process. An error of an API's own code names the API."""
 
-    Args:
-        folder: the folder that relative paths in the options are relative to.
+    def __init__(self, plugins: Plugins, config: Config, folder: Path) -> None:
+        """Make each installed API that `config` does not switch off. A broken one that `config` does not name is logged
+        and left out.
 
-    Raises:
-        ConfigError, PluginError: `config` names an API that is not installed, or that cannot be made.
-    """
-    apis: list[Api] = []
-    for name in dict.fromkeys((*plugins.classes(Kind.APIS), *config.apis)):
-        try:
-            apis.append(plugins.make(Kind.APIS, name, config.apis.get(name, {}), f"[apis.{name}]", folder))
-        except PluginError as error:
-            if name in config.apis:
-                raise
-            _log.error("the API %s is not answered: %s", name, error)
-    return tuple(apis)
+        Args:
+            folder: the folder that relative paths in the options are relative to.
+
+        Raises:
+            ConfigError, PluginError: `config` names an API that is not installed, or that cannot be made.
+        """
+        self._config = config
+        self._apis: list[Api] = []
+        names = dict.fromkeys((*plugins.classes(Kind.APIS), *config.apis))
+        for problem in plugins.broken:
+            _log.error("%s; its APIs are left out", problem)
+        for name in names:
+            options = config.apis.get(name, {})
+            if options is False:
+                continue
+            try:
+                self._apis.append(plugins.make(Kind.APIS, name, options, f"[apis.{name}]", folder))
+            except (ConfigError, PluginError) as error:
+                if name in config.apis:
+                    raise
+                _log.error("API %s is left out: %s", name, error)
+
+    @property
+    def serves_models(self) -> bool:
+        """Whether this process serves models itself."""
+        return self._config.models.any or any(api.brings_models for api in self._apis)
+
+    @property
+    def awaits_models(self) -> bool:
+        """As of any `Api`."""
+        return any(api.awaits_models for api in self._apis)
+
+    @property
+    def recorded(self) -> list[FindRecorded]:
+        """`recorded_requests` of each."""
+        return [api.recorded_requests for api in self._apis]
+
+    def name_models(self) -> Mapping[str, NamedModel]:
+        """The models to serve by name at the start.
+
+        Raises:
+            ConfigError, PluginError: an API fails; or several name models, of which each would replace the others'.
+        """
+        named = self._config.models.named
+        given: dict[str, Mapping[str, NamedModel]] = {}
+        for api in self._apis:
+            with _naming(api, "name_models"):
+                theirs = api.name_models(named, self._config)
+            if theirs is not named:
+                given[api.name] = theirs
+        if len(given) > 1:
+            raise PluginError(f"the APIs {' and '.join(given)} name models; expected at most one that does")
+        return next(iter(given.values()), named)
+
+    def methods(self, taken: Iterable[str]) -> tuple[dict[str, Protocol], dict[str, UnaryHandler]]:
+        """The protocols of all methods that infer, and the coroutines that answer others, by method path.
+
+        Args:
+            taken: the method paths of the core.
+
+        Raises:
+            PluginError: an API fails, or a method is taken.
+        """
+        protocols: dict[str, Protocol] = {}
+        handlers: dict[str, UnaryHandler] = {}
+        owners = dict.fromkeys(taken, "the core")
+        for api in self._apis:
+            with _naming(api, "methods"):
+                further = api.methods()
+                for path in (*api.protocols, *further):
+                    if path in owners:
+                        raise PluginError(f"API {api.name}: the method {path} is taken by {owners[path]}")
+                    owners[path] = f"API {api.name}"
+                protocols |= api.protocols
+                handlers |= further
+        return protocols, handlers
+
+    def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool, taken: Iterable[str]) -> list[RestApi]:
+        """The REST sides of all.
+
+        Args:
+            taken: the paths of the core, as `HttpService.paths` has them.
+
+        Raises:
+            PluginError: an API fails, or a path is, contains or lies below a path that is taken.
+        """
+        found: list[RestApi] = []
+        owners = dict.fromkeys(taken, "the core")
+        for api in self._apis:
+            with _naming(api, "rest"):
+                made = api.rest(local, dispatcher, cors=cors)
+                for path in made.paths if made is not None else ():
+                    for other, owner in owners.items():
+                        if is_among(path, (other,)) or is_among(other, (path,)):
+                            raise PluginError(f"API {api.name}: the path {path} is taken by {owner}, which has {other}")
+                if made is not None:
+                    owners |= dict.fromkeys(made.paths, f"API {api.name}")
+                    found.append(made)
+        return found
+
+    def pages(self, readiness: Readiness) -> list[BaseRoute]:
+        """The pages of all.
+
+        Raises:
+            PluginError: an API fails.
+        """
+        found: list[BaseRoute] = []
+        for api in self._apis:
+            with _naming(api, "pages"):
+                found += api.pages(readiness)
+        return found
+
+    def start(self, repository: Repository) -> None:
+        """As of each `Api`.
+
+        Raises:
+            PluginError: an API fails.
+        """
+        for api in self._apis:
+            with _naming(api, "start"):
+                api.start(repository)
+
+    async def reload(self) -> None:
+        """As of each `Api`. Errors are logged."""
+        for api in self._apis:
+            await _logging_errors(api, "reload")
+
+    async def close(self) -> None:
+        """As of each `Api`. Errors are logged."""
+        for api in self._apis:
+            await _logging_errors(api, "close")
+
+
+@contextmanager
+def _naming(api: Api, what: str) -> Iterator[None]:
+    """Turns errors of the API's own code into a PluginError that names the API."""
+    try:
+        yield
+    except (ConfigError, PluginError):
+        raise
+    except Exception as error:
+        raise PluginError(f"API {api.name}: {what} failed: {type(error).__name__}: {text_of(error)}") from error
+
+
+async def _logging_errors(api: Api, what: str) -> None:
+    try:
+        await getattr(api, what)()
+    except Exception:
+        _log.exception("API %s: %s failed", api.name, what)

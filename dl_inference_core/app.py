@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from dl_inference_core import admin, asgi, sockets
 from dl_inference_core import config as configs
-from dl_inference_core.api import make_apis
+from dl_inference_core.api import Apis
 from dl_inference_core.children import OwnSockets
-from dl_inference_core.config import ClientTls, Config, NamedModel, NodeConfig, RouteConfig, resolved
+from dl_inference_core.config import ClientTls, Config, NodeConfig, RouteConfig, resolved
 from dl_inference_core.coroutines import UnaryHandler
 from dl_inference_core.cpus import affinity_cores, cores
 from dl_inference_core.dispatcher import Dispatcher
-from dl_inference_core.errors import ConfigError, PluginError
+from dl_inference_core.errors import ConfigError
 from dl_inference_core.gateway.balancing import Balancer
 from dl_inference_core.gateway.clock import SystemClock
 from dl_inference_core.gateway.reloading import Gateway
@@ -29,16 +29,16 @@ from dl_inference_core.introspection import Introspection, Readiness
 from dl_inference_core.joining import Joining
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
-from dl_inference_core.rest import seldon
 from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.routing import Routes
-from dl_inference_core.transport import Connection, Http, HttpApp, Limits, Server, Transport, room_for
+from dl_inference_core.transport import Connection, Http, Limits, Server, Transport, room_for
 from dl_inference_core.wire import codecs
 from dl_inference_core.wire.protocol import METHODS
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping, Sequence
+    from collections.abc import Sequence
 
+    from starlette.applications import Starlette
     from starlette.routing import BaseRoute
 
     from dl_inference_core.node.backend import Backend, Signature
@@ -87,8 +87,8 @@ class App:
         """The name of the set of codecs in use, and why."""
         codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
         folder = config_file.parent if config_file is not None else Path()
-        self._apis = make_apis(plugins, config, folder)
-        if config.models.any or any(api.brings_models for api in self._apis):
+        self._apis = Apis(plugins, config, folder)
+        if self._apis.serves_models:
             self.repository = repository = self._build_repository(folder)
             self.metrics.sample(
                 "dl_inference_queue",
@@ -126,9 +126,6 @@ class App:
         from dl_inference_core.node.load import LoadMeter
         from dl_inference_core.node.repository import Repository
 
-        named: Mapping[str, NamedModel] = self._config.models.named
-        for api in self._apis:
-            named = api.name_models(named, self._config)
         for name, options in self._config.backends.items():
             made = self._plugins.options(Kind.BACKENDS, name, options, f"[backends.{name}]", folder)
             self._backend_options[name] = made.model_dump(exclude_unset=True)
@@ -138,11 +135,11 @@ class App:
         }
         return Repository(
             self._config.models.directory,
-            named=named,
+            named=self._apis.name_models(),
             backends=backends,
             handlers=self._plugins.classes(Kind.HANDLERS),
             defaults=self._config.models.defaults,
-            recorded=[api.recorded_requests for api in self._apis],
+            recorded=self._apis.recorded,
             poll_interval_s=self._config.models.poll_interval_ms / 1000,
             load_timeout_s=self._config.models.load_timeout_s,
             meter=LoadMeter(self._config.models.load_reports_per_s),
@@ -225,6 +222,7 @@ class App:
         Raises:
             ConfigError, PluginError: what is configured cannot be.
         """
+        self._services()
         await self._begin()
         await self._loaded()
 
@@ -240,8 +238,7 @@ class App:
         """
         if self.repository is not None:
             await self.repository.begin()
-            for api in self._apis:
-                api.start(self.repository)
+            self._apis.start(self.repository)
         if self.gateway is not None:
             if self._config.gateway.tls is not None:
                 self.transport.prepare(self._config.gateway.tls)
@@ -301,9 +298,7 @@ class App:
         Raises:
             ConfigError, PluginError: as `load`; or an address cannot be listened on.
         """
-        routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
-        dispatcher = self._dispatcher(routes)
-        http = Http(service=self._rest(dispatcher), app=self._http(*seldon.pages(self._readiness)))
+        routes, dispatcher, http = self._services()
         limits, http_limits = self._with_room()
         if self._config.http_port is not None:
             # Who asks for certificates does not answer the same questions without them.
@@ -354,7 +349,7 @@ class App:
             self.gateway.reload()
         elif self._config_file is not None:
             self._compare(self._config_file)
-        await _all_of("reload", [api.reload() for api in self._apis])
+        await self._apis.reload()
         if self.repository is not None:
             await self.repository.reload()
 
@@ -396,41 +391,45 @@ class App:
         )
         return replace(self._limits, connections=min(config.connections or room, max(1, room - http_room))), limits
 
+    def _services(self) -> tuple[Routes, Dispatcher, Http]:
+        """What answers gRPC and HTTP.
+
+        Raises:
+            PluginError: APIs fail, or clash.
+        """
+        routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
+        dispatcher, pages = self._dispatcher(routes), self._http(*self._apis.pages(self._readiness))
+        return routes, dispatcher, Http(service=self._rest(dispatcher, pages), app=pages)
+
     def _dispatcher(self, routes: Routes) -> Dispatcher:
         waiting: dict[str, UnaryHandler] = {}
         if self.gateway is not None and self.gateway.registry is not None:
             waiting |= self.gateway.registry.methods()
-        protocols = dict(METHODS)
-        for api in self._apis:
-            further = api.methods()
-            if taken := sorted((protocols.keys() | waiting.keys()) & (api.protocols.keys() | further.keys())):
-                raise PluginError(f"[apis.{api.name}]: the method {taken[0]} is taken by the core or another API")
-            protocols |= api.protocols
-            waiting |= further
-        introspection = Introspection(routes, self._readiness, protocols)
+        introspection = Introspection(routes, self._readiness)
+        own = (*METHODS, *waiting, *introspection.unary(), *introspection.streaming())
+        protocols, further = self._apis.methods(own)
+        introspection = Introspection(routes, self._readiness, (*METHODS, *protocols, *further))
         return Dispatcher(
             routes,
             self.metrics,
             most_in_flight=self._config.in_flight,
             openinference_as_requested=self._config.models.openinference_outputs == "as_requested",
-            protocols=protocols,
+            protocols={**METHODS, **protocols},
             unary=introspection.unary(),
-            waiting=waiting,
+            waiting={**waiting, **further},
             streaming=introspection.streaming(),
         )
 
-    def _rest(self, dispatcher: Dispatcher) -> Rest:
+    def _rest(self, dispatcher: Dispatcher, pages: Starlette) -> Rest:
         timeout_ms, cors = self._config.rest_timeout_ms, self._config.rest_cors
         local = Local(self.repository, self.gateway, self._readiness)
-        further = (api.rest(local, dispatcher, cors=cors) for api in self._apis)
         return Rest(
-            seldon.Seldon(local, dispatcher, self._readiness, cors=cors),
-            *(api for api in further if api is not None),
+            *self._apis.rest(local, dispatcher, cors=cors, taken=admin.paths(pages)),
             body_bytes=self._config.rest_bytes,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
 
-    def _http(self, *beside: BaseRoute) -> HttpApp:
+    def _http(self, *beside: BaseRoute) -> Starlette:
         return admin.app(self.metrics, self._readiness, *beside, metrics_path=self._config.metrics_path)
 
     async def _until_ready(self) -> None:
@@ -452,7 +451,8 @@ class App:
     @property
     def _awaits_config(self) -> bool:
         """Whether there is no model because a client has yet to say which."""
-        return self._config.models.directory is None and any(api.awaits_models for api in self._apis)
+        has_folder = self._config.models.directory is not None
+        return self.repository is not None and not has_folder and self._apis.awaits_models
 
     @property
     def _awaits_nodes(self) -> bool:
@@ -478,18 +478,11 @@ class App:
             await self._server.drain(self._config.drain_s)
         if self.gateway is not None:
             await self.gateway.close()
-        await _all_of("close", [api.close() for api in self._apis])
+        await self._apis.close()
         if self.repository is not None:
             await self.repository.close()
         if self._http_server is not None:
             await self._http_server.close()
-
-
-async def _all_of(what: str, calls: Sequence[Awaitable[None]]) -> None:
-    """Await the `calls`, one to each API. What they raise is logged."""
-    for error in await asyncio.gather(*calls, return_exceptions=True):
-        if error is not None:
-            _log.error("the %s of an API failed", what, exc_info=error)
 
 
 def _port_of(address: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,11 +11,9 @@ import grpc
 import numpy as np
 
 from dl_inference_core import certificates
-from dl_inference_core.api import Api
 from dl_inference_core.config import ClientTls
 from dl_inference_core.errors import BadRequest, Code, from_status
 from dl_inference_core.grpcio_transport import GrpcioTransport, channel_credentials, name_options, size_options
-from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.tensors import Form, Payload, Request, Response
 from dl_inference_core.transport import Limits, Metadata
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
@@ -50,7 +48,7 @@ def build(
     name = protocol or ("openinference" if named else "seldon")
     known = PROTOCOLS if name in PROTOCOLS else _all_protocols()
     if name not in known:
-        raise BadRequest(f'there is no protocol "{name}"; expected one of {", ".join(known)}')
+        raise BadRequest(f'no installed plugin has the protocol "{name}"; expected one of {", ".join(known)}')
     request = Request(
         payload=payload,
         form=form or _FORMS.get(name) or _unnamed(payload),
@@ -73,8 +71,10 @@ def build(
 @functools.cache
 def _all_protocols() -> Mapping[str, Protocol]:
     """The protocols that a request can be written in, by name: the core's, and those of installed APIs."""
-    apis: Mapping[str, type[Api]] = Plugins().classes(Kind.APIS)
-    further = (protocol for api in apis.values() for protocol in api.protocols.values() if not protocol.several)
+    from dl_inference_core.plugins import Kind, Plugins  # a client of the core's own protocols needs no plugin
+
+    apis = Plugins().classes(Kind.APIS).values()
+    further: Iterable[Protocol] = (each for api in apis for each in api.protocols.values() if not each.several)
     return {**PROTOCOLS, **{protocol.name: protocol for protocol in further}}
 
 

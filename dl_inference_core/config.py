@@ -228,7 +228,7 @@ class ModelsConfig(_Section):
 
     @property
     def any(self) -> bool:
-        """Whether there is anything to serve."""
+        """Whether the config names any."""
         return self.directory is not None or bool(self.named)
 
 
@@ -389,8 +389,8 @@ class Config(_Section):
     routes: tuple[RouteConfig, ...] = ()
     backends: dict[str, dict[str, Any]] = {}
     """options of each backend, by its name: `[backends.torch]`"""
-    apis: dict[str, dict[str, Any]] = {}
-    """options of each API, by its name: `[apis.tfserving]`"""
+    apis: dict[str, dict[str, Any] | Literal[False]] = {}
+    """options of each API, by its name: `[apis.tfserving]`; or false, to leave the API out"""
 
     @model_validator(mode="after")
     def _check(self) -> Config:

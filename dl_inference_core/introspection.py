@@ -25,6 +25,7 @@ from dl_inference_core.wire.protocol import METHODS, QUESTIONS, READY, VERSIONS,
 _WATCH_S = 0.1
 _OIP = "/inference.GRPCInferenceService"
 _HEALTH = "/grpc.health.v1.Health"
+_REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
 _Status = health_pb2.HealthCheckResponse.ServingStatus
 
 
@@ -60,7 +61,7 @@ class Introspection:
 
     def __init__(self, routes: Routes, readiness: Readiness, paths: Collection[str] = METHODS) -> None:
         """Args:
-        paths: of the methods that are answered beside those of this class.
+        paths: the paths of the other methods that this process answers.
         """
         self._routes = routes
         self._readiness = readiness
@@ -81,11 +82,7 @@ class Introspection:
     def streaming(self) -> Mapping[str, StreamHandler]:
         """Handlers of streams by method path."""
         own = {path.split("/")[1] for path in self.unary()}
-        services = [
-            *sorted(self._services | own),
-            "grpc.reflection.v1.ServerReflection",
-            "grpc.reflection.v1alpha.ServerReflection",
-        ]
+        services = [*sorted(self._services | own), *_REFLECTION]
         servicer = reflection.ReflectionServicer(services, pool=messages.pool)
 
         async def reflect(_: Exchange, requests: AsyncIterator[Message]) -> AsyncIterator[Message]:
@@ -97,7 +94,7 @@ class Introspection:
 
         return {
             f"{_HEALTH}/Watch": self._watch,
-            **{f"/{service}/ServerReflectionInfo": reflect for service in services[-2:]},
+            **{f"/{service}/ServerReflectionInfo": reflect for service in _REFLECTION},
         }
 
     def _status(self, service: str) -> Any:

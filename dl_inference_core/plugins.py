@@ -265,9 +265,14 @@ class Plugins:
         lines.append(f"installed: {', '.join(sorted(classes)) or 'none'}")
         raise PluginError("; ".join((*lines, *self.hints(name))))
 
+    @property
+    def broken(self) -> list[str]:
+        """The plugins that cannot be used, or not as a whole, and why."""
+        return [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
+
     def hints(self, name: str) -> list[str]:
         """Why nothing of that name may be there: what is broken and why, and what would help."""
-        hints = [f"broken: {plugin} ({plugin.error})" for plugin in self._plugins.values() if plugin.error]
+        hints = self.broken
         if name in _DISTRIBUTIONS:
             hints.append(f"try: pip install {_DISTRIBUTIONS[name]}")
         return hints
@@ -325,7 +330,7 @@ class Plugins:
             if missing := _missing(self.get(kind, name, kind.value)):
                 raise PluginError(f'the {kind.value} "{name}" cannot run here: {missing}')
             return name, "as configured"
-        skipped = [f"{plugin} is broken: {plugin.error}" for plugin in self._plugins.values() if plugin.error]
+        skipped = self.broken
         ranked: list[tuple[str, type[Choosable]]] = list(self.classes(kind).items())
         for candidate, cls in sorted(ranked, key=lambda item: item[1].priority, reverse=True):
             if missing := _missing(cls):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dl_inference_core import children, sockets
-from dl_inference_core.api import make_apis
+from dl_inference_core.api import Apis
 from dl_inference_core.cli_options import fail
 from dl_inference_core.config import Config
 from dl_inference_core.errors import ConfigError, PluginError
@@ -77,10 +77,9 @@ class Serving:
     def _serves_models(self) -> bool:
         folder = self.config_file.parent if self.config_file is not None else Path()
         try:
-            apis = make_apis(self.plugins, self.config, folder)
+            return Apis(self.plugins, self.config, folder).serves_models
         except (ConfigError, PluginError) as error:
             fail(error)
-        return self.config.models.any or any(api.brings_models for api in apis)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; reload at SIGHUP."""

@@ -138,8 +138,8 @@ class Supervisor:
         """Args:
         command: starts one worker, which ends when its standard input does.
         said: printed once all workers serve, before "serving on".
-        keeps_spare: whether one more process is started that takes the place of the next worker that dies. It gains
-            nothing where models are served, whose load takes longer than a start.
+        keeps_spare: whether one more process is started, which takes the place of the next worker that dies. A node
+            keeps none: loading its models takes longer than starting a process.
         """
         self._config = config
         self._command = command

@@ -158,6 +158,11 @@ balancer = "weighted_round_robin"
 balancer_options = {}
 """
 
+APIS = """\
+The section needs the plugin `dl-inference-tfserving`. `[apis] tfserving = false` leaves the API out. The same holds for
+the API of any plugin; `dl-inference-core plugins` lists them.
+"""
+
 START = """## Start and health
 
 The port opens at once. While models load, each model that has loaded already answers requests; a request for one that
@@ -320,7 +325,7 @@ def reference() -> str:
         _table("## At the top of the file", Config, leave_out=("models", "gateway", "join", "routes", "tls")),
         _table("## `[models]`", ModelsConfig),
         _table("### `[models.named.NAME]`", NamedModel),
-        _table("## `[apis.tfserving]`", TfServingOptions),
+        f"{_table('## `[apis.tfserving]`', TfServingOptions)}\n{APIS}",
         START,
         LOAD,
         _table("## `[gateway]`", GatewayConfig, leave_out=("health", "registry", "tls")),

@@ -17,7 +17,10 @@ import grpc.aio
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute, Route
 
+from dl_inference_core import config as configs
 from dl_inference_core.api import Api
 from dl_inference_core.app import App
 from dl_inference_core.config import Config, ModelsConfig, NamedModel, PluginOptions
@@ -25,6 +28,7 @@ from dl_inference_core.coroutines import UnaryHandler
 from dl_inference_core.dispatcher import Dispatcher
 from dl_inference_core.errors import ConfigError, InferenceError, ModelError, PluginError
 from dl_inference_core.http_exchange import HttpExchange
+from dl_inference_core.introspection import Readiness
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.rest.answering import Local, RestApi
@@ -33,13 +37,13 @@ from dl_inference_core.testing import FakeBackend
 from dl_inference_core.testing.loopback import CoroutineService
 from dl_inference_core.transport import Exchange, Limits
 from dl_inference_core.wire import messages
-from dl_inference_core.wire.protocol import PROTOCOLS, TIS_PREDICT, Protocol
+from dl_inference_core.wire.protocol import PROTOCOLS, TIS_PREDICT, VERSIONS, Protocol
 
 Lab = Any  # tests/conftest.py
 Install = Callable[..., Plugins]
 
 SHOUT = replace(PROTOCOLS["tfserving"], name="shout", node_method="/loud.Service/Predict")
-QUESTION = "/loud.Service/Question"
+QUESTION = "/quiet.Service/Question"
 
 
 class Page(RestApi):
@@ -103,6 +107,9 @@ class Loud(Api):
 
     def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> RestApi:
         return Page(local, dispatcher, cors=cors)
+
+    def pages(self, readiness: Readiness) -> list[BaseRoute]:
+        return [Route("/loud-page", lambda _: PlainTextResponse("a page"))]
 
     def start(self, repository: Repository) -> None:
         self.calls.append(f"start with {', '.join(repository.models)}")
@@ -185,8 +192,10 @@ async def test_a_node_answers_all_that_an_api_brings(tmp_path: Path, plugins: Pl
         assert app.http_port is not None
         assert await asyncio.to_thread(get, app.http_port, "/loud/x") == (200, b'{"asked": "/loud/x"}')
         health = health_pb2_grpc.HealthStub(channel)
-        answer = await health.Check(health_pb2.HealthCheckRequest(service="loud.Service"), timeout=10)
-        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        for service in ("loud.Service", "quiet.Service"):
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        assert await asyncio.to_thread(get, app.http_port, "/loud-page") == (200, b"a page")
         await app.reload()
     assert api.calls == ["name models", "start with loud, m", "reload", "close"]
 
@@ -265,28 +274,186 @@ def test_an_api_that_cannot_be_made_ends_only_a_process_that_names_it(
         def __init__(self, options: PluginOptions) -> None:
             raise OSError("no device")
 
-    plugins = installed(Kind.APIS, Broken, Loud)
+    class Demanding(Api):
+        name = "demanding"
+
+        class Options(PluginOptions):
+            token: str
+
+    plugins = installed(Kind.APIS, Broken, Demanding, Loud)
     config = Config(models=ModelsConfig(directory=tmp_path))
     App(config, plugins)
     assert [api.name for api in Loud.made] == ["loud"]
-    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert record.message.startswith("the API broken is not answered: ")
-    assert record.message.endswith('cannot make the API "broken": OSError: no device')
+    broken, demanding = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert broken.startswith("API broken is left out: ")
+    assert broken.endswith('cannot make the API "broken": OSError: no device')
+    assert demanding.startswith("API demanding is left out: ")
+    assert demanding.endswith("options of API demanding: token: Field required")
     with pytest.raises(PluginError, match="OSError: no device"):
         App(config.model_copy(update={"apis": {"broken": {}}}), plugins)
+    with pytest.raises(ConfigError, match="token: Field required"):
+        App(config.model_copy(update={"apis": {"demanding": {}}}), plugins)
 
 
-@pytest.mark.parametrize("taken", [TIS_PREDICT, SHOUT.node_method, QUESTION])
-async def test_a_method_that_is_taken_is_an_error_at_the_start(tmp_path: Path, installed: Install, taken: str) -> None:
+def test_a_plugin_that_is_broken_is_said_since_it_may_have_an_api(
+    tmp_path: Path, installed: Install, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Nameless(Api):
+        pass
+
+    App(Config(models=ModelsConfig(directory=tmp_path)), installed(Kind.APIS, Nameless))
+    (said,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert "Nameless has no `name` of its own" in said
+    assert said.endswith("; its APIs are left out")
+
+
+def test_a_config_can_leave_an_api_out(tmp_path: Path, plugins: Plugins) -> None:
+    text = f'[models]\ndirectory = "{tmp_path}"\n[apis]\nloud = false\n'
+    App(configs.parse(text.encode(), tmp_path / "server.toml"), plugins)
+    assert Loud.made == []
+
+
+CHECK = "/grpc.health.v1.Health/Check"
+TAKEN = {
+    "of the core that infers": (TIS_PREDICT, "protocols", "the core"),
+    "of the core that asks": (VERSIONS.node_method, "protocols", "the core"),
+    "of the core that answers about health": (CHECK, "methods", "the core"),
+    "of the core that streams": ("/grpc.health.v1.Health/Watch", "methods", "the core"),
+    "of another API that infers": (SHOUT.node_method, "methods", "API loud"),
+    "of another API that answers otherwise": (QUESTION, "protocols", "API loud"),
+    "of its own": ("/own.Service/Both", "both", "API second"),
+}
+
+
+@pytest.mark.parametrize(("path", "where", "owner"), TAKEN.values(), ids=TAKEN)
+async def test_a_method_that_is_taken_is_an_error_at_the_start(
+    tmp_path: Path, installed: Install, path: str, where: str, owner: str
+) -> None:
     class Second(Api):
         name = "second"
-        protocols: ClassVar[Mapping[str, Protocol]] = MappingProxyType({taken: SHOUT})
+        protocols: ClassVar[Mapping[str, Protocol]] = {path: SHOUT} if where in ("protocols", "both") else {}
+
+        def methods(self) -> Mapping[str, UnaryHandler]:
+            async def answer(_: Exchange) -> bytes:
+                return b""
+
+            return {path: answer} if where in ("methods", "both") else {}
+
+    said = rf"^API second: the method {path} is taken by {owner}$"
+    await refused(tmp_path, installed(Kind.APIS, Loud, Second), said)
+
+
+@pytest.mark.parametrize(
+    ("path", "owner"),
+    [
+        ("/loud/", "API loud, which has /loud/"),
+        ("/loud/er", "API loud, which has /loud/"),
+        ("/", "the core, which has /metrics"),
+        ("/readyz", "the core, which has /readyz"),
+        ("/loud-page", "the core, which has /loud-page"),
+    ],
+)
+async def test_a_url_that_is_taken_is_an_error_at_the_start(
+    tmp_path: Path, installed: Install, path: str, owner: str
+) -> None:
+    class Other(Page):
+        paths = (path,)
+
+    class Second(Api):
+        name = "second"
+
+        def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> RestApi:
+            return Other(local, dispatcher, cors=cors)
+
+    await refused(tmp_path, installed(Kind.APIS, Loud, Second), f"^API second: the path {path} is taken by {owner}$")
+
+
+async def refused(folder: Path, plugins: Plugins, said: str) -> None:
+    """`check` and `serve` end with that error."""
+    for start in (App.load, lambda app: app.serve("127.0.0.1:0")):
+        app = App(Config(transport="grpcio", models=ModelsConfig(directory=folder)), plugins)
+        try:
+            with pytest.raises(PluginError, match=said):
+                await start(app)
+        finally:
+            await app.close()
+
+
+def test_several_apis_that_name_models_are_an_error(tmp_path: Path, installed: Install) -> None:
+    class Second(Loud):
+        name = "second"
+
+    plugins = installed(Kind.APIS, Loud, Second)
+    config = Config(apis={"loud": {"folder": str(tmp_path)}, "second": {"folder": str(tmp_path)}})
+    with pytest.raises(PluginError, match="the APIs loud and second name models; expected at most one that does"):
+        App(config, plugins)
+
+
+STEPS = ("name_models", "methods", "rest", "pages", "start")
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_an_error_of_an_apis_own_code_names_the_api(tmp_path: Path, installed: Install, step: str) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError("oh")
+
+    plugins = installed(Kind.APIS, type("Second", (Api,), {"name": "second", step: fail}))
+
+    async def start() -> None:
+        app = App(Config(transport="grpcio", models=ModelsConfig(directory=tmp_path)), plugins)
+        try:
+            await app.load()
+        finally:
+            await app.close()
+
+    with pytest.raises(PluginError, match=f"^API second: {step} failed: ZeroDivisionError: oh$"):
+        await start()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+async def test_an_api_that_fails_to_reload_or_to_close_stops_nothing_else(
+    tmp_path: Path, installed: Install, caplog: pytest.LogCaptureFixture, asynchronous: bool
+) -> None:
+    class Failing(Api):
+        name = "failing"
+
+        async def reload(self) -> None:
+            raise ZeroDivisionError
+
+        close = reload
+
+    class Synchronous(Failing):
+        name = "failing"
+
+        def reload(self) -> Any:
+            raise ZeroDivisionError
+
+        close = reload
 
     FakeBackend.write(tmp_path / "m" / "1")
-    plugins = installed(Kind.APIS, Loud, Second, more={Kind.BACKENDS: [FakeBackend]})
-    app = App(Config(transport="grpcio", models=ModelsConfig(directory=tmp_path)), plugins)
+    apis = (Failing if asynchronous else Synchronous, Loud)
+    plugins = installed(Kind.APIS, *apis, more={Kind.BACKENDS: [FakeBackend]})
+    async with serving(Config(transport="grpcio", models=ModelsConfig(directory=tmp_path)), plugins) as (app, _):
+        await app.reload()
+    (loud,) = Loud.made
+    assert loud.calls == ["name models", "start with m", "reload", "close"]
+    failed = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert failed == ["API failing: reload failed", "API failing: close failed"]
+
+
+async def test_a_gateway_is_not_ready_because_an_api_awaits_models(lab: Lab, installed: Install) -> None:
+    class Awaiting(Api):
+        name = "awaiting"
+        awaits_models = True
+
+    app = App(Config(transport="grpcio", gateway={"nodefile": nodefile(lab.folder)}), installed(Kind.APIS, Awaiting))
     try:
-        with pytest.raises(PluginError, match=rf"\[apis\.second\]: the method {taken} is taken by the core or another"):
-            await app.serve("127.0.0.1:0")
+        assert not app._awaits_config
     finally:
         await app.close()
+
+
+def nodefile(folder: Path) -> Path:
+    file = folder / "nodefile.txt"
+    file.write_text("m=1000,127.0.0.1:1\n")
+    return file

@@ -589,6 +589,21 @@ async def workers(lab: Lab, *nodes: Any, count: int = 2, more: str = "") -> Asyn
         yield served, own
 
 
+@pytest.mark.parametrize("named_by", ["our config", "a model_config_file"])
+async def test_workers_that_serve_models_have_no_spare(tmp_path: Path, site_with_fakes: Path, named_by: str) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    named = f'config {{ name: "m" base_path: "{tmp_path / "m"}" }}'
+    (tmp_path / "models.config").write_text(f"model_config_list {{ {named} }}")
+    ours, theirs = '[models.named.m]\npath = "m"\n', '[apis.tfserving]\nmodel_config_file = "models.config"\n'
+    file = tmp_path / "server.toml"
+    file.write_text(f'port = 0\ntransport = "grpcio"\n{ours if named_by == "our config" else theirs}')
+    async with serving(tmp_path, "--config", str(file), "--workers", "2", PYTHONPATH=str(site_with_fakes)) as served:
+        await served.ready()
+        await asyncio.sleep(0.5)  # a spare is started as soon as all workers serve
+        assert len(served.children()) == 2
+        assert await served.end() == 0
+
+
 async def test_workers_share_the_port_and_have_addresses_of_their_own(lab: Lab) -> None:
     node = await lab.node(hangs=True)
     async with workers(lab, node) as (served, own):

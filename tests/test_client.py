@@ -189,7 +189,7 @@ async def test_a_file_that_cannot_be_used_is_said_before_anything_is_sent(kind: 
 
 
 def test_what_a_protocol_cannot_hold_is_said_before_anything_is_sent() -> None:
-    with pytest.raises(BadRequest, match="there is no protocol"):
+    with pytest.raises(BadRequest, match="no installed plugin has the protocol"):
         build("m", b"x", protocol="rest")
     with pytest.raises(BadRequest, match="tfserving cannot hold"):
         build("m", {"x": [1, None]}, protocol="tfserving")

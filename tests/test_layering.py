@@ -113,12 +113,13 @@ from dl_inference_core.plugins import Plugins
 from dl_inference_core.transport import Limits, Method
 from dl_inference_core.wire import messages
 from dl_inference_core.wire.protocol import METHODS, PROTOCOLS
+from dl_inference_tfserving.api import TfServingApi
 
 ANSWER = messages.PredictResponse(model_spec={"name": "m"}).SerializeToString()
 ASK = messages.PredictRequest(model_spec={"name": "m"}).SerializeToString()
 
 class Node:
-    methods = {PROTOCOLS["tfserving"].node_method: Method()}
+    methods = {PROTOCOLS["tfserving"].node_method: Method(), **{path: Method() for path in TfServingApi.protocols}}
     private_trailers = frozenset()
 
     def begin_all(self, exchanges):
@@ -143,6 +144,9 @@ async def main():
     for method in METHODS:
         if METHODS[method] is PROTOCOLS["tfserving"]:
             assert (await connection.call(method, ASK)).message == ANSWER
+    for method, protocol in TfServingApi.protocols.items():
+        ask = messages.MultiInferenceRequest(tasks=[{"model_spec": {"name": "m"}}]).SerializeToString()
+        assert (await connection.call(method, ask if protocol.several else ASK)).message == ANSWER
     await connection.close()
     await app.close()
     await node.drain(0)

@@ -208,7 +208,7 @@ def test_a_broken_plugin_is_reported_and_the_others_go_on(install: Installer, ca
     assert [plugin.name for plugin in plugins.describe() if plugin.error] == ["broken"]
     with pytest.raises(PluginError) as caught:
         plugins.get(Kind.BALANCERS, "wanted", "route a: balancer")
-    assert 'broken: plugin "broken" of dist-of-broken 1.2.3 (' in str(caught.value)
+    assert 'plugin "broken" of dist-of-broken 1.2.3 is broken: ' in str(caught.value)
 
 
 def test_a_plugin_that_changes_the_current_folder_leaves_relative_paths_their_meaning(

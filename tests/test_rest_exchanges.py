@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from dl_inference_seldon.rest import SeldonRest
 from dl_inference_tfserving.rest import TfServingRest
 
 from dl_inference_core.dispatcher import Dispatcher
@@ -24,7 +25,6 @@ from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
 from dl_inference_core.rest.answering import Local, Rest
-from dl_inference_core.rest.seldon import Seldon
 from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Request
 from dl_inference_core.testing import FakeBackend
@@ -123,7 +123,7 @@ async def serving(folder: Path, *, cors: bool = False, most_in_flight: int = 0) 
     readiness, metrics = Readiness(serving=True), Metrics()
     dispatcher = Dispatcher(Routes(repository), metrics, most_in_flight=most_in_flight)
     local = Local(repository, None, readiness)
-    apis = TfServingRest(local, dispatcher, cors=cors), Seldon(local, dispatcher, readiness, cors=cors)
+    apis = TfServingRest(local, dispatcher, cors=cors), SeldonRest(local, dispatcher, cors=cors)
     try:
         yield Served(rest=Rest(*apis, body_bytes=1 << 20, timeout_s=20), dispatcher=dispatcher, metrics=metrics)
     finally:

@@ -17,6 +17,8 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 import pytest
+from dl_inference_seldon import rest as seldon
+from dl_inference_seldon.rest_codec import DocumentCodec
 from dl_inference_tfserving.rest import TfServingRest
 from google.protobuf import json_format
 from hypothesis import example, given, settings
@@ -30,9 +32,7 @@ from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
 from dl_inference_core.node.handling import Handler
 from dl_inference_core.node.repository import Repository
-from dl_inference_core.rest import seldon
 from dl_inference_core.rest.answering import Local, Rest
-from dl_inference_core.rest.seldon_codec import DocumentCodec
 from dl_inference_core.routing import Routes
 from dl_inference_core.tensors import Payload, Request
 from dl_inference_core.testing import FakeBackend
@@ -116,7 +116,7 @@ async def serving(
     readiness, metrics = Readiness(serving=start), Metrics()
     dispatcher = Dispatcher(Routes(repository), metrics)
     local = Local(repository, elsewhere, readiness)
-    apis = TfServingRest(local, dispatcher), seldon.Seldon(local, dispatcher, readiness, cors=cors)
+    apis = TfServingRest(local, dispatcher), seldon.SeldonRest(local, dispatcher, cors=cors)
     rest = Rest(*apis, body_bytes=LIMIT, timeout_s=20)
     pages = admin.app(metrics, readiness, *seldon.pages(readiness))
     server = await HttpServer.start(asgi.with_exchanges(Http(service=rest, app=pages)), "127.0.0.1", 0)

@@ -356,7 +356,7 @@ def test_several_workers_take_no_config_of_clients(tmp_path: Path) -> None:
     config = Config(
         models=ModelsConfig(directory=tmp_path), workers=2, apis={"tfserving": {"allow_remote_reload": True}}
     )
-    with pytest.raises(ConfigError, match=r"\[apis\.tfserving\]: allow_remote_reload takes workers = 1"):
+    with pytest.raises(ConfigError, match=r"\[apis\.tfserving\]: allow_remote_reload needs workers = 1"):
         App(config, Plugins())
 
 

@@ -180,15 +180,8 @@ class Loader:
                 for device in (config.devices or (config.device,)) * config.instances:
                     add_instance(device)
                 batchings = [
-                    warm_up(
-                        folder,
-                        instance.model,
-                        instance.handler,
-                        config.batching,
-                        recorded=self.recorded,
-                        samples=config.warm_up,
-                    )
-                    for instance in instances
+                    warm_up(folder, each.model, each.handler, config.batching, self.recorded, samples=config.warm_up)
+                    for each in instances
                 ]
         except BaseException as error:
             children.end_child(error)  # which has none of the threads and devices that closing a model may need

@@ -43,8 +43,8 @@ def warm_up(
     model: Model,
     handler: Handler,
     config: BatchingConfig,
-    *,
     recorded: Sequence[FindRecorded] = (),
+    *,
     samples: bool = True,
 ) -> Batching | None:
     """Run the model on what lies beside it and on samples in every size of batch. Outside its session.

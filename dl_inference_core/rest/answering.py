@@ -62,14 +62,14 @@ class Local(Routes):
         super().__init__(*() if here is None else (here,))
         self._here = here
         self._elsewhere = Routes(*() if elsewhere is None else (elsewhere,))
-        self._readiness = readiness
+        self.readiness = readiness
 
     def find(self, key: str | int) -> Upstream:
         """Raises:
         ModelNotFound: there is no such model, or it is on other nodes.
         ModelNotReady: the server starts, and does not know its models yet; or it ends.
         """
-        if self._readiness.ending.is_set():
+        if self.readiness.ending.is_set():
             raise ModelNotReady("the server is shutting down")
         try:
             return super().find(key)
@@ -96,7 +96,7 @@ class Local(Routes):
         ModelNotFound: this process has routes to other nodes alone.
         ModelNotReady: the server starts, and may yet have models; or it ends.
         """
-        if self._readiness.ending.is_set():
+        if self.readiness.ending.is_set():
             raise ModelNotReady("the server is shutting down")
         found = super().upstreams(most)
         if not found and self._elsewhere.upstreams(1):
@@ -112,7 +112,7 @@ class Local(Routes):
     def _is_starting(self) -> bool:
         """Whether the server does not know yet which models it has."""
         unknown = self._here is not None and not self._here.models
-        return unknown and not (self._readiness.serving or self._readiness.leaving)
+        return unknown and not (self.readiness.serving or self.readiness.leaving)
 
     def _is_elsewhere(self, key: str | int) -> bool:
         try:

@@ -27,6 +27,11 @@ A handler, with requests and what answers them; the model is a `FakeModel` unles
         samples = [(Request(payload="good", form=Form.TEXT), {"score": np.array([0.9], np.float32)})]
         rejected = [Request(payload=b"\\x00", form=Form.BYTES)]
 
+An API::
+
+    class TestLoud(ApiConformance):
+        api_class = Loud
+
 A transport (its tests need the package trustme)::
 
     class TestGrpcioTransport(TransportConformance):
@@ -39,7 +44,7 @@ import pytest
 
 # Before they are imported, so that a failed assertion shows its values.
 pytest.register_assert_rewrite(
-    *(f"dl_inference_core.testing.{name}" for name in ("plugin", "fakes", "balancer", "backend", "handler")),
+    *(f"dl_inference_core.testing.{name}" for name in ("plugin", "fakes", "balancer", "backend", "handler", "api")),
     *(
         f"dl_inference_core.testing.{name}"
         for name in (
@@ -49,6 +54,7 @@ pytest.register_assert_rewrite(
     ),
 )
 
+from dl_inference_core.testing.api import ApiConformance  # noqa: E402
 from dl_inference_core.testing.backend import BackendConformance  # noqa: E402
 from dl_inference_core.testing.balancer import BalancerConformance  # noqa: E402
 from dl_inference_core.testing.fakes import EXCHANGE, FakeBackend, FakeModel, FakeNode  # noqa: E402
@@ -57,6 +63,7 @@ from dl_inference_core.testing.transport import TransportConformance  # noqa: E4
 
 __all__ = [
     "EXCHANGE",
+    "ApiConformance",
     "BackendConformance",
     "BalancerConformance",
     "FakeBackend",

@@ -94,7 +94,9 @@ def use(codecs: Codecs) -> None:
 
 
 def find(at: str) -> Codec:
-    """The codec that `Protocol.codec_at` names, of the set in use. Imports the core's codec, and numpy with it."""
+    """The codec that `Protocol.codec_at` names: of the core's codecs that of the set in use, an API's own as it is.
+    Imports it, and numpy with it."""
     module, _, attribute = at.partition(":")
     found: Any = importlib.import_module(module if "." in module else f"dl_inference_core.wire.{module}")
-    return _Chosen.codecs.codec(at, cast("Codec", getattr(found, attribute) if attribute else found))
+    codec = cast("Codec", getattr(found, attribute) if attribute else found)
+    return codec if "." in module else _Chosen.codecs.codec(at, codec)

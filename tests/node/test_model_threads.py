@@ -7,9 +7,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
-from dl_inference_tfserving.protocols import MULTI_INFERENCE
 
 from dl_inference_core.node.admission import QueueLimits
 from dl_inference_core.node.batcher import BatchCost
@@ -17,6 +17,8 @@ from dl_inference_core.node.model_threads import ModelThread, ModelThreads
 from dl_inference_core.node.queue import QueuedRequest, RequestQueue, Task
 from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire.protocol import PROTOCOLS, Protocol
+
+SEVERAL = replace(PROTOCOLS["openinference"], several=True)
 
 
 class Rig:
@@ -112,7 +114,7 @@ async def test_threads_that_were_given_up_and_have_ended_are_forgotten() -> None
 
 async def test_what_shares_no_batch_keeps_no_other_thread_from_gathering() -> None:
     rig = Rig(2, holds=True)
-    rig.put(b"several signatures", MULTI_INFERENCE)
+    rig.put(b"several signatures", SEVERAL)
     await until(lambda: rig.began == [b"several signatures"])
     rig.put(b"other")
     rig.let(b"other")
@@ -133,7 +135,7 @@ async def test_what_shares_no_batch_goes_to_the_next_thread_that_is_free(holds: 
     rig.stays = b"first"
     ran = threading.Event()
     rig.queue.put_task(Task(ran.set))
-    rig.put(b"several signatures", MULTI_INFERENCE)
+    rig.put(b"several signatures", SEVERAL)
     rig.let(b"several signatures")
     rig.let(b"first")
     await until(lambda: not rig.gate(b"first").is_set())

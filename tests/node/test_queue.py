@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from dl_inference_tfserving.protocols import MULTI_INFERENCE
 
 from dl_inference_core.errors import BadRequest, DeadlineExceeded, InferenceError, Overloaded
 from dl_inference_core.node import load
@@ -24,6 +24,7 @@ from dl_inference_core.testing.memory import MemoryExchange
 from dl_inference_core.wire.protocol import PROTOCOLS, Queueing
 
 OIP = PROTOCOLS["openinference"]
+SEVERAL = replace(OIP, several=True)
 
 
 def queued(message: bytes = b"", deadline_s: float | None = None, **asked: Any) -> QueuedRequest:
@@ -264,7 +265,7 @@ async def test_places_of_clients_that_have_left_are_given_away_before_that_of_on
 async def test_a_batch_takes_nothing_from_behind_what_shares_none() -> None:
     rig = Rig()
     first, last = queued(), queued()
-    several = QueuedRequest(MemoryExchange("/m", b""), MULTI_INFERENCE, time.monotonic())
+    several = QueuedRequest(MemoryExchange("/m", b""), SEVERAL, time.monotonic())
     for request in (first, several, last):
         rig.put(request)
     assert rig.queue.take(0) is first

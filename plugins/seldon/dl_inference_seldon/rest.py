@@ -1,5 +1,5 @@
 """Seldon's REST API: its URLs, the ways in which a request's JSON may come, and what is asked about server and models.
-Values are `rest.seldon_codec`'s."""
+Values are `rest_codec`'s."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class _Prediction(Protocol):
 
     @property
     def codec(self) -> Codec:
-        from dl_inference_core.rest.seldon_codec import DocumentCodec  # numpy with it
+        from dl_inference_seldon.rest_codec import DocumentCodec  # numpy with it
 
         return cast("Codec", DocumentCodec(self.document))
 
@@ -147,15 +147,15 @@ def pages(readiness: Readiness) -> tuple[BaseRoute, ...]:
     return Route("/health/ping", ping), Route("/live", live), Route("/ready", ready)
 
 
-class Seldon(RestApi):
+class SeldonRest(RestApi):
     """Answers the requests for models, and about them: what seldon-core's server for one model answers, and the same
     below `/seldon/NAME` and `/seldon/NAMESPACE/NAME`."""
 
     paths = ("/seldon/", "/api/", *(path for path in _METHODS if not path.startswith("/api/")))
 
-    def __init__(self, local: Local, dispatcher: Dispatcher, readiness: Readiness, *, cors: bool = False) -> None:
+    def __init__(self, local: Local, dispatcher: Dispatcher, *, cors: bool = False) -> None:
         super().__init__(local, dispatcher, cors=cors)
-        self._readiness = readiness
+        self._readiness = local.readiness
         # One thread: several would only take the interpreter from each other.
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read JSON")
         self._begin: dict[str, Callable[[HttpExchange, Metadata], None]] = {

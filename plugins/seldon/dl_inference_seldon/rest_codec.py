@@ -17,7 +17,6 @@ from google.protobuf import json_format
 
 from dl_inference_core.errors import BadRequest
 from dl_inference_core.rest.documents import from_base64
-from dl_inference_core.rest.seldon import Document, expected, object_in
 from dl_inference_core.tensors import Form, Payload, Request, Response, Tensor, as_json
 from dl_inference_core.wire import messages, tfserving
 from dl_inference_core.wire.arrays import count_of, mismatch, reshape
@@ -31,6 +30,7 @@ from dl_inference_core.wire.seldon import (
     nested_as_tensor,
     numbers_or_list,
 )
+from dl_inference_seldon.rest import Document, expected, object_in
 
 _NOT_FINITE = MappingProxyType({"NaN": np.nan, "Infinity": np.inf, "-Infinity": -np.inf})
 """protobuf's words for doubles that JSON lacks. seldon-core's client reads and writes tensors by them."""

@@ -56,7 +56,7 @@ class TfServingApi(Api):
     def name_models(self, named: Mapping[str, NamedModel], config: Config) -> Mapping[str, NamedModel]:
         if self.options.allow_remote_reload and config.workers > 1:
             raise ConfigError(
-                "[apis.tfserving]: allow_remote_reload takes workers = 1: what a client sends reaches one of them only"
+                "[apis.tfserving]: allow_remote_reload needs workers = 1: a client's request reaches only one worker"
             )
         from dl_inference_tfserving.named_models import NamedModels
 
