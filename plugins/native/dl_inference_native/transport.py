@@ -123,8 +123,8 @@ class NativeTransport(seam.Transport):
             answered; 0 never.
         headers_timeout_s: seconds that a client has for the handshakes of TLS and HTTP/2, and with HTTP/1 for the
             headers of each request.
-        body_timeout_s: seconds that a client has for the body of an HTTP request, and that a client of HTTP or of a
-            unary call may take nothing of an answer for which its window has no room.
+        body_timeout_s: seconds that a client has for the body of an HTTP request. The same time a client may take
+            nothing of an HTTP answer, and the window of a client may have no room for the answer to a unary call.
         keepalive_s: seconds after which a silent connection is asked for a sign of life by a PING of HTTP/2: that of a
             client always, that to a node while calls are in flight on it. As long as a node sends nothing but the
             answers, it is asked every five minutes at most, as gRPC's servers demand.

@@ -7,7 +7,7 @@ use crate::flag::Flag;
 use crate::http::{answer_stream, send};
 use crate::http_body::Incomplete;
 use crate::io::Io;
-use crate::listen::ServerHere;
+use crate::listen::{Answering, ServerHere};
 use crate::python::Exchange;
 use crate::server::{ServedMethod, Service};
 use crate::stream::Stream;
@@ -362,7 +362,7 @@ impl Call {
         };
         match end {
             End::Ok { frame, trailers } => {
-                let _ = succeed(io, respond, frame, trailers); // else the client left: there is nobody to tell
+                let _ = succeed(io, &self.server, respond, frame, trailers); // else the client left: there is nobody to tell
             }
             End::Failed(failure) | End::Left(Some(failure)) => fail(respond, failure),
             End::Left(None) => {}
@@ -442,6 +442,7 @@ pub fn head(headers: HeaderMap) -> Response<()> {
 
 fn succeed(
     io: &Io,
+    server: &Rc<ServerHere>,
     mut respond: SendResponse<Frame>,
     frame: Option<Frame>,
     trailers: HeaderMap,
@@ -451,7 +452,9 @@ fn succeed(
     if let Some(frame) = frame {
         out.reserve_capacity(frame.remaining());
         if out.capacity() < frame.remaining() {
-            drop(spawn_local(send_as_read(out, frame, trailers, io.common.settings.body_timeout())));
+            let answering = Answering::new(server);
+            let patience = io.common.settings.body_timeout();
+            drop(spawn_local(send_as_read(out, frame, trailers, patience, answering)));
             return Ok(());
         }
         out.send_data(frame, false)?;
@@ -459,8 +462,15 @@ fn succeed(
     out.send_trailers(trailers)
 }
 
-/// Sends an answer for which the client's window has no room yet.
-async fn send_as_read(mut out: SendStream<Frame>, frame: Frame, trailers: HeaderMap, patience: Duration) {
+/// Sends an answer for which the client's window, or h2's buffer, has no room yet.
+async fn send_as_read(
+    mut out: SendStream<Frame>,
+    frame: Frame,
+    trailers: HeaderMap,
+    patience: Duration,
+    answering: Answering,
+) {
+    answering.set(true);
     match send(&mut out, frame, false, patience).await {
         Some(()) => drop(out.send_trailers(trailers)), // else the client left: there is nobody to tell
         None => out.send_reset(Reason::CANCEL),

@@ -22,6 +22,8 @@ struct Inner<T> {
     closed: bool,
     /// Whether the stream may hold bytes of its own, as TLS does, and so is to be flushed.
     unflushed: bool,
+    /// Whether the last write waits for the other side to read.
+    stuck: bool,
 }
 
 /// h2 asks for a flush after each frame that it does not copy. `Coalesce` ignores that, and whoever polls the connection
@@ -42,12 +44,21 @@ impl<T: AsyncWrite + Unpin> Coalesce<T> {
             heard: true,
             closed: false,
             unflushed: false,
+            stuck: false,
         })))
     }
 
     /// Writes what is held.
     pub fn send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.0.borrow_mut().send(cx)
+        let mut inner = self.0.borrow_mut();
+        let sent = inner.send(cx);
+        inner.stuck = sent.is_pending();
+        sent
+    }
+
+    /// Whether there is more to write than the other side takes.
+    pub fn is_stuck(&self) -> bool {
+        self.0.borrow().stuck
     }
 
     /// Whether the other side has closed the connection, or reading failed.

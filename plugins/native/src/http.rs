@@ -4,7 +4,7 @@ use crate::call::{is_grpc, passes};
 use crate::events::Event;
 use crate::http_body::{Body, Incomplete, Refusal, Unread};
 use crate::io::Io;
-use crate::listen::ServerHere;
+use crate::listen::{Answering, ServerHere};
 use crate::python::HttpExchange;
 use crate::server::Service;
 use bytes::Buf;
@@ -284,11 +284,13 @@ pub async fn answer_stream(
     mut respond: SendResponse<Frame>,
 ) {
     let patience = io.common.settings.body_timeout();
+    let answering = Answering::new(&server);
     let answer = tokio::select! {
         biased;
         answer = answer(io, server, head, body) => answer,
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
+    answering.set(true);
     let (head, body) = answer.into_parts();
     let out = respond.send_response(Response::from_parts(head, ()), body.is_none());
     if let (Ok(mut out), Some(frame)) = (out, body)

@@ -39,6 +39,9 @@ pub enum Command {
     Serve {
         id: u64,
         service: Arc<Service>,
+    },
+    Listen {
+        id: u64,
         listeners: Vec<MovingListener>,
     },
     /// A client's connection, from the thread that has accepted it.
@@ -234,7 +237,8 @@ impl Io {
 
     pub fn take(self: &Rc<Self>, command: Command) {
         match command {
-            Command::Serve { id, service, listeners } => listen::serve(self, id, &service, listeners),
+            Command::Serve { id, service } => listen::serve(self, id, &service),
+            Command::Listen { id, listeners } => listen::listen(self, id, listeners),
             Command::Accepted { id, service, stream } => listen::accepted(self, id, &service, stream),
             Command::Drain { id, grace, done } => self.drain(id, grace, done),
             Command::End(id, end) => self.end(id, end),

@@ -39,7 +39,8 @@ pub struct ServerHere {
     stage: watch::Sender<Stage>,
     /// Connections and listening sockets.
     open: Cell<usize>,
-    /// Connections that still have answers to send, while the server drains.
+    /// Answers that go out as their clients read, and, while the server drains, connections that have more to write than
+    /// their clients take.
     answering: Cell<usize>,
     none_left: Notify,
 }
@@ -61,7 +62,7 @@ impl Drop for Open {
     }
 }
 
-/// Whether one connection still has answers to send. To be kept up to date from the begin of a drain on.
+/// Whether a connection, or one answer, waits for its client to read.
 pub struct Answering(Rc<ServerHere>, Cell<bool>);
 
 impl Answering {
@@ -86,7 +87,7 @@ impl Drop for Answering {
 }
 
 impl ServerHere {
-    /// Takes nothing new, waits for the calls in flight and until their answers are sent, cancels the rest.
+    /// Takes nothing new, waits for the calls in flight and for clients that read their answers, cancels the rest.
     pub async fn drain(&self, io: &Io, grace: Duration) {
         self.stage.send_replace(Stage::Draining);
         let until = Instant::now() + grace;
@@ -133,7 +134,7 @@ pub async fn reached(stage: &mut watch::Receiver<Stage>, wanted: Stage) {
 }
 
 /// Begins a server's part on this thread.
-pub fn serve(io: &Rc<Io>, id: u64, service: &Arc<Service>, listeners: Vec<MovingListener>) {
+pub fn serve(io: &Rc<Io>, id: u64, service: &Arc<Service>) {
     let server = Rc::new(ServerHere {
         id,
         service: service.clone(),
@@ -142,7 +143,12 @@ pub fn serve(io: &Rc<Io>, id: u64, service: &Arc<Service>, listeners: Vec<Moving
         answering: Cell::new(0),
         none_left: Notify::new(),
     });
-    io.servers.borrow_mut().insert(id, server.clone());
+    io.servers.borrow_mut().insert(id, server);
+}
+
+/// Accepts connections of a server that every thread knows.
+pub fn listen(io: &Rc<Io>, id: u64, listeners: Vec<MovingListener>) {
+    let Some(server) = io.servers.borrow().get(&id).cloned() else { return };
     for listener in listeners {
         match Listener::of(listener) {
             Ok(listener) => drop(spawn_local(accept(io.clone(), server.clone(), listener))),

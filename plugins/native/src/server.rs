@@ -10,7 +10,7 @@ use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
 use crate::tls::Newest;
 use crate::window::{LARGE, SMALL, Window};
-use dl_inference_grpc::{Frame, PREFIX};
+use dl_inference_grpc::Frame;
 use dl_inference_wire::KeyFields;
 use h2::PingPong;
 use h2::server::Connection;
@@ -151,7 +151,6 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<Made> {
         .max_frame_size(FRAME_BYTES)
         .max_header_list_size(DECODED_HEADERS)
         .max_concurrent_streams(service.streams)
-        .max_send_buffer_size(service.message_bytes + PREFIX) // an answer is in memory already, and may be sent at once
         .max_pending_accept_reset_streams(CANCELLED_AT_ONCE)
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_local_error_reset_streams(Some(LATE_FRAMES))
@@ -188,7 +187,7 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
             accepted = poll_fn(|cx| {
                 let accepted = writer.poll_and_send(cx, |cx| connection.poll_accept(cx));
                 if next == Stage::Closed {
-                    answering.set(connection.has_streams());
+                    answering.set(writer.is_stuck());
                 }
                 accepted
             }) => match accepted {

@@ -378,6 +378,55 @@ async def test_an_answer_that_is_read_slowly_comes_whole_although_the_server_dra
         assert client.resets == []
 
 
+async def test_a_request_that_never_comes_whole_holds_up_no_drain() -> None:
+    transport = native.NativeTransport(native.NativeTransport.Options())
+    server = await transport.serve(Echoes(), ("127.0.0.1:0",), Limits())
+    async with raw(f"127.0.0.1:{server.ports[0]}") as client:
+        client.send(head(1))
+        await client.settled()
+        async with asyncio.timeout(15):
+            await server.drain(30)
+
+
+async def test_answers_in_a_full_socket_go_out_although_the_server_drains() -> None:
+    """The windows have room for them: the kernel has not."""
+    service = DirectService(lambda exchange: exchange.reply(bytes(300_000)))
+    transport = native.NativeTransport(native.NativeTransport.Options())
+    server = await transport.serve(service, ("127.0.0.1:0",), Limits())
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with small:
+        await asyncio.to_thread(small.connect, ("127.0.0.1", server.ports[0]))
+        count = 30  # 9 MB: more than the kernel holds
+        calls = b"".join(head(2 * number + 1) + data(2 * number + 1, SHORT) for number in range(count))
+        windows = struct.pack(">HL", INITIAL_WINDOW_SIZE, 2**31 - 1)
+        small.sendall(PREFACE + frame(SETTINGS, 0, 0, windows) + update(0, 2**31 - 1 - 65_535) + calls)
+        await until(lambda: len(service.endings) == count)
+        draining = asyncio.ensure_future(server.drain(30))
+        await asyncio.sleep(2.5)  # twice as long as a client may take that has its answer
+        assert not draining.done()
+        received = await asyncio.to_thread(read_all, small)
+        await draining
+    assert ends_in(received) == count
+
+
+def ends_in(received: bytes) -> int:
+    """How many streams end in these frames."""
+    position = count = 0
+    while position < len(received):
+        size, kind, flags, _ = struct.unpack_from(">3sBBL", received, position)
+        count += kind == HEADERS and bool(flags & END_STREAM)
+        position += 9 + int.from_bytes(size, "big")
+    return count
+
+
+def read_all(connection: socket.socket) -> bytes:
+    pieces = []
+    while piece := connection.recv(1 << 20):
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
 async def test_a_stream_that_is_read_slowly_takes_in_no_more_than_its_window() -> None:
     exchanges: list[Exchange] = []
     service = DirectService(exchanges.append, streaming=True)

@@ -120,8 +120,12 @@ impl Threads {
             by_thread: self.0.outboxes.iter().map(|_| AtomicUsize::new(0)).collect(),
         });
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        for outbox in &self.0.outboxes {
+            outbox.send(Command::Serve { id, service: service.clone() });
+        }
+        // Only now: a thread that accepts gives connections to all others.
         for (outbox, listeners) in self.0.outboxes.iter().zip(by_thread) {
-            outbox.send(Command::Serve { id, service: service.clone(), listeners });
+            outbox.send(Command::Listen { id, listeners });
         }
         Ok(id)
     }
