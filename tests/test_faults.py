@@ -474,7 +474,7 @@ def test_a_clients_connections_are_known_by_their_ports(stack: ExitStack) -> Non
         assert sockets.accepted(node.server.processes()[0], port) >= set(sending.ports)
         pid, link = sockets.listener(node.server.processes(), port)
     assert pid == node.server.processes()[0]
-    assert sockets.listening(port) == {link}
+    assert link in sockets.listening(port)  # another process may have the same port on another address
     came = node.attempts().arrived().port
     for number, own in enumerate(sending.ports):
         assert (came == own).sum() == len(sending.records().by_connections([number], 3))

@@ -43,12 +43,12 @@ async def load(gateway: Any, *tasks: str) -> AsyncIterator[None]:
 
 GARBAGE = {
     "NUL bytes": (b"\0\0\0\n", "line 2: "),
-    "UTF-16": ("2=500,h:1\n".encode("utf-16-le"), "line 2: "),
+    "UTF-16": ("2=9000,h:1\n".encode("utf-16-le"), "line 2: "),
     "no timeout": (b"2=\n", 'line 2: task 2: "" is no timeout'),
-    "no nodes": (b"2=500\n", "line 2: task 2 has no nodes"),
-    "a port over 65535": (b"2=500,h:70000\n", "line 2: "),
-    "a task twice": (b"1=500,h:1\n2=500,NODE\n", "line 2: task 1 stands twice"),
-    "a node twice": (b"2=500,h:1,h:1\n", "line 2: task 2: node h:1 stands twice"),
+    "no nodes": (b"2=9000\n", "line 2: task 2 has no nodes"),
+    "a port over 65535": (b"2=9000,h:70000\n", "line 2: "),
+    "a task twice": (b"1=9000,h:1\n2=9000,NODE\n", "line 2: task 1 stands twice"),
+    "a node twice": (b"2=9000,h:1,h:1\n", "line 2: task 2: node h:1 stands twice"),
     "10 MB": (b"2=" + b"9" * 10_000_000 + b"\n", "line 2: task 2: "),
     "10 MB of lines": (b"2=x\n" + b"# and more of it\n" * 600_000, "line 2: task 2: "),
 }
@@ -58,12 +58,12 @@ GARBAGE = {
 async def test_c1_good_lines_apply_and_of_the_bad_one_is_warned_once(lab: Lab, caplog: Any, kind: str) -> None:
     a, b = await lab.nodes("ab")
     path = lab.folder / "nodefile.txt"
-    path.write_text(f"1=500,{a.address}\r\n2=500,{a.address}\r\n")
+    path.write_text(f"1=9000,{a.address}\r\n2=9000,{a.address}\r\n")
     gateway = await lab.gateway(CONFIG)
     garbage, said = GARBAGE[kind]
-    content = f"1=500,{b.address}\r\n".encode() + garbage.replace(b"NODE", a.address.encode())
+    content = f"1=9000,{b.address}\r\n".encode() + garbage.replace(b"NODE", a.address.encode())
     async with load(gateway, "1", "2"):
-        path.write_bytes(content + f"3=500,{b.address}\r\n".encode())
+        path.write_bytes(content + f"3=9000,{b.address}\r\n".encode())
         await lab.until(lambda: gateway.forwarder(1).pool.nodes[0].address == b.address)
     assert [await gateway.call("1"), await gateway.call("2")] == ["b", "a"]
     (warning,) = warnings(caplog)
@@ -100,14 +100,14 @@ async def test_c2_what_cannot_be_read_changes_nothing_and_reloading_works_after_
 ) -> None:
     a, b = await lab.nodes("ab")
     path = lab.folder / "nodefile.txt"
-    path.write_text(f"1=500,{a.address}\n")
+    path.write_text(f"1=9000,{a.address}\n")
     gateway = await lab.gateway(CONFIG)
     async with load(gateway, "1", "1"):
         break_it(path)
         await lab.until(lambda: warnings(caplog))
         assert await gateway.call("1") == "a"
         real, link = path.with_name("real"), path.with_name("link")
-        real.write_text(f"1=500,{b.address}\n")
+        real.write_text(f"1=9000,{b.address}\n")
         link.symlink_to(real)
         link.replace(path)
         await lab.until(lambda: gateway.forwarder(1).pool.nodes[0].address == b.address)
