@@ -11,9 +11,12 @@ from starlette.routing import BaseRoute, Route
 
 from dl_inference_core.introspection import Readiness
 from dl_inference_core.metrics import Metrics
+from dl_inference_core.transport import HttpApp
+
+LIVE, READY = "/healthz", "/readyz"
 
 
-def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path: str = "/metrics") -> Starlette:
+def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path: str = "/metrics") -> HttpApp:
     """Answers GET and HEAD; any other path is 404, any other method 405.
 
     - `metrics_path`: the metrics, in the format that Prometheus asks for.
@@ -43,13 +46,6 @@ def app(metrics: Metrics, readiness: Readiness, *beside: BaseRoute, metrics_path
             return PlainTextResponse("failing: no model is loaded and no node of any route answers\n", 503)
         return PlainTextResponse("starting: models still load, or no model and no node can answer requests yet\n", 503)
 
-    starlette = Starlette(
-        routes=[Route(metrics_path, render), Route("/healthz", healthz), Route("/readyz", readyz), *beside]
-    )
+    starlette = Starlette(routes=[Route(metrics_path, render), Route(LIVE, healthz), Route(READY, readyz), *beside])
     starlette.router.redirect_slashes = False
     return starlette
-
-
-def paths(pages: Starlette) -> list[str]:
-    """The paths that `pages` answers."""
-    return [route.path for route in pages.routes if isinstance(route, Route)]

@@ -7,7 +7,9 @@ API, too.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from starlette.routing import BaseRoute
+    from starlette.routing import Route
 
     from dl_inference_core.config import Config, NamedModel
     from dl_inference_core.coroutines import UnaryHandler
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_METHOD = re.compile(r"/[\w.]+/\w+")
+
 
 class Api:
-    """One API. A process makes one object of each class. All but `recorded_requests` is called on the main thread, in
-    the order in which it stands here: on a node all of it, on a gateway without models neither `name_models` nor
-    `start`. Each method has a default, which does nothing.
+    """One API. A process makes one object of each class. Its methods are called in the order in which they stand here,
+    on the main thread where they say nothing else. A gateway without models calls neither `name_models` nor
+    `recorded_requests` nor `start`. Each method has a default, which does nothing.
 
     Attributes:
         name: the name by which a config gives its options: `[apis.NAME]`.
@@ -67,8 +71,8 @@ class Api:
         return False
 
     def name_models(self, named: Mapping[str, NamedModel], config: Config) -> Mapping[str, NamedModel]:
-        """The models to serve by name at the start, instead of `named`; `named` itself for no others. Starts nothing
-        that would have to be closed.
+        """The models to serve by name at the start, instead of `named`. Return `named` itself to change nothing. Must
+        start nothing that would have to be closed.
 
         Raises:
             ConfigError: the API cannot be answered with this config.
@@ -88,6 +92,10 @@ class Api:
         """The coroutines that answer further methods, by method path."""
         return MappingProxyType({})
 
+    def pages(self, readiness: Readiness) -> Sequence[Route]:
+        """Further pages of the HTTP application, which answers metrics and health."""
+        return ()
+
     def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> RestApi | None:
         """The REST side of this API; None if it has none. It may be asked before `start`.
 
@@ -97,10 +105,6 @@ class Api:
             cors: as of `RestApi`.
         """
         return None
-
-    def pages(self, readiness: Readiness) -> Sequence[BaseRoute]:
-        """Further pages of the HTTP application, which answers metrics and health."""
-        return ()
 
     def start(self, repository: Repository) -> None:
         """Called when `repository` has begun to load the models."""
@@ -128,11 +132,11 @@ class Apis:
         self._config = config
         self._apis: list[Api] = []
         names = dict.fromkeys((*plugins.classes(Kind.APIS), *config.apis))
-        for problem in plugins.broken:
-            _log.error("%s; its APIs are left out", problem)
         for name in names:
             options = config.apis.get(name, {})
             if options is False:
+                if name not in plugins.classes(Kind.APIS):
+                    _log.warning("[apis] %s = false: no installed plugin provides that API", name)
                 continue
             try:
                 self._apis.append(plugins.make(Kind.APIS, name, options, f"[apis.{name}]", folder))
@@ -144,16 +148,16 @@ class Apis:
     @property
     def serves_models(self) -> bool:
         """Whether this process serves models itself."""
-        return self._config.models.any or any(api.brings_models for api in self._apis)
+        return self._config.models.any or any(_is(api, "brings_models") for api in self._apis)
 
     @property
     def awaits_models(self) -> bool:
-        """As of any `Api`."""
-        return any(api.awaits_models for api in self._apis)
+        """Whether clients have yet to say which models to serve. Any thread."""
+        return any(_is(api, "awaits_models") for api in self._apis)
 
     @property
     def recorded(self) -> list[FindRecorded]:
-        """`recorded_requests` of each."""
+        """The functions that find recorded requests, one for each API."""
         return [api.recorded_requests for api in self._apis]
 
     def name_models(self) -> Mapping[str, NamedModel]:
@@ -180,7 +184,7 @@ class Apis:
             taken: the method paths of the core.
 
         Raises:
-            PluginError: an API fails, or a method is taken.
+            PluginError: an API fails; a method is taken, or its path is not one of gRPC's.
         """
         protocols: dict[str, Protocol] = {}
         handlers: dict[str, UnaryHandler] = {}
@@ -189,6 +193,8 @@ class Apis:
             with _naming(api, "methods"):
                 further = api.methods()
                 for path in (*api.protocols, *further):
+                    if not _METHOD.fullmatch(path):
+                        raise PluginError(f"API {api.name}: {path!r} is not a method; expected /package.Service/Method")
                     if path in owners:
                         raise PluginError(f"API {api.name}: the method {path} is taken by {owners[path]}")
                     owners[path] = f"API {api.name}"
@@ -196,43 +202,52 @@ class Apis:
                 handlers |= further
         return protocols, handlers
 
-    def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool, taken: Iterable[str]) -> list[RestApi]:
-        """The REST sides of all.
+    def pages(self, readiness: Readiness, taken: Iterable[str]) -> list[Route]:
+        """The pages of all APIs. Before `rest`.
 
         Args:
-            taken: the paths of the core, as `HttpService.paths` has them.
+            taken: the paths of the core's pages.
 
         Raises:
-            PluginError: an API fails, or a path is, contains or lies below a path that is taken.
+            PluginError: an API fails, or a path is taken.
+        """
+        found: list[Route] = []
+        self._pages = dict.fromkeys(taken, "the core")
+        for api in self._apis:
+            with _naming(api, "pages"):
+                for page in api.pages(readiness):
+                    if page.path in self._pages:
+                        raise PluginError(f"API {api.name}: the page {page.path} is taken by {self._pages[page.path]}")
+                    self._pages[page.path] = f"API {api.name}"
+                    found.append(page)
+        return found
+
+    def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> list[RestApi]:
+        """The REST sides of all APIs.
+
+        Raises:
+            PluginError: an API fails; a path is that of a page, or lies above one; or it is, contains or lies below a
+                path of another API.
         """
         found: list[RestApi] = []
-        owners = dict.fromkeys(taken, "the core")
+        owners: dict[str, str] = {}
         for api in self._apis:
             with _naming(api, "rest"):
                 made = api.rest(local, dispatcher, cors=cors)
-                for path in made.paths if made is not None else ():
-                    for other, owner in owners.items():
-                        if is_among(path, (other,)) or is_among(other, (path,)):
-                            raise PluginError(f"API {api.name}: the path {path} is taken by {owner}, which has {other}")
-                if made is not None:
-                    owners |= dict.fromkeys(made.paths, f"API {api.name}")
-                    found.append(made)
-        return found
-
-    def pages(self, readiness: Readiness) -> list[BaseRoute]:
-        """The pages of all.
-
-        Raises:
-            PluginError: an API fails.
-        """
-        found: list[BaseRoute] = []
-        for api in self._apis:
-            with _naming(api, "pages"):
-                found += api.pages(readiness)
+                if made is None:
+                    continue
+                for path in made.paths:
+                    pages = [page for page in self._pages if is_among(page, (path,))]
+                    paths = [other for other in owners if is_among(path, (other,)) or is_among(other, (path,))]
+                    for other in (*pages, *paths):
+                        owner = owners.get(other) or self._pages[other]
+                        raise PluginError(f"API {api.name}: the path {path} is taken by {owner}, which has {other}")
+                owners |= dict.fromkeys(made.paths, f"API {api.name}")
+                found.append(made)
         return found
 
     def start(self, repository: Repository) -> None:
-        """As of each `Api`.
+        """Start all APIs.
 
         Raises:
             PluginError: an API fails.
@@ -242,12 +257,12 @@ class Apis:
                 api.start(repository)
 
     async def reload(self) -> None:
-        """As of each `Api`. Errors are logged."""
+        """Have all APIs look for changes. Errors are logged."""
         for api in self._apis:
             await _logging_errors(api, "reload")
 
     async def close(self) -> None:
-        """As of each `Api`. Errors are logged."""
+        """Close all APIs. Errors are logged."""
         for api in self._apis:
             await _logging_errors(api, "close")
 
@@ -263,8 +278,17 @@ def _naming(api: Api, what: str) -> Iterator[None]:
         raise PluginError(f"API {api.name}: {what} failed: {type(error).__name__}: {text_of(error)}") from error
 
 
+def _is(api: Api, what: str) -> bool:
+    with _naming(api, what):
+        return bool(getattr(api, what))
+
+
 async def _logging_errors(api: Api, what: str) -> None:
+    error: BaseException | None
     try:
-        await getattr(api, what)()
-    except Exception:
-        _log.exception("API %s: %s failed", api.name, what)
+        # Not awaited here: where the API's own tasks have been cancelled, it raises CancelledError, too.
+        (error,) = await asyncio.gather(getattr(api, what)(), return_exceptions=True)
+    except Exception as raised:  # it is not a coroutine function
+        error = raised
+    if error is not None:
+        _log.error("API %s: %s failed", api.name, what, exc_info=error)

@@ -31,14 +31,13 @@ from dl_inference_core.metrics import Metrics
 from dl_inference_core.plugins import Kind, Plugins
 from dl_inference_core.rest.answering import Local, Rest
 from dl_inference_core.routing import Routes
-from dl_inference_core.transport import Connection, Http, Limits, Server, Transport, room_for
+from dl_inference_core.transport import Connection, Http, HttpApp, Limits, Server, Transport, room_for
 from dl_inference_core.wire import codecs
 from dl_inference_core.wire.protocol import METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starlette.applications import Starlette
     from starlette.routing import BaseRoute
 
     from dl_inference_core.node.backend import Backend, Signature
@@ -88,6 +87,8 @@ class App:
         codecs.use(plugins.make(Kind.CODECS, self.codecs[0], {}, "codec"))
         folder = config_file.parent if config_file is not None else Path()
         self._apis = Apis(plugins, config, folder)
+        for problem in plugins.broken:
+            _log.error("%s; what it would have added to this server is missing", problem)
         if self._apis.serves_models:
             self.repository = repository = self._build_repository(folder)
             self.metrics.sample(
@@ -398,8 +399,9 @@ class App:
             PluginError: APIs fail, or clash.
         """
         routes = Routes(*(table for table in (self.repository, self.gateway) if table is not None))
-        dispatcher, pages = self._dispatcher(routes), self._http(*self._apis.pages(self._readiness))
-        return routes, dispatcher, Http(service=self._rest(dispatcher, pages), app=pages)
+        dispatcher = self._dispatcher(routes)
+        pages = self._apis.pages(self._readiness, (self._config.metrics_path, admin.LIVE, admin.READY))
+        return routes, dispatcher, Http(service=self._rest(dispatcher), app=self._http(*pages))
 
     def _dispatcher(self, routes: Routes) -> Dispatcher:
         waiting: dict[str, UnaryHandler] = {}
@@ -420,16 +422,16 @@ class App:
             streaming=introspection.streaming(),
         )
 
-    def _rest(self, dispatcher: Dispatcher, pages: Starlette) -> Rest:
+    def _rest(self, dispatcher: Dispatcher) -> Rest:
         timeout_ms, cors = self._config.rest_timeout_ms, self._config.rest_cors
         local = Local(self.repository, self.gateway, self._readiness)
         return Rest(
-            *self._apis.rest(local, dispatcher, cors=cors, taken=admin.paths(pages)),
+            *self._apis.rest(local, dispatcher, cors=cors),
             body_bytes=self._config.rest_bytes,
             timeout_s=timeout_ms / 1000 if timeout_ms else None,
         )
 
-    def _http(self, *beside: BaseRoute) -> Starlette:
+    def _http(self, *beside: BaseRoute) -> HttpApp:
         return admin.app(self.metrics, self._readiness, *beside, metrics_path=self._config.metrics_path)
 
     async def _until_ready(self) -> None:

@@ -111,7 +111,7 @@ def _sources(command: Callable[..., None]) -> Callable[..., None]:
 @_sources
 @click.option("--host", metavar="H", help="Listen on this address only.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), metavar="P", help="0 is any free one.  [default: 8500]")
-@click.option("--http-port", type=click.IntRange(0, 65535), metavar="P", help="REST, metrics and health by HTTP.")
+@click.option("--http-port", type=click.IntRange(0, 65535), metavar="P", help="Metrics, health and REST by HTTP.")
 @click.option(
     "--workers", type=click.IntRange(1, 256), metavar="N", help="Processes that share the port.  [default: 1]"
 )

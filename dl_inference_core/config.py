@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from dl_inference_core.errors import ConfigError
 from dl_inference_core.files import decode
@@ -391,6 +400,14 @@ class Config(_Section):
     """options of each backend, by its name: `[backends.torch]`"""
     apis: dict[str, dict[str, Any] | Literal[False]] = {}
     """options of each API, by its name: `[apis.tfserving]`; or false, to leave the API out"""
+
+    @field_validator("apis", mode="before")
+    @classmethod
+    def _check_apis(cls, apis: Any) -> Any:
+        for name, options in apis.items() if isinstance(apis, dict) else ():
+            if options is not False and not isinstance(options, dict):
+                raise ValueError(f"{name} is {options!r}; expected a table of options, or false")
+        return apis
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -65,7 +65,8 @@ def dl_inference_register_codecs() -> Sequence[type[Codecs]]:  # type: ignore[em
 
 @hookspec
 def dl_inference_register_apis() -> Sequence[type[Api]]:  # type: ignore[empty-body]
-    """APIs: method paths, REST URLs and sources of models beyond the core's. All installed ones are answered."""
+    """APIs: method paths, REST URLs and sources of models beyond the core's. A server answers all installed APIs that
+    its config does not switch off; it does not start if two of them take the same method or URL."""
 
 
 @hookspec

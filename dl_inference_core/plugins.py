@@ -79,6 +79,7 @@ _DISTRIBUTIONS = {
     "bench": "dl-inference-tools",
     "tune": "dl-inference-tools",
     "tfserving": "dl-inference-tfserving",
+    "seldon": "dl-inference-seldon",
 }
 """Which distribution of ours brings a name, for the hint in an error."""
 

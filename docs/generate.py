@@ -159,8 +159,8 @@ balancer_options = {}
 """
 
 APIS = """\
-The section needs the plugin `dl-inference-tfserving`. `[apis] tfserving = false` leaves the API out. The same holds for
-the API of any plugin; `dl-inference-core plugins` lists them.
+`[apis.tfserving]` needs the plugin `dl-inference-tfserving`. `[apis] NAME = false` leaves out the API of that name;
+`dl-inference-core plugins` lists the APIs of all plugins.
 """
 
 START = """## Start and health

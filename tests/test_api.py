@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from starlette.responses import PlainTextResponse
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from dl_inference_core import config as configs
 from dl_inference_core.api import Api
@@ -108,7 +108,7 @@ class Loud(Api):
     def rest(self, local: Local, dispatcher: Dispatcher, *, cors: bool) -> RestApi:
         return Page(local, dispatcher, cors=cors)
 
-    def pages(self, readiness: Readiness) -> list[BaseRoute]:
+    def pages(self, readiness: Readiness) -> list[Route]:
         return [Route("/loud-page", lambda _: PlainTextResponse("a page"))]
 
     def start(self, repository: Repository) -> None:
@@ -304,13 +304,27 @@ def test_a_plugin_that_is_broken_is_said_since_it_may_have_an_api(
     App(Config(models=ModelsConfig(directory=tmp_path)), installed(Kind.APIS, Nameless))
     (said,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert "Nameless has no `name` of its own" in said
-    assert said.endswith("; its APIs are left out")
+    assert said.endswith("; what it would have added to this server is missing")
 
 
 def test_a_config_can_leave_an_api_out(tmp_path: Path, plugins: Plugins) -> None:
     text = f'[models]\ndirectory = "{tmp_path}"\n[apis]\nloud = false\n'
     App(configs.parse(text.encode(), tmp_path / "server.toml"), plugins)
     assert Loud.made == []
+
+
+def test_an_api_that_is_left_out_must_be_there_or_it_is_said(
+    tmp_path: Path, plugins: Plugins, caplog: pytest.LogCaptureFixture
+) -> None:
+    App(Config(models=ModelsConfig(directory=tmp_path), apis={"laud": False}), plugins)
+    assert [api.name for api in Loud.made] == ["loud"]
+    assert caplog.messages == ["[apis] laud = false: no installed plugin provides that API"]
+
+
+@pytest.mark.parametrize("value", ["true", "0", '"no"'])
+def test_an_api_has_options_or_false(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError, match=r"apis: loud is .*; expected a table of options, or false$"):
+        configs.parse(f"[apis]\nloud = {value}\n".encode(), tmp_path / "server.toml")
 
 
 CHECK = "/grpc.health.v1.Health/Check"
@@ -350,7 +364,7 @@ async def test_a_method_that_is_taken_is_an_error_at_the_start(
         ("/loud/er", "API loud, which has /loud/"),
         ("/", "the core, which has /metrics"),
         ("/readyz", "the core, which has /readyz"),
-        ("/loud-page", "the core, which has /loud-page"),
+        ("/loud-page", "API loud, which has /loud-page"),
     ],
 )
 async def test_a_url_that_is_taken_is_an_error_at_the_start(
@@ -368,10 +382,42 @@ async def test_a_url_that_is_taken_is_an_error_at_the_start(
     await refused(tmp_path, installed(Kind.APIS, Loud, Second), f"^API second: the path {path} is taken by {owner}$")
 
 
-async def refused(folder: Path, plugins: Plugins, said: str) -> None:
+@pytest.mark.parametrize(("path", "owner"), [("/readyz", "the core"), ("/m", "the core"), ("/loud-page", "API loud")])
+async def test_a_page_that_is_taken_is_an_error_at_the_start(
+    tmp_path: Path, installed: Install, path: str, owner: str
+) -> None:
+    class Second(Api):
+        name = "second"
+
+        def pages(self, readiness: Readiness) -> list[Route]:
+            return [Route(path, lambda _: PlainTextResponse("another"))]
+
+    said = f"^API second: the page {path} is taken by {owner}$"
+    await refused(tmp_path, installed(Kind.APIS, Loud, Second), said, metrics_path="/m")
+
+
+async def test_metrics_at_the_root_leave_all_other_urls_to_apis(tmp_path: Path, plugins: Plugins) -> None:
+    FakeBackend.write(tmp_path / "m" / "1")
+    config = Config(transport="grpcio", http_port=0, metrics_path="/", models=ModelsConfig(directory=tmp_path))
+    async with serving(config, plugins) as (app, _):
+        assert app.http_port is not None
+        assert (await asyncio.to_thread(get, app.http_port, "/loud/x"))[1] == b'{"asked": "/loud/x"}'
+        assert b"dl_inference" in (await asyncio.to_thread(get, app.http_port, "/"))[1]
+
+
+async def test_a_path_that_is_not_a_method_is_an_error_at_the_start(tmp_path: Path, installed: Install) -> None:
+    class Second(Api):
+        name = "second"
+        protocols: ClassVar[Mapping[str, Protocol]] = {"Predict": SHOUT}
+
+    said = r"^API second: 'Predict' is not a method; expected /package\.Service/Method$"
+    await refused(tmp_path, installed(Kind.APIS, Second), said)
+
+
+async def refused(folder: Path, plugins: Plugins, said: str, **config: Any) -> None:
     """`check` and `serve` end with that error."""
     for start in (App.load, lambda app: app.serve("127.0.0.1:0")):
-        app = App(Config(transport="grpcio", models=ModelsConfig(directory=folder)), plugins)
+        app = App(Config(transport="grpcio", models=ModelsConfig(directory=folder), **config), plugins)
         try:
             with pytest.raises(PluginError, match=said):
                 await start(app)
@@ -389,7 +435,7 @@ def test_several_apis_that_name_models_are_an_error(tmp_path: Path, installed: I
         App(config, plugins)
 
 
-STEPS = ("name_models", "methods", "rest", "pages", "start")
+STEPS = ("name_models", "methods", "rest", "pages", "start", "brings_models")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -397,10 +443,14 @@ async def test_an_error_of_an_apis_own_code_names_the_api(tmp_path: Path, instal
     def fail(*_: Any, **__: Any) -> Any:
         raise ZeroDivisionError("oh")
 
-    plugins = installed(Kind.APIS, type("Second", (Api,), {"name": "second", step: fail}))
+    failing = property(fail) if step == "brings_models" else fail
+    plugins = installed(Kind.APIS, type("Second", (Api,), {"name": "second", step: failing}))
+
+    # Where the config names models, nobody asks whether an API does.
+    models = ModelsConfig() if step == "brings_models" else ModelsConfig(directory=tmp_path)
 
     async def start() -> None:
-        app = App(Config(transport="grpcio", models=ModelsConfig(directory=tmp_path)), plugins)
+        app = App(Config(transport="grpcio", models=models), plugins)
         try:
             await app.load()
         finally:
@@ -410,29 +460,27 @@ async def test_an_error_of_an_apis_own_code_names_the_api(tmp_path: Path, instal
         await start()
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
+async def fails(_: Api) -> None:
+    raise ZeroDivisionError
+
+
+def fails_at_once(_: Api) -> None:
+    raise ZeroDivisionError
+
+
+async def ends_its_task(_: Api) -> None:
+    task = asyncio.create_task(asyncio.sleep(10))
+    task.cancel()
+    await task
+
+
+@pytest.mark.parametrize("how", [fails, fails_at_once, ends_its_task])
 async def test_an_api_that_fails_to_reload_or_to_close_stops_nothing_else(
-    tmp_path: Path, installed: Install, caplog: pytest.LogCaptureFixture, asynchronous: bool
+    tmp_path: Path, installed: Install, caplog: pytest.LogCaptureFixture, how: Callable[[Api], Any]
 ) -> None:
-    class Failing(Api):
-        name = "failing"
-
-        async def reload(self) -> None:
-            raise ZeroDivisionError
-
-        close = reload
-
-    class Synchronous(Failing):
-        name = "failing"
-
-        def reload(self) -> Any:
-            raise ZeroDivisionError
-
-        close = reload
-
+    failing = type("Failing", (Api,), {"name": "failing", "reload": how, "close": how})
     FakeBackend.write(tmp_path / "m" / "1")
-    apis = (Failing if asynchronous else Synchronous, Loud)
-    plugins = installed(Kind.APIS, *apis, more={Kind.BACKENDS: [FakeBackend]})
+    plugins = installed(Kind.APIS, failing, Loud, more={Kind.BACKENDS: [FakeBackend]})
     async with serving(Config(transport="grpcio", models=ModelsConfig(directory=tmp_path)), plugins) as (app, _):
         await app.reload()
     (loud,) = Loud.made

@@ -12,9 +12,10 @@ import pytest
 from dl_inference_core import app
 from dl_inference_core import config as configs
 from dl_inference_core.app import App
-from dl_inference_core.config import Config, GatewayConfig, ModelsConfig
+from dl_inference_core.config import Config, GatewayConfig, ModelsConfig, NamedModel
 from dl_inference_core.plugins import Plugins
 from dl_inference_core.testing import FakeBackend
+from tests.conftest import Fakes
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,53 @@ async def test_a_socket_that_is_not_connected_yet_is_not_the_services_own(
     finally:
         await served.close()
         sys.modules.pop("fakes", None)
+
+
+async def test_a_node_says_what_of_its_config_takes_a_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    FakeBackend.write(tmp_path / "models" / "m" / "1")
+    file = tmp_path / "server.toml"
+    text = 'transport = "grpcio"\n[models]\ndirectory = "models"\npoll_interval_ms = 0\n'
+    file.write_text(text)
+    app = App(configs.load(file), Fakes(), config_file=file)
+    try:
+        await app.reload()  # nothing has begun: there is nothing to reload
+        await app.load()
+        caplog.clear()
+        for changed, said in (
+            (text, []),
+            (f"port = 1\n{text}", [f"{file}: port: changes take effect at the next start"]),
+            ("port = ", [f"reload failed, everything stays as it is: {file}: Invalid value (at end of document)"]),
+        ):
+            file.write_text(changed)
+            await app.reload()
+            assert [record.message for record in caplog.records if record.levelname == "WARNING"] == said
+            caplog.clear()
+    finally:
+        await app.close()
+
+
+async def test_a_gateway_reloads_its_routes(tmp_path: Path) -> None:
+    nodes = tmp_path / "nodefile.txt"
+    nodes.write_text("1=1000,127.0.0.1:1\n")
+    app = App(Config(transport="grpcio", gateway=GatewayConfig(nodefile=nodes, poll_interval_ms=3_600_000)), Plugins())
+    try:
+        await app.load()
+        assert app.gateway is not None
+        nodes.write_text("1=1000,127.0.0.1:1\n2=1000,127.0.0.1:1\n")
+        await app.reload()
+        async with asyncio.timeout(20):
+            while len(app.gateway.forwarders) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        await app.close()
+
+
+async def test_a_model_without_versions_is_not_ok(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    models = ModelsConfig(named={"m": NamedModel(path=tmp_path / "empty", flat=False)})
+    app = App(Config(transport="grpcio", models=models), Fakes())
+    try:
+        await app.load()
+        assert app.describe() == [{"kind": "model", "name": "m", "ok": False, "detail": "it has no versions"}]
+    finally:
+        await app.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -20,9 +21,14 @@ _PATH = re.compile(r"/[\w.]+/\w+")
 
 # What a gateway does with an API before the first request.
 _ON_A_GATEWAY = """
-import sys
+import asyncio, sys
 from {module} import {name}
-api = {name}({name}.Options(**{options!r}))
+from dl_inference_core.dispatcher import Dispatcher
+from dl_inference_core.introspection import Readiness
+from dl_inference_core.metrics import Metrics
+from dl_inference_core.rest.answering import Local
+from dl_inference_core.routing import Routes
+api = {name}({name}.Options.model_validate_json({options!r}))
 api.brings_models, api.awaits_models
 for protocol in api.protocols.values():
     try:
@@ -30,6 +36,13 @@ for protocol in api.protocols.values():
     except Exception:
         pass
 api.methods()
+readiness = Readiness()
+api.pages(readiness)
+
+async def rest():
+    api.rest(Local(None, None, readiness), Dispatcher(Routes(), Metrics()), cors=False)
+
+asyncio.run(rest())
 print([name for name in ("numpy", "torch", "tensorflow") if name in sys.modules])
 """
 
@@ -81,7 +94,9 @@ class ApiConformance(PluginConformance):
     def test_a_gateway_imports_no_framework(self) -> None:
         """On a gateway an API forwards bytes: numpy would take 20 MB of each process."""
         code = _ON_A_GATEWAY.format(
-            module=self.api_class.__module__, name=self.api_class.__qualname__, options=dict(self.options)
+            module=self.api_class.__module__,
+            name=self.api_class.__name__,
+            options=json.dumps(self.options, default=str),
         )
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - its own

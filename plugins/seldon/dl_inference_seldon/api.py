@@ -9,7 +9,7 @@ from dl_inference_core.api import Api
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from starlette.routing import BaseRoute
+    from starlette.routing import Route
 
     from dl_inference_core.dispatcher import Dispatcher
     from dl_inference_core.introspection import Readiness
@@ -27,7 +27,7 @@ class SeldonApi(Api):
 
         return SeldonRest(local, dispatcher, cors=cors)
 
-    def pages(self, readiness: Readiness) -> Sequence[BaseRoute]:
+    def pages(self, readiness: Readiness) -> Sequence[Route]:
         from dl_inference_seldon.rest import pages
 
         return pages(readiness)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from dl_inference_core.errors import BadRequest, Code, InferenceError, ModelNotReady
 from dl_inference_core.http_exchange import HttpExchange, Refused
@@ -132,7 +132,7 @@ class _Prediction(Protocol):
         return cast("Codec", DocumentCodec(self.document))
 
 
-def pages(readiness: Readiness) -> tuple[BaseRoute, ...]:
+def pages(readiness: Readiness) -> tuple[Route, ...]:
     """What seldon-core's server answers to those who watch it."""
 
     async def ping(_: Request) -> Response:
