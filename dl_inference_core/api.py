@@ -131,11 +131,13 @@ class Apis:
         """
         self._config = config
         self._apis: list[Api] = []
-        names = dict.fromkeys((*plugins.classes(Kind.APIS), *config.apis))
-        for name in names:
+        self._pages: dict[str, str] = {}
+        """The owner of each page, by its path: the core's, and once they are known those of the APIs."""
+        installed = plugins.classes(Kind.APIS)
+        for name in dict.fromkeys((*installed, *config.apis)):
             options = config.apis.get(name, {})
             if options is False:
-                if name not in plugins.classes(Kind.APIS):
+                if name not in installed:
                     _log.warning("[apis] %s = false: no installed plugin provides that API", name)
                 continue
             try:
@@ -237,10 +239,9 @@ class Apis:
                 if made is None:
                     continue
                 for path in made.paths:
-                    pages = [page for page in self._pages if is_among(page, (path,))]
-                    paths = [other for other in owners if is_among(path, (other,)) or is_among(other, (path,))]
-                    for other in (*pages, *paths):
-                        owner = owners.get(other) or self._pages[other]
+                    below = [item for item in (*self._pages.items(), *owners.items()) if is_among(item[0], (path,))]
+                    above = [item for item in owners.items() if is_among(path, (item[0],))]
+                    for other, owner in (*below, *above):
                         raise PluginError(f"API {api.name}: the path {path} is taken by {owner}, which has {other}")
                 owners |= dict.fromkeys(made.paths, f"API {api.name}")
                 found.append(made)
