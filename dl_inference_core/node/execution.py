@@ -54,8 +54,9 @@ def fail_request(meter: LoadMeter, request: QueuedRequest, error: InferenceError
 class Completions:
     """The answers of one batch, until they go back together. One thread's."""
 
-    def __init__(self, meter: LoadMeter) -> None:
+    def __init__(self, meter: LoadMeter, thread: ModelThread) -> None:
         self._meter = meter
+        self._thread = thread
         self._replies: list[Reply] = []
 
     def reply(self, request: QueuedRequest, message: bytes) -> None:
@@ -66,6 +67,8 @@ class Completions:
 
     def fail(self, request: QueuedRequest, error: InferenceError) -> None:
         """As `fail_request`."""
+        if not request.ended:
+            self._thread.release(1)
         fail_request(self._meter, request, error)
 
     def send(self) -> None:
@@ -73,6 +76,7 @@ class Completions:
         replies, self._replies = self._replies, []
         if not replies:
             return
+        self._thread.release(len(replies))
         if trailers := self._meter.answered(count=len(replies)):
             exchange, message, _ = replies[0]
             replies[0] = exchange, message, trailers
@@ -111,7 +115,7 @@ class Execution:
     def run(self, first: QueuedRequest, thread: ModelThread) -> int:
         """Answer `first` and the requests that share its batch, which it takes from `thread`. Returns how many came to
         the model. Does not raise."""
-        completions, came = Completions(self._meter), 0
+        completions, came = Completions(self._meter, thread), 0
         instance = self._instances[thread.number % len(self._instances)]
         try:
             with instance.model.session():

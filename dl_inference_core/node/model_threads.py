@@ -61,6 +61,7 @@ class ModelThread:
         self._run = run
         self._gathers = False
         self._given_up = False
+        self._released = 0
         self._lock = threading.Lock()
         """Held to take requests and to give the thread up: a thread that was given up takes none."""
         self._thread: threading.Thread | None = None
@@ -117,6 +118,15 @@ class ModelThread:
         self.spent = seconds, began + time.monotonic() - since
         return more
 
+    def release(self, requests: int) -> None:
+        """So many requests of the current batch are about to be answered: their clients may send the next ones before
+        the batch ends."""
+        if self._queue.holds:
+            with self._lock:
+                if not self._given_up:
+                    self._released += requests
+                    self._queue.release(requests)
+
     def begin_model(self, requests: int, rows: int) -> None:
         """The batch is complete: so many requests with so many rows come to the model. Another thread may gather."""
         with self._lock:
@@ -140,7 +150,7 @@ class ModelThread:
             took_s = time.monotonic() - self.spent[1]
             seconds += took_s
             with self._lock:
-                taken, self.requests = len(self.requests), []
+                taken, self.requests, self._released = len(self.requests) - self._released, [], 0
                 if self._given_up:
                     return False
                 self.spent = seconds, math.inf
@@ -192,7 +202,7 @@ class ModelThread:
             if self.stuck:
                 self._given_up = True
                 self._stop_gathering()
-                self._queue.end_batch(self.number, len(self.requests))
+                self._queue.end_batch(self.number, len(self.requests) - self._released)
             return self._given_up
 
 

@@ -153,7 +153,7 @@ class RequestQueue:
         self._sleeping: deque[threading.Lock] = deque()
         """What threads without work sleep on: to release one wakes its thread, and takes less than a condition does."""
         self._idle = 0  # threads without work: those that sleep, and those that were woken and do not run yet
-        self._in_hand = 0  # requests that threads work on
+        self._in_hand = 0  # requests that threads work on and did not release
         self._overflows = 0  # requests without room or time, since all that wait were looked at
         self._concurrency = RecentConcurrency()
         self._closed = False
@@ -452,11 +452,17 @@ class RequestQueue:
         with self._lock:
             self._admission.begin(thread, requests, rows)
 
+    def release(self, requests: int) -> None:
+        """A thread is about to answer so many of the requests that it has taken: they do not count any longer among
+        those that are here at one time."""
+        with self._lock:
+            self._in_hand -= requests
+
     def end_batch(self, thread: int, taken: int, requests: int = 0, seconds: float = 0.0) -> None:
         """As `Admission.end`.
 
         Args:
-            taken: how many requests the thread had taken.
+            taken: how many requests the thread had taken and did not release.
         """
         with self._lock:
             self._in_hand -= taken

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from dl_inference_core.config import NamedModel, PluginOptions
 from dl_inference_core.errors import (
     BadRequest,
+    Code,
     DeadlineExceeded,
     HandlerFailed,
     ModelError,
@@ -680,7 +681,7 @@ async def test_none_is_held_for_more_than_there_are(tmp_path: Path, clients: int
     """Each client sends its next request when it has its answer."""
     async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
         lately = it.served.loaded[1]._queue._concurrency
-        # So many as of now: on a busy machine a client may come later than the second that is looked at.
+        # On a busy machine a client may come later than the second that is looked at.
         lately._before, lately._window_ends = clients, math.inf
 
         async def client() -> list[list[float]]:
@@ -690,6 +691,37 @@ async def test_none_is_held_for_more_than_there_are(tmp_path: Path, clients: int
             answers = await asyncio.gather(*(client() for _ in range(clients)))
         assert answers == [[[2 * number] for number in range(20)]] * clients
         assert it.model.sizes == [clients] * 20
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_client_that_has_its_answer_is_not_counted_beside_its_next_request(tmp_path: Path, fails: bool) -> None:
+    """A client's next request may come before the model thread has ended the batch with its last one."""
+    left = [3]
+    ended: asyncio.Queue[None] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    class Client(MemoryExchange):
+        def _ended(self, code: Code) -> None:
+            super()._ended(code)
+            left[0] -= 1
+            if left[0]:
+                send()
+            else:
+                loop.call_soon_threadsafe(ended.put_nowait, None)
+
+    def send() -> None:
+        payload = {"x": np.array([[POISON if fails else 1]], np.float32)}
+        body = OIP.codec.encode_request(Request(payload=payload, form=Form.TENSORS, model="m"))
+        it.served.begin_all([Client(OIP.node_method, body)], OIP, OIP.read_key(body))
+
+    async with scene(tmp_path, "[batching]\nmax_delay_us = 9_000_000") as it:
+        lately = it.served.loaded[1]._queue._concurrency
+        lately._before, lately._window_ends = 1, math.inf
+        send()
+        async with asyncio.timeout(8):
+            await ended.get()
+        assert it.model.sizes == [1, 1, 1]
+        assert lately.most == 1
 
 
 def test_how_many_were_here_at_once_lately() -> None:
