@@ -1,23 +1,28 @@
-"""grpcio's channels to nodes as connections."""
+"""grpcio's channels to nodes as connections. Event loop only."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from dl_inference_core.certificates import Credentials, Watched
-from dl_inference_core.errors import Code, DeadlineExceeded, NodeUnreachable, from_status
+from dl_inference_core.errors import Code, DeadlineExceeded, InferenceError, NodeUnreachable, from_status
 from dl_inference_core.transport import Answer, Connection, Message, Metadata
 
 _GRACE_S = 0.02
 """After the deadline of a call gRPC has so long to end it. Where the packets of a node were lost, gRPC's timers ran out
 1 s too late."""
+_LOOK_S = 0.02
+"""Between two looks at the deadlines of calls: to look at 1,000 calls takes 50 µs, a timer of each call 1 to 2 µs."""
+
+FAILURES = grpc.aio.AioRpcError, grpc.aio.UsageError
+"""What awaiting a call may raise, apart from CancelledError."""
 
 
 def as_bytes(message: Message) -> bytes:
@@ -25,83 +30,136 @@ def as_bytes(message: Message) -> bytes:
     return message if isinstance(message, bytes) else bytes(message)
 
 
+def error_of(failure: Exception) -> InferenceError:
+    """What one of `FAILURES` means."""
+    if not isinstance(failure, grpc.aio.AioRpcError):
+        return NodeUnreachable("the connection was closed")
+    error = from_status(Code(failure.code().value[0]), failure.details() or "")
+    error.trailers = tuple(failure.trailing_metadata() or ())
+    return error
+
+
+def overdue() -> InferenceError:
+    """What it means that `Overdue` cancelled a call."""
+    return from_status(Code.DEADLINE_EXCEEDED, "the deadline passed, and gRPC did not end the call")
+
+
+class Overdue:
+    """Cancels the calls that gRPC does not end by their deadlines."""
+
+    def __init__(self) -> None:
+        self._ends: dict[Any, float] = {}
+        self._looks_on: asyncio.AbstractEventLoop | None = None
+
+    def watch(self, call: Any, end: float) -> None:
+        """Cancel `call` soon after `end`, by `time.monotonic`, unless it is forgotten before."""
+        self._ends[call] = end + _GRACE_S
+        loop = asyncio.get_running_loop()
+        if self._looks_on is not loop:
+            self._looks_on = loop
+            loop.call_later(_LOOK_S, self._look, loop)
+
+    def forget(self, call: Any) -> None:
+        """`call` has ended, or is watched by nobody."""
+        self._ends.pop(call, None)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        now = time.monotonic()
+        for call in [call for call, end in self._ends.items() if end <= now]:
+            self.forget(call)
+            call.cancel()
+        if self._ends:
+            loop.call_later(_LOOK_S, self._look, loop)
+        else:
+            self._looks_on = None
+
+
+class _Pairs(grpc.aio.Metadata):  # type: ignore[misc] # grpc is untyped
+    """Metadata of a call. `grpc.aio` makes a mapping of any other sequence, and a tuple of the mapping, in 3 µs. Of a
+    mapping it asks for nothing but its items."""
+
+    def __init__(self, pairs: Metadata) -> None:
+        self._pairs = pairs
+
+    def __bool__(self) -> bool:
+        return True  # an empty one would be replaced
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[tuple[str, str | bytes]]:
+        return iter(self._pairs)
+
+
 class Calling(Connection):
     """A connection of this transport."""
 
     @abstractmethod
-    async def call_for(
-        self,
-        begun: Callable[[Any], None] | None,
-        method: str,
-        message: Message,
-        metadata: Metadata,
-        timeout_s: float | None,
-    ) -> Answer:
-        """As `call`; hands the call of `grpc.aio` to `begun`."""
+    def begin(self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> Any:
+        """A call of `grpc.aio` that is under way. Once it has ended, or is not awaited any more, tell `ended`.
+
+        `Overdue` cancels it soon after `timeout_s`, if gRPC does not end it.
+
+        Raises:
+            DeadlineExceeded: `timeout_s` is not over 0.
+            NodeUnreachable: the connection was closed.
+        """
+
+    @abstractmethod
+    def ended(self, call: Any) -> None:
+        """`call`, of `begin`, has ended."""
 
     async def call(
         self, method: str, message: Message, *, metadata: Metadata = (), timeout_s: float | None = None
     ) -> Answer:
-        return await self.call_for(None, method, as_bytes(message), metadata, timeout_s)
+        begun = time.monotonic()
+        call = self.begin(method, as_bytes(message), metadata, timeout_s)
+        try:
+            return Answer(await call, await call.trailing_metadata() or ())
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            late = timeout_s is not None and time.monotonic() - begun > timeout_s
+            if not late or (task is not None and task.cancelling()):
+                raise
+            error = overdue()
+        except FAILURES as failure:
+            error = error_of(failure)
+        finally:
+            self.ended(call)
+        try:
+            raise error
+        finally:
+            del error  # its traceback leads to this frame, and so to the message
 
 
 class GrpcioConnection(Calling):
     """One `grpc.aio` channel to one node."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, overdue: Overdue) -> None:
         self._channel = channel
+        self._overdue = overdue
         self._methods: dict[str, Any] = {}
 
     def stands(self, *, connect: bool = False) -> bool:
         """Whether it could take a call at once; with `connect` it sees to that, in the background."""
         return bool(self._channel.get_state(connect) is grpc.ChannelConnectivity.READY)
 
-    async def call_for(
-        self,
-        begun: Callable[[Any], None] | None,
-        method: str,
-        message: Message,
-        metadata: Metadata,
-        timeout_s: float | None,
-    ) -> Answer:
-        call = self._methods.get(method)
-        if call is None:
-            call = self._methods[method] = self._channel.unary_unary(method)
+    def begin(self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> Any:
+        begin = self._methods.get(method)
+        if begin is None:
+            begin = self._methods[method] = self._channel.unary_unary(method)
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the call was sent")
-        late = False
-        timer: asyncio.TimerHandle | None = None
-
-        def end_late() -> None:
-            nonlocal late
-            late = True
-            rpc.cancel()
-
         try:
-            rpc = call(message, timeout=timeout_s, metadata=metadata or None)
-            if timeout_s is not None:
-                timer = asyncio.get_running_loop().call_later(timeout_s + _GRACE_S, end_late)
-            if begun is not None:
-                begun(rpc)
-            answer: bytes = await rpc
-            return Answer(answer, await rpc.trailing_metadata() or ())
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not late or (task is not None and task.cancelling()):
-                raise
-            error = from_status(Code.DEADLINE_EXCEEDED, "the deadline passed, and gRPC did not end the call")
-        except grpc.aio.AioRpcError as failure:
-            error = from_status(Code(failure.code().value[0]), failure.details() or "")
-            error.trailers = tuple(failure.trailing_metadata() or ())
-        except grpc.aio.UsageError:
-            error = NodeUnreachable("the connection was closed")
-        finally:
-            if timer is not None:
-                timer.cancel()
-        try:
-            raise error
-        finally:
-            del error  # its traceback leads to this frame, and so to the message
+            call = begin(message, timeout=timeout_s, metadata=_Pairs(metadata))
+        except grpc.aio.UsageError as failure:
+            raise error_of(failure) from None
+        if timeout_s is not None:
+            self._overdue.watch(call, time.monotonic() + timeout_s)
+        return call
+
+    def ended(self, call: Any) -> None:
+        self._overdue.forget(call)
 
     async def close(self) -> None:
         await self._channel.close()
@@ -120,40 +178,42 @@ class TlsConnection(Calling):
         self._credentials = watched.current()
         self._connection = connect(self._credentials)
         self._next: GrpcioConnection | None = None
-        self._in_flight: Counter[GrpcioConnection] = Counter()
+        self._calls: dict[Any, GrpcioConnection] = {}
+        """Those that have not ended."""
+        self._closing: set[asyncio.Task[None]] = set()
 
-    async def call_for(
-        self,
-        begun: Callable[[Any], None] | None,
-        method: str,
-        message: Message,
-        metadata: Metadata,
-        timeout_s: float | None,
-    ) -> Answer:
+    def begin(self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> Any:
         credentials = self._watched.current()
         if credentials is not self._credentials:
             self._credentials, stale = credentials, self._next
             self._next = self._connect(credentials)
             if stale is not None:
-                await stale.close()
+                self._close_soon(stale)
         if self._next is not None and (self._next.stands(connect=True) or not self._connection.stands()):
             retired, self._connection, self._next = self._connection, self._next, None
-            await self._close_if_unused(retired)
-        connection = self._connection
-        self._in_flight[connection] += 1
-        try:
-            return await connection.call_for(begun, method, message, metadata, timeout_s)
-        finally:
-            self._in_flight[connection] -= 1
-            if connection is not self._connection:
-                await self._close_if_unused(connection)
+            self._close_if_unused(retired)
+        call = self._connection.begin(method, message, metadata, timeout_s)
+        self._calls[call] = self._connection
+        return call
 
-    async def _close_if_unused(self, retired: GrpcioConnection) -> None:
-        if not self._in_flight[retired]:
-            del self._in_flight[retired]
-            await retired.close()
+    def ended(self, call: Any) -> None:
+        connection = self._calls.pop(call)
+        connection.ended(call)
+        if connection is not self._connection:
+            self._close_if_unused(connection)
+
+    def _close_if_unused(self, retired: GrpcioConnection) -> None:
+        if retired not in self._calls.values():
+            self._close_soon(retired)
+
+    def _close_soon(self, connection: GrpcioConnection) -> None:
+        task = asyncio.get_running_loop().create_task(connection.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
-        for connection in (self._connection, self._next, *self._in_flight):
+        for connection in {self._connection, self._next, *self._calls.values()}:
             if connection is not None:
                 await connection.close()
+        if self._closing:
+            await asyncio.wait(self._closing)

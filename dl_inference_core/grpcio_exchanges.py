@@ -9,13 +9,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, HandlerFailed, InferenceError
-from dl_inference_core.grpcio_connections import Calling, as_bytes
+from dl_inference_core.grpcio_connections import FAILURES, Calling, as_bytes, error_of, overdue
 from dl_inference_core.transport import (
     Attempt,
     Connection,
@@ -48,11 +48,14 @@ class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc is untyped
 
     Attributes:
         exchange_service: answers the exchanges.
+        loop: the event loop of all calls, and `thread` the thread that runs it.
         tasks: of attempts beside others.
     """
 
     def __init__(self, service: Service) -> None:
         self.exchange_service = service
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()
         self.tasks: set[asyncio.Task[None]] = set()
         # Reading a context's metadata costs 3 % of a gateway's request, and nearly always there is none.
         self._without_metadata = {
@@ -106,11 +109,9 @@ class GrpcioExchange(UnaryExchange):
         "_context",
         "_error",
         "_handlers",
-        "_loop",
         "_message",
         "_next",
         "_on_cancel",
-        "_thread",
         "_trailers",
         "_waiter",
     )
@@ -120,8 +121,6 @@ class GrpcioExchange(UnaryExchange):
         super().__init__(method, message, metadata, None if remaining is None else time.monotonic() + remaining)
         self._handlers = handlers
         self._context = context
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
         self._code: Code | None = None
         """How it has ended."""
         self._message: Message = b""
@@ -136,17 +135,30 @@ class GrpcioExchange(UnaryExchange):
 
     async def run(self) -> Message:
         """Have the service begin it, and carry it to its end."""
-        service = self._handlers.exchange_service
         try:
-            service.begin_all((self,))
-            await self._until_ended()
+            self._handlers.exchange_service.begin_all((self,))
+            while self._code is None:
+                if (attempt := self._next) is not None:
+                    self._next = None
+                    await attempt.run()
+                else:
+                    await self._woken()
         finally:
-            self.leave()  # unless it has ended. A write may tell that the client has left before the task is cancelled
-            self._on_cancel.clear()
-            if (attempt := self._next) is not None:
-                self._next = None
-                attempt.abandon()
-            service.ended_all(((self, Code.UNKNOWN if self._code is None else self._code),))
+            self._settle()
+        return self._tell()
+
+    def _settle(self) -> None:
+        """The task of the call does no more for it."""
+        if self._code is None:
+            self.leave()  # a write may tell that the client has left before the task is cancelled
+        self._on_cancel = []
+        if (attempt := self._next) is not None:
+            self._next = None
+            attempt.abandon()
+        self._handlers.exchange_service.ended_all(((self, Code.UNKNOWN if self._code is None else self._code),))
+
+    def _tell(self) -> Message:
+        """The message that ends the call; the context has its status and its trailers."""
         # Not by `abort`, whose exception leads to itself by way of this frame: the message would be garbage.
         if self._error is not None:
             self._context.set_code(_STATUS[self._error.code])
@@ -162,16 +174,8 @@ class GrpcioExchange(UnaryExchange):
             for callback in self._on_cancel:
                 callback()
 
-    async def _until_ended(self) -> None:
-        while self._code is None:
-            if (attempt := self._next) is not None:
-                self._next = None
-                await attempt.run()
-            else:
-                await self._woken()
-
     async def _woken(self) -> None:
-        self._waiter = self._loop.create_future()
+        self._waiter = self._handlers.loop.create_future()
         await self._waiter
         self._waiter = None
 
@@ -188,16 +192,17 @@ class GrpcioExchange(UnaryExchange):
         self._code, self._message, self._trailers, self._error = code, message, trailers, error
         for attempt in self._attempts:
             attempt.cancel()
-        self._wake()
+        if self._waiter is not None:
+            self._wake()
         return True
 
     def on_loop(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call `function` now on the event loop, soon from another thread."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._handlers.thread:
             function(*arguments)
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                self._loop.call_soon_threadsafe(function, *arguments)
+                self._handlers.loop.call_soon_threadsafe(function, *arguments)
 
     def reply(self, message: Message, trailers: Trailers = ()) -> None:
         self.on_loop(self._end, Code.OK, message, trailers)
@@ -219,7 +224,7 @@ class GrpcioExchange(UnaryExchange):
         if self._code is None:
             self._on_cancel.append(callback)
         elif self._code is Code.CANCELLED and self._error is None:
-            self._loop.call_soon(callback)
+            self._handlers.loop.call_soon(callback)
 
     def forward(
         self,
@@ -233,18 +238,8 @@ class GrpcioExchange(UnaryExchange):
         allow_empty: bool = False,
         extras: Extras | None = None,
     ) -> Attempt:
-        assert isinstance(connection, Calling)
         metadata = with_added(self.metadata, metadata)
-        attempt = GrpcioAttempt(
-            self,
-            connection,
-            method,
-            lambda *outcome: done([(context, *outcome)]),
-            timeout_s,
-            metadata,
-            allow_empty,
-            extras,
-        )
+        attempt = GrpcioAttempt(self, connection, method, done, context, timeout_s, metadata, allow_empty, extras)
         self.on_loop(self._forward, attempt)
         return attempt
 
@@ -254,7 +249,7 @@ class GrpcioExchange(UnaryExchange):
         if self._code is not None:
             attempt.cancel()
         if beside or self._code is not None:
-            task = self._loop.create_task(attempt.run())
+            task = self._handlers.loop.create_task(attempt.run())
             self._handlers.tasks.add(task)
             task.add_done_callback(self._handlers.tasks.discard)
         else:
@@ -289,7 +284,15 @@ class GrpcioStream(GrpcioExchange):
         self._on_writable: Callable[[], object] | None = None
         self._reading: asyncio.Task[None] | None = None
 
-    async def _until_ended(self) -> None:
+    async def run(self) -> Message:
+        try:
+            self._handlers.exchange_service.begin_all((self,))
+            await self._send_until_ended()
+        finally:
+            self._settle()
+        return self._tell()
+
+    async def _send_until_ended(self) -> None:
         try:
             while True:
                 while self._outgoing:
@@ -307,13 +310,13 @@ class GrpcioStream(GrpcioExchange):
 
     def on_loop(self, function: Callable[..., Any], *arguments: Any) -> None:
         """In the order in which threads call this: a message of another thread comes before an end that follows it."""
-        if threading.get_ident() == self._thread and not self._coming:
+        if threading.get_ident() == self._handlers.thread and not self._coming:
             function(*arguments)
             return
         with self._lock:
             self._coming += 1
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-            self._loop.call_soon_threadsafe(self._come, function, arguments)
+            self._handlers.loop.call_soon_threadsafe(self._come, function, arguments)
 
     def _come(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
         with self._lock:
@@ -336,7 +339,7 @@ class GrpcioStream(GrpcioExchange):
             return
         self._on_message = callback
         if self._reading is None:
-            self._reading = self._loop.create_task(self._read_asked())
+            self._reading = self._handlers.loop.create_task(self._read_asked())
 
     async def _read_asked(self) -> None:
         try:
@@ -370,7 +373,7 @@ class GrpcioStream(GrpcioExchange):
         if self._code is not None:
             return
         if self._unsent < _MOST_UNSENT:
-            self._loop.call_soon(callback)
+            self._handlers.loop.call_soon(callback)
         else:
             self._on_writable = callback
 
@@ -386,6 +389,7 @@ class GrpcioAttempt(Attempt):
         "_call",
         "_cancelled",
         "_connection",
+        "_context",
         "_done",
         "_exchange",
         "_extras",
@@ -397,21 +401,23 @@ class GrpcioAttempt(Attempt):
     def __init__(
         self,
         exchange: GrpcioExchange,
-        connection: Calling,
+        connection: Connection,
         method: str,
-        done: Callable[[InferenceError | None, Trailers, float], object],
+        done: Done,
+        context: object,
         timeout_s: float | None,
         metadata: Metadata,
         allow_empty: bool,
         extras: Extras | None,
     ) -> None:
         self._exchange = exchange
-        self._allow_empty = allow_empty
-        self._connection = connection
+        self._connection = cast("Calling", connection)
         self._method = method
         self._done = done
+        self._context = context
         self._timeout_s = timeout_s
         self._metadata = metadata
+        self._allow_empty = allow_empty
         self._extras = extras
         self._cancelled = False
         self._call: Any = None
@@ -419,7 +425,7 @@ class GrpcioAttempt(Attempt):
 
     async def run(self) -> None:
         """Carry it out. Raises nothing but the CancelledError of the task."""
-        exchange = self._exchange
+        exchange, extras = self._exchange, self._extras
         begun = time.monotonic()
         error: InferenceError | None = None
         trailers: Trailers = ()
@@ -427,51 +433,63 @@ class GrpcioAttempt(Attempt):
         try:
             if self._cancelled:
                 raise asyncio.CancelledError
-            trailers = await self._carry()
+            request = exchange.message
+            if extras is not None and extras.change_request is not None:
+                request = extras.change_request(request)
+            self._call = call = self._connection.begin(self._method, as_bytes(request), self._metadata, self._timeout_s)
+            answer = await call
+            trailers = await call.trailing_metadata() or ()
+            self._answer(request, answer, trailers)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             left = task is not None and task.cancelling() > 0
             if left:
                 exchange.leave()
-            error = AttemptCancelled("this process cancelled the attempt")
+            late = self._timeout_s is not None and time.monotonic() - begun > self._timeout_s
+            error = overdue() if late and not (left or self._cancelled) else _cancelled()
         except InferenceError as failure:
             error = failure.with_traceback(None)  # which leads to this frame, and so to the messages
+        except FAILURES as failure:
+            error = error_of(failure)
         except Exception as failure:
             _log.exception("a function that changes messages failed")
             error = HandlerFailed(f"unexpected {type(failure).__name__}")
+        finally:
+            if self._call is not None:
+                self._connection.ended(self._call)
         if error is not None:
             exchange.attempt_ended(self, None, ())
             trailers = error.trailers
-        self._done(error, trailers, time.monotonic() - begun)
+        self._done(((self._context, error, trailers, time.monotonic() - begun),))
         if left:
             raise asyncio.CancelledError
 
-    async def _carry(self) -> Trailers:
-        """Have the node answer, and hand a good answer to the exchange; returns the node's trailers."""
-        exchange, extras = self._exchange, self._extras
-        request = exchange.message
-        if extras is not None and extras.change_request is not None:
-            request = extras.change_request(request)
-        answer, trailers = await self._connection.call_for(
-            self._begun, self._method, as_bytes(request), self._metadata, self._timeout_s
-        )
+    def _answer(self, request: Message, answer: bytes, trailers: Trailers) -> None:
+        """Hand a good answer of the node's to the exchange.
+
+        Args:
+            request: what the node was sent.
+
+        Raises:
+            AnswerMalformed: the answer is not a protobuf message.
+        """
         if not well_formed(answer) and (answer or not self._allow_empty):
             malformed = AnswerMalformed("the answer is not a protobuf message")
             malformed.trailers = trailers
             raise malformed
-        if extras is not None:
-            changed = answer if extras.change_answer is None else extras.change_answer(answer)
-            exchange.attempt_ended(self, changed, trailers)
-            if extras.sink is not None:
-                extras.sink.offer(request, answer)
-        else:
-            exchange.attempt_ended(self, answer, trailers)
-        return trailers
+        extras = self._extras
+        if extras is None:
+            self._exchange.attempt_ended(self, answer, trailers)
+            return
+        changed = answer if extras.change_answer is None else extras.change_answer(answer)
+        self._exchange.attempt_ended(self, changed, trailers)
+        if extras.sink is not None:
+            extras.sink.offer(request, answer)
 
     def abandon(self) -> None:
         """End it before it has begun."""
         self._exchange.attempt_ended(self, None, ())
-        self._done(AttemptCancelled("this process cancelled the attempt"), (), 0.0)
+        self._done(((self._context, _cancelled(), (), 0.0),))
 
     def cancel(self) -> None:
         self._exchange.on_loop(self._cancel)
@@ -481,7 +499,6 @@ class GrpcioAttempt(Attempt):
         if self._call is not None:
             self._call.cancel()
 
-    def _begun(self, call: Any) -> None:
-        self._call = call
-        if self._cancelled:
-            call.cancel()
+
+def _cancelled() -> InferenceError:
+    return AttemptCancelled("this process cancelled the attempt")

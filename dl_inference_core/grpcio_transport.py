@@ -23,7 +23,7 @@ from dl_inference_core.config import ClientTls, PluginOptions, ServerTls
 from dl_inference_core.errors import (
     ConfigError,
 )
-from dl_inference_core.grpcio_connections import GrpcioConnection, TlsConnection
+from dl_inference_core.grpcio_connections import GrpcioConnection, Overdue, TlsConnection
 from dl_inference_core.grpcio_exchanges import Handlers
 from dl_inference_core.transport import (
     Connection,
@@ -93,6 +93,7 @@ class GrpcioTransport(Transport):
         super().__init__(options)
         self._watched: dict[ClientTls, Watched] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._overdue = Overdue()
 
     @classmethod
     def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -155,11 +156,13 @@ class GrpcioTransport(Transport):
                 ("grpc.keepalive_timeout_ms", self.options.unacknowledged_ms),
             ]
         if tls is None:
-            return GrpcioConnection(grpc.aio.insecure_channel(address, options=options))
+            return GrpcioConnection(grpc.aio.insecure_channel(address, options=options), self._overdue)
         options += name_options(tls, address)
+        overdue = self._overdue
 
         def connect(credentials: Credentials) -> GrpcioConnection:
-            return GrpcioConnection(grpc.aio.secure_channel(address, channel_credentials(credentials), options=options))
+            channel = grpc.aio.secure_channel(address, channel_credentials(credentials), options=options)
+            return GrpcioConnection(channel, overdue)
 
         return TlsConnection(self._watch(tls), connect)
 

@@ -3,16 +3,20 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from dl_inference_core import grpcio_transport
-from dl_inference_core.errors import DeadlineExceeded, NodeGaveUp, NodeUnreachable
-from dl_inference_core.grpcio_connections import GrpcioConnection
-from dl_inference_core.grpcio_transport import GrpcioTransport, TlsConnection
+from dl_inference_core.errors import AttemptCancelled, Code, DeadlineExceeded, NodeGaveUp, NodeUnreachable
+from dl_inference_core.grpcio_connections import GrpcioConnection, Overdue, TlsConnection
+from dl_inference_core.grpcio_exchanges import GrpcioExchange, Handlers
+from dl_inference_core.grpcio_transport import GrpcioTransport
 from dl_inference_core.testing import TransportConformance
 from dl_inference_core.testing.loopback import (
     ECHO,
@@ -31,7 +35,7 @@ from dl_inference_core.testing.loopback import (
 )
 from dl_inference_core.testing.transport_servers import send_call
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Exchange, Limits
+from dl_inference_core.transport import Ended, Exchange, Limits, Method
 
 
 class TestGrpcioTransport(TransportConformance):
@@ -197,17 +201,72 @@ class NeverEnding:
 
 
 async def test_a_call_that_grpc_does_not_end_in_time_is_ended_all_the_same() -> None:
-    connection = GrpcioConnection(NeverEnding())  # type: ignore[arg-type]
+    overdue = Overdue()
+    connection = GrpcioConnection(NeverEnding(), overdue)  # type: ignore[arg-type]
+    for _ in range(2):  # between the two nobody looks at deadlines any more
+        begun = time.monotonic()
+        async with asyncio.timeout(10):
+            with pytest.raises(DeadlineExceeded, match="gRPC did not end the call"):
+                await connection.call("/m", b"", timeout_s=0.01)
+        assert time.monotonic() - begun > 0.03
+        async with asyncio.timeout(10):
+            while overdue._looks_on is not None:  # noqa: ASYNC110 - it has no event
+                await asyncio.sleep(0.01)
+
+
+async def test_what_looks_at_deadlines_outlives_an_event_loop() -> None:
+    overdue = Overdue()
+    connection = GrpcioConnection(NeverEnding(), overdue)  # type: ignore[arg-type]
+
+    async def begin() -> None:
+        connection.begin("/m", b"", (), 10.0)
+
+    await asyncio.to_thread(asyncio.run, begin())
     async with asyncio.timeout(10):
         with pytest.raises(DeadlineExceeded, match="gRPC did not end the call"):
             await connection.call("/m", b"", timeout_s=0.01)
 
 
-async def test_a_call_that_is_cancelled_before_its_deadline_is_cancelled() -> None:
-    calls: list[Any] = []
-    connection = GrpcioConnection(NeverEnding())  # type: ignore[arg-type]
-    task = asyncio.create_task(connection.call_for(calls.append, "/m", b"", (), 10.0))
+class Silent:
+    """A service that leaves its exchanges to the test."""
+
+    methods: Mapping[str, Method] = MappingProxyType({})
+    private_trailers: frozenset[str] = frozenset()
+
+    def begin_all(self, exchanges: Sequence[Exchange]) -> None:
+        pass
+
+    def ended_all(self, ended: Sequence[tuple[Exchange, Code]]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_an_attempt_that_grpc_does_not_end_in_time_is_ended_all_the_same(cancels: bool) -> None:
+    context = Mock()
+    context.time_remaining.return_value = None
+    told: list[Ended] = []
+    exchange = GrpcioExchange(Handlers(Silent()), context, "/m", b"", ())
+    connection = GrpcioConnection(NeverEnding(), Overdue())  # type: ignore[arg-type]
+    running = asyncio.create_task(exchange.run())
     await asyncio.sleep(0)
-    calls[0].cancel()
+    attempt = exchange.forward(connection, "/n", told.extend, "mine", timeout_s=10.0 if cancels else 0.01)
+    async with asyncio.timeout(10):
+        while not told:
+            await asyncio.sleep(0.01)
+            if cancels:
+                attempt.cancel()
+    ((whose, error, trailers, _),) = told
+    assert (whose, type(error), trailers) == ("mine", AttemptCancelled if cancels else DeadlineExceeded, ())
+    assert not running.done(), "another attempt may follow"
+    exchange.fail(DeadlineExceeded("late"))
+    assert await running == b""
+    context.set_details.assert_called_once_with("late")
+
+
+async def test_a_call_that_is_cancelled_before_its_deadline_is_cancelled() -> None:
+    connection = GrpcioConnection(NeverEnding(), Overdue())  # type: ignore[arg-type]
+    task = asyncio.create_task(connection.call("/m", b"", timeout_s=10.0))
+    await asyncio.sleep(0)
+    task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
