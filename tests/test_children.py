@@ -10,15 +10,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dl_inference_core import children
+from dl_inference_core.children import OwnSockets
 from dl_inference_core.client import Client
 from dl_inference_core.errors import InferenceError
 from dl_inference_core.testing import FakeBackend
@@ -488,3 +491,71 @@ def test_no_collection_in_a_child_finds_what_its_parent_left() -> None:
     """gRPC's objects wait for their threads as they are freed, and a child has none of these threads."""
     done = subprocess.run([sys.executable, "-c", COLLECTING], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_service_knows_which_sockets_are_its_own(tmp_path: Path) -> None:
+    with ExitStack() as opened:
+
+        def kept(each: socket.socket) -> socket.socket:
+            return opened.enter_context(each)
+
+        listening = kept(socket.create_server(("127.0.0.1", 0)))
+        other = kept(socket.create_server(("127.0.0.1", 0)))
+        port = listening.getsockname()[1]
+        client = kept(socket.create_connection(("127.0.0.1", port)))
+        accepted = kept(listening.accept()[0])
+        unconnected = kept(socket.socket())
+        (tmp_path / "own").mkdir()
+        at_path, beside = (kept(socket.socket(socket.AF_UNIX)) for _ in range(2))
+        at_path.bind(str(tmp_path / "own" / "socket"))
+        beside.bind(str(tmp_path / "beside"))
+        pair = tuple(map(kept, socket.socketpair()))
+
+        everything = (listening, other, client, accepted, unconnected, at_path, beside, *pair)
+
+        def found(own: OwnSockets) -> list[socket.socket]:
+            return [each for each in everything if own.has(each)]
+
+        assert found(OwnSockets(ports=[port])) == [listening, accepted]
+        assert found(OwnSockets(ports=(), peer_ports=[port])) == [client]
+        assert found(OwnSockets(ports=(), paths=[tmp_path / "own"])) == [at_path]
+        assert found(OwnSockets(ports=(), paths=[tmp_path / "beside"])) == [beside]
+        assert found(OwnSockets(ports=())) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (None, 1, "forked by a handler or plugin"),
+        (ValueError("broken"), 1, "forked by a handler or plugin"),
+        (SystemExit(), 0, ""),
+        (SystemExit(3), 3, ""),
+        (SystemExit(0x103), 3, ""),
+        (SystemExit("it has words"), 1, "it has words"),
+    ],
+)
+def test_a_child_ends_with_the_status_that_its_code_gave(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException | None,
+    status: int,
+    says: str,
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    is_child = threading.Event()
+    monkeypatch.setattr(children, "_is_child", is_child)
+    monkeypatch.setattr(os, "_exit", end)
+    children.end_child(error)  # this process was not forked from one that serves
+    is_child.set()
+    with pytest.raises(Ended) as ended:
+        children.end_child(error)
+    assert ended.value.args == (status,)
+    said = caplog.text + capsys.readouterr().err
+    assert says in said
+    assert says or not said
