@@ -21,27 +21,22 @@ _GRACE_S = 0.02
 _LOOK_S = 0.02
 """Between two looks at the deadlines of calls: to look at 1,000 calls takes 50 µs, a timer of each call 1 to 2 µs."""
 
-FAILURES = grpc.aio.AioRpcError, grpc.aio.UsageError
-"""What awaiting a call may raise, apart from CancelledError."""
-
 
 def as_bytes(message: Message) -> bytes:
     """The message as gRPC takes it: it takes no views."""
     return message if isinstance(message, bytes) else bytes(message)
 
 
-def error_of(failure: Exception) -> InferenceError:
-    """What one of `FAILURES` means."""
-    if not isinstance(failure, grpc.aio.AioRpcError):
-        return NodeUnreachable("the connection was closed")
+def error_of(failure: grpc.aio.AioRpcError) -> InferenceError:
+    """What the status of a call means."""
     error = from_status(Code(failure.code().value[0]), failure.details() or "")
     error.trailers = tuple(failure.trailing_metadata() or ())
     return error
 
 
-def overdue() -> InferenceError:
+def overdue_error() -> InferenceError:
     """What it means that `Overdue` cancelled a call."""
-    return from_status(Code.DEADLINE_EXCEEDED, "the deadline passed, and gRPC did not end the call")
+    return DeadlineExceeded("the deadline passed, and gRPC did not end the call")
 
 
 class Overdue:
@@ -49,37 +44,48 @@ class Overdue:
 
     def __init__(self) -> None:
         self._ends: dict[Any, float] = {}
-        self._looks_on: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """On which it looks at the deadlines; None while there is no call."""
 
     def watch(self, call: Any, end: float) -> None:
         """Cancel `call` soon after `end`, by `time.monotonic`, unless it is forgotten before."""
         self._ends[call] = end + _GRACE_S
         loop = asyncio.get_running_loop()
-        if self._looks_on is not loop:
-            self._looks_on = loop
+        if self._loop is not loop:
+            self._loop = loop
+            self._ends = {call: self._ends[call]}  # the calls of another loop ended with it
             loop.call_later(_LOOK_S, self._look, loop)
 
     def forget(self, call: Any) -> None:
-        """`call` has ended, or is watched by nobody."""
+        """`call` has ended, or nobody waits for it."""
         self._ends.pop(call, None)
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop is not self._loop:
+            return
         now = time.monotonic()
-        for call in [call for call, end in self._ends.items() if end <= now]:
+        late = [call for call, end in self._ends.items() if end <= now]
+        for call in late:
             self.forget(call)
-            call.cancel()
         if self._ends:
             loop.call_later(_LOOK_S, self._look, loop)
         else:
-            self._looks_on = None
+            self._loop = None
+        for call in late:
+            call.cancel()
 
 
 class _Pairs(grpc.aio.Metadata):  # type: ignore[misc] # grpc is untyped
     """Metadata of a call. `grpc.aio` makes a mapping of any other sequence, and a tuple of the mapping, in 3 µs. Of a
-    mapping it asks for nothing but its items."""
+    mapping it asks for nothing but its items, unless there are interceptors."""
 
     def __init__(self, pairs: Metadata) -> None:
         self._pairs = pairs
+
+    @property
+    def _metadata(self) -> Any:
+        """What the other methods of the base class look into."""
+        return grpc.aio.Metadata(*self._pairs)._metadata
 
     def __bool__(self) -> bool:
         return True  # an empty one would be replaced
@@ -96,7 +102,7 @@ class Calling(Connection):
 
     @abstractmethod
     def begin(self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> Any:
-        """A call of `grpc.aio` that is under way. Once it has ended, or is not awaited any more, tell `ended`.
+        """A call of `grpc.aio` that is under way. Tell `ended` of it once, when it has ended or nobody waits for it.
 
         `Overdue` cancels it soon after `timeout_s`, if gRPC does not end it.
 
@@ -107,7 +113,7 @@ class Calling(Connection):
 
     @abstractmethod
     def ended(self, call: Any) -> None:
-        """`call`, of `begin`, has ended."""
+        """`call`, which `begin` gave, has ended, or nobody waits for it."""
 
     async def call(
         self, method: str, message: Message, *, metadata: Metadata = (), timeout_s: float | None = None
@@ -121,8 +127,8 @@ class Calling(Connection):
             late = timeout_s is not None and time.monotonic() - begun > timeout_s
             if not late or (task is not None and task.cancelling()):
                 raise
-            error = overdue()
-        except FAILURES as failure:
+            error = overdue_error()
+        except grpc.aio.AioRpcError as failure:
             error = error_of(failure)
         finally:
             self.ended(call)
@@ -145,15 +151,17 @@ class GrpcioConnection(Calling):
         return bool(self._channel.get_state(connect) is grpc.ChannelConnectivity.READY)
 
     def begin(self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> Any:
-        begin = self._methods.get(method)
-        if begin is None:
-            begin = self._methods[method] = self._channel.unary_unary(method)
+        make = self._methods.get(method)
+        if make is None:
+            make = self._methods[method] = self._channel.unary_unary(method)
         if timeout_s is not None and timeout_s <= 0:
             raise DeadlineExceeded("the deadline passed before the call was sent")
         try:
-            call = begin(message, timeout=timeout_s, metadata=_Pairs(metadata))
-        except grpc.aio.UsageError as failure:
-            raise error_of(failure) from None
+            call = make(message, timeout=timeout_s, metadata=_Pairs(metadata))
+        except grpc.aio.UsageError:
+            call = None
+        if call is None:  # not raised above: the error's context would lead here, and so to the message
+            raise NodeUnreachable("the connection was closed")
         if timeout_s is not None:
             self._overdue.watch(call, time.monotonic() + timeout_s)
         return call
@@ -181,8 +189,11 @@ class TlsConnection(Calling):
         self._calls: dict[Any, GrpcioConnection] = {}
         """Those that have not ended."""
         self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     def begin(self, method: str, message: bytes, metadata: Metadata, timeout_s: float | None) -> Any:
+        if self._closed:
+            raise NodeUnreachable("the connection was closed")
         credentials = self._watched.current()
         if credentials is not self._credentials:
             self._credentials, stale = credentials, self._next
@@ -199,7 +210,7 @@ class TlsConnection(Calling):
     def ended(self, call: Any) -> None:
         connection = self._calls.pop(call)
         connection.ended(call)
-        if connection is not self._connection:
+        if connection is not self._connection and not self._closed:
             self._close_if_unused(connection)
 
     def _close_if_unused(self, retired: GrpcioConnection) -> None:
@@ -212,6 +223,7 @@ class TlsConnection(Calling):
         task.add_done_callback(self._closing.discard)
 
     async def close(self) -> None:
+        self._closed = True
         for connection in {self._connection, self._next, *self._calls.values()}:
             if connection is not None:
                 await connection.close()

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from dl_inference_core.errors import AnswerMalformed, AttemptCancelled, Code, HandlerFailed, InferenceError
-from dl_inference_core.grpcio_connections import FAILURES, Calling, as_bytes, error_of, overdue
+from dl_inference_core.grpcio_connections import Calling, as_bytes, error_of, overdue_error
 from dl_inference_core.transport import (
     Attempt,
     Connection,
@@ -192,7 +192,7 @@ class GrpcioExchange(UnaryExchange):
         self._code, self._message, self._trailers, self._error = code, message, trailers, error
         for attempt in self._attempts:
             attempt.cancel()
-        if self._waiter is not None:
+        if self._waiter is not None:  # nearly never: saves a call
             self._wake()
         return True
 
@@ -436,6 +436,8 @@ class GrpcioAttempt(Attempt):
             request = exchange.message
             if extras is not None and extras.change_request is not None:
                 request = extras.change_request(request)
+                if self._cancelled:
+                    raise asyncio.CancelledError
             self._call = call = self._connection.begin(self._method, as_bytes(request), self._metadata, self._timeout_s)
             answer = await call
             trailers = await call.trailing_metadata() or ()
@@ -446,13 +448,13 @@ class GrpcioAttempt(Attempt):
             if left:
                 exchange.leave()
             late = self._timeout_s is not None and time.monotonic() - begun > self._timeout_s
-            error = overdue() if late and not (left or self._cancelled) else _cancelled()
+            error = overdue_error() if late and not (left or self._cancelled) else _cancelled()
         except InferenceError as failure:
             error = failure.with_traceback(None)  # which leads to this frame, and so to the messages
-        except FAILURES as failure:
+        except grpc.aio.AioRpcError as failure:
             error = error_of(failure)
         except Exception as failure:
-            _log.exception("a function that changes messages failed")
+            _log.exception("a function that changes messages, or grpcio, raised an unexpected error")
             error = HandlerFailed(f"unexpected {type(failure).__name__}")
         finally:
             if self._call is not None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,14 @@ from unittest.mock import Mock
 import pytest
 
 from dl_inference_core import grpcio_transport
-from dl_inference_core.errors import AttemptCancelled, Code, DeadlineExceeded, NodeGaveUp, NodeUnreachable
+from dl_inference_core.errors import (
+    AttemptCancelled,
+    Code,
+    DeadlineExceeded,
+    InferenceError,
+    NodeGaveUp,
+    NodeUnreachable,
+)
 from dl_inference_core.grpcio_connections import GrpcioConnection, Overdue, TlsConnection
 from dl_inference_core.grpcio_exchanges import GrpcioExchange, Handlers
 from dl_inference_core.grpcio_transport import GrpcioTransport
@@ -35,7 +44,7 @@ from dl_inference_core.testing.loopback import (
 )
 from dl_inference_core.testing.transport_servers import send_call
 from dl_inference_core.testing.transport_tls import Authority
-from dl_inference_core.transport import Ended, Exchange, Limits, Method
+from dl_inference_core.transport import Ended, Exchange, Extras, Limits, Message, Method
 
 
 class TestGrpcioTransport(TransportConformance):
@@ -210,7 +219,7 @@ async def test_a_call_that_grpc_does_not_end_in_time_is_ended_all_the_same() -> 
                 await connection.call("/m", b"", timeout_s=0.01)
         assert time.monotonic() - begun > 0.03
         async with asyncio.timeout(10):
-            while overdue._looks_on is not None:  # noqa: ASYNC110 - it has no event
+            while overdue._loop is not None:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.01)
 
 
@@ -219,9 +228,10 @@ async def test_what_looks_at_deadlines_outlives_an_event_loop() -> None:
     connection = GrpcioConnection(NeverEnding(), overdue)  # type: ignore[arg-type]
 
     async def begin() -> None:
-        connection.begin("/m", b"", (), 10.0)
+        connection.begin("/m", b"", (), 0.01)
 
     await asyncio.to_thread(asyncio.run, begin())
+    await asyncio.sleep(0.05)  # that call is late now, and its loop is closed
     async with asyncio.timeout(10):
         with pytest.raises(DeadlineExceeded, match="gRPC did not end the call"):
             await connection.call("/m", b"", timeout_s=0.01)
@@ -263,10 +273,95 @@ async def test_an_attempt_that_grpc_does_not_end_in_time_is_ended_all_the_same(c
     context.set_details.assert_called_once_with("late")
 
 
-async def test_a_call_that_is_cancelled_before_its_deadline_is_cancelled() -> None:
-    connection = GrpcioConnection(NeverEnding(), Overdue())  # type: ignore[arg-type]
+@pytest.mark.parametrize("which", ["call", "task"])
+async def test_a_call_that_is_cancelled_before_its_deadline_is_cancelled(which: str) -> None:
+    overdue = Overdue()
+    connection = GrpcioConnection(NeverEnding(), overdue)  # type: ignore[arg-type]
     task = asyncio.create_task(connection.call("/m", b"", timeout_s=10.0))
     await asyncio.sleep(0)
-    task.cancel()
+    (call,) = overdue._ends
+    (call if which == "call" else task).cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert not overdue._ends
+
+
+async def test_no_deadline_is_looked_at_of_a_call_that_has_ended(tmp_path: Path) -> None:
+    authority, hold = Authority(tmp_path / "ca"), Hold()
+
+    async def refuse(_: Exchange) -> bytes:
+        raise NodeGaveUp("no")
+
+    transport = make()
+    methods = {ECHO: echo, HOLD: hold, "/refuse": refuse}
+    async with (
+        serving(make(), methods, tls=authority.issue().server()) as address,
+        connected(transport, address, tls=authority.client()) as connection,
+    ):
+        assert isinstance(connection, TlsConnection)
+        await warm(connection)
+        assert await connection.call(ECHO, b"e", timeout_s=10) == (b"e", ())
+        with pytest.raises(InferenceError):
+            await connection.call("/refuse", b"", timeout_s=10)
+        with pytest.raises(DeadlineExceeded):
+            await connection.call(HOLD, b"", timeout_s=0.05)
+        held = [asyncio.create_task(connection.call(HOLD, b"", timeout_s=10)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert len(transport._overdue._ends) == len(connection._calls) == 2
+        held[0].cancel()
+        await asyncio.wait(held[:1])
+        await connection.close()
+        with pytest.raises(asyncio.CancelledError):
+            await held[1]
+        assert not transport._overdue._ends
+        assert not connection._calls
+        with pytest.raises(NodeUnreachable, match="the connection was closed"):
+            await connection.call(ECHO, b"")
+
+
+async def test_what_an_attempt_at_a_closed_connection_was_to_send_is_freed_at_once() -> None:
+    connection = make().connect("127.0.0.1:1", Limits())
+    await connection.close()
+    body = bytes(range(100))
+    before = sys.getrefcount(body)
+
+    async def attempt() -> None:
+        context = Mock()
+        context.time_remaining.return_value = None
+        exchange = GrpcioExchange(Handlers(Silent()), context, "/m", body, ())
+        running = asyncio.create_task(exchange.run())
+        await asyncio.sleep(0)
+        told: asyncio.Queue[Sequence[Ended]] = asyncio.Queue()
+        exchange.forward(connection, "/n", told.put_nowait)
+        ((_, error, _, _),) = await told.get()
+        assert isinstance(error, NodeUnreachable)
+        exchange.fail(error)
+        await running
+
+    gc.disable()
+    try:
+        await attempt()
+        assert sys.getrefcount(body) == before
+    finally:
+        gc.enable()
+
+
+async def test_an_attempt_that_is_cancelled_while_its_message_is_changed_is_not_sent() -> None:
+    context = Mock()
+    context.time_remaining.return_value = None
+    told: list[Ended] = []
+    exchange = GrpcioExchange(Handlers(Silent()), context, "/m", b"", ())
+    channel = Mock()
+    running = asyncio.create_task(exchange.run())
+    await asyncio.sleep(0)
+
+    def change(message: Message) -> Message:
+        exchange.reply(b"answered")
+        return message
+
+    connection = GrpcioConnection(channel, Overdue())
+    exchange.forward(connection, "/n", told.extend, extras=Extras(change_request=change))
+    assert await running == b"answered"
+    ((_, error, _, _),) = told
+    assert isinstance(error, AttemptCancelled)
+    channel.unary_unary.assert_not_called()

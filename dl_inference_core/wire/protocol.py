@@ -123,7 +123,7 @@ def well_formed(body: bytes) -> bool:
     if len(body) >= limits.SMALL and messages.fields(body, 0) is not None:
         return True
     try:
-        messages.parse_answer(messages.Nothing, body)
+        messages.parse(messages.Nothing, body)
     except BadRequest:
         return False
     return True
