@@ -6,6 +6,7 @@ use h2::{Reason, RecvStream};
 use http::HeaderMap;
 use std::future::pending;
 use std::rc::Rc;
+use tokio::task::yield_now;
 
 /// What an error of HTTP/2 stands for, as gRPC maps it. `other` is who the other side is.
 pub fn failure_of(error: &h2::Error, other: &str) -> Failure {
@@ -61,7 +62,7 @@ impl Messages {
                 Ok(Some(message)) => {
                     self.since_last = 0;
                     self.release(self.unreleased.saturating_sub(self.deframer.len()));
-                    return Ok(message.unpack(&self.encoding, self.limit).map(Some));
+                    return Ok(message.unpack(&self.encoding, self.limit, yield_now).await.map(Some));
                 }
                 Ok(None) => {}
                 Err(failure) => return Ok(Err(failure)),

@@ -10,6 +10,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 /// What is taken of a body that is refused: a client that is cut off while it sends may see no answer.
@@ -97,7 +98,7 @@ impl Incomplete {
     ) -> Result<Body, Unread> {
         let gzip = decode && is_gzip(headers)?;
         match self.collect(headers, limit, &mut charge).await {
-            Ok(bytes) if gzip => Ok(unpacked(&bytes, limit, charge)?),
+            Ok(bytes) if gzip => Ok(unpacked(&bytes, limit, charge).await?),
             Ok(bytes) => Ok(Body { bytes, charge }),
             Err(unread) => {
                 drop(charge);
@@ -163,12 +164,12 @@ fn is_gzip(headers: &HeaderMap) -> Result<bool, Refusal> {
     }
 }
 
-fn unpacked(packed: &[u8], limit: usize, mut charge: Charge) -> Result<Body, Refusal> {
+async fn unpacked(packed: &[u8], limit: usize, mut charge: Charge) -> Result<Body, Refusal> {
     let held = |more| match charge.grow(more) {
         true => Ok(()),
         false => Err(Failure::new(Code::UNAVAILABLE, "")),
     };
-    match Encoding::Gzip.unpack(packed, limit, Code::INVALID_ARGUMENT, held) {
+    match Encoding::Gzip.unpack(packed, limit, Code::INVALID_ARGUMENT, held, yield_now).await {
         Ok(frame) => {
             drop(charge.split(usize::MAX));
             charge.hold(frame.len());

@@ -13,6 +13,9 @@ pub const ACCEPTED: &str = "identity,gzip,deflate";
 /// Room for an unpacked message is made by at most so many bytes at a time.
 const STEP: usize = 64 << 10;
 
+/// Others have a turn after so many bytes, which take about 1 ms.
+const TURN: usize = 4 * STEP;
+
 const GRPC_ENCODING: HeaderName = HeaderName::from_static("grpc-encoding");
 
 /// How the compressed messages of a call are compressed, from its header `grpc-encoding`.
@@ -34,23 +37,24 @@ impl Encoding {
         }
     }
 
-    /// The frame of the message that `packed` was made of. `held` is asked before memory for more bytes is taken. What is
-    /// malformed fails with the code `malformed`.
-    pub fn unpack(
+    /// The frame of the message that `packed` was made of. `held` is asked before memory for more bytes is taken; `turn`
+    /// lets others run. What is malformed fails with the code `malformed`.
+    pub async fn unpack(
         &self,
         packed: &[u8],
         limit: usize,
         malformed: Code,
         held: impl FnMut(usize) -> Result<(), Failure>,
+        turn: impl AsyncFn(),
     ) -> Result<Bytes, Failure> {
         let (name, frame, rest) = match self {
             Encoding::Gzip => {
                 let mut unpacking = GzDecoder::new(packed);
-                ("gzip", unpacked(&mut unpacking, limit, held), unpacking.into_inner())
+                ("gzip", unpacked(&mut unpacking, limit, held, turn).await, unpacking.into_inner())
             }
             Encoding::Deflate => {
                 let mut unpacking = ZlibDecoder::new(packed);
-                ("deflate", unpacked(&mut unpacking, limit, held), unpacking.into_inner())
+                ("deflate", unpacked(&mut unpacking, limit, held, turn).await, unpacking.into_inner())
             }
             Encoding::Identity => {
                 let said = "the message is compressed, and no grpc-encoding says how";
@@ -84,12 +88,14 @@ impl From<Failure> for Unpacking {
     }
 }
 
-fn unpacked(
+async fn unpacked(
     unpacking: &mut impl Read,
     limit: usize,
     mut held: impl FnMut(usize) -> Result<(), Failure>,
+    turn: impl AsyncFn(),
 ) -> Result<Bytes, Unpacking> {
     let mut frame = BytesMut::zeroed(PREFIX);
+    let mut since_turn = 0;
     loop {
         let end = frame.len();
         held(STEP)?;
@@ -104,6 +110,20 @@ fn unpacked(
             prefix.put_u32(u32::try_from(size).unwrap_or(u32::MAX));
             return Ok(frame.freeze());
         }
+        since_turn += read;
+        if since_turn >= TURN {
+            since_turn = 0;
+            turn().await;
+        }
+    }
+}
+
+/// What `future` gives, which waits for nothing.
+#[cfg(test)]
+pub(crate) fn at_once<T>(future: impl Future<Output = T>) -> T {
+    match std::pin::pin!(future).poll(&mut std::task::Context::from_waker(std::task::Waker::noop())) {
+        std::task::Poll::Ready(value) => value,
+        std::task::Poll::Pending => panic!("it waits"),
     }
 }
 
@@ -112,6 +132,7 @@ mod tests {
     use super::*;
     use flate2::Compression;
     use flate2::write::{GzEncoder, ZlibEncoder};
+    use std::cell::Cell;
     use std::io::Write;
 
     const MALFORMED: Code = Code::INVALID_ARGUMENT;
@@ -133,7 +154,8 @@ mod tests {
         for encoding in [Encoding::Gzip, Encoding::Deflate] {
             for size in [0, 1, STEP - 1, STEP, STEP + 1, 5 * STEP] {
                 let message: Vec<u8> = (0..size).map(|at| (at * at % 251) as u8).collect();
-                let frame = encoding.unpack(&packed(&encoding, &message), size, MALFORMED, |_| Ok(())).unwrap();
+                let packed = packed(&encoding, &message);
+                let frame = at_once(encoding.unpack(&packed, size, MALFORMED, |_| Ok(()), async || {})).unwrap();
                 assert_eq!(&frame[PREFIX..], message);
                 assert_eq!(frame[1..PREFIX], (size as u32).to_be_bytes());
             }
@@ -144,12 +166,24 @@ mod tests {
     fn a_message_over_the_limit_is_refused_before_it_fills_the_memory() {
         let mut most = 0;
         let whole = packed(&Encoding::Gzip, &vec![0; 100 << 20]);
-        let refused = Encoding::Gzip.unpack(&whole, 1 << 20, MALFORMED, |more| {
+        let held = |more| {
             most += more;
             Ok(())
-        });
+        };
+        let refused = at_once(Encoding::Gzip.unpack(&whole, 1 << 20, MALFORMED, held, async || {}));
         assert_eq!(refused.unwrap_err().code, Code::RESOURCE_EXHAUSTED);
         assert!(most <= (4 << 20), "{most}");
+    }
+
+    #[test]
+    fn others_have_a_turn_while_a_large_message_is_unpacked() {
+        for (size, expected) in [(TURN - 1, 0), (TURN, 1), (10 * TURN, 10)] {
+            let turns = Cell::new(0);
+            let whole = packed(&Encoding::Gzip, &vec![7; size]);
+            let turn = async || turns.set(turns.get() + 1);
+            at_once(Encoding::Gzip.unpack(&whole, size, MALFORMED, |_| Ok(()), turn)).unwrap();
+            assert_eq!(turns.get(), expected);
+        }
     }
 
     #[test]
@@ -163,7 +197,8 @@ mod tests {
             (b"no gzip at all", "not compressed by gzip"),
             (&longer, "goes on after its gzip"),
         ] {
-            let failure = Encoding::Gzip.unpack(broken, 1 << 20, MALFORMED, |_| Ok(())).unwrap_err();
+            let failure =
+                at_once(Encoding::Gzip.unpack(broken, 1 << 20, MALFORMED, |_| Ok(()), async || {})).unwrap_err();
             assert_eq!(failure.code, MALFORMED);
             assert!(failure.message.contains(said), "{}", failure.message);
         }
@@ -174,7 +209,7 @@ mod tests {
         let mut headers = HeaderMap::new();
         assert_eq!(Encoding::of(&headers), Encoding::Identity);
         headers.insert("grpc-encoding", "snappy".parse().unwrap());
-        let refused = Encoding::of(&headers).unpack(b"", 10, MALFORMED, |_| Ok(()));
+        let refused = at_once(Encoding::of(&headers).unpack(b"", 10, MALFORMED, |_| Ok(()), async || {}));
         assert_eq!(refused.unwrap_err().code, Code::UNIMPLEMENTED);
     }
 }

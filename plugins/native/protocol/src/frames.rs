@@ -104,15 +104,15 @@ pub struct Message {
 }
 
 impl Message {
-    /// The frame of the message, unpacked where it is compressed.
-    pub fn unpack(mut self, encoding: &Encoding, limit: usize) -> Result<Frame, Failure> {
+    /// The frame of the message, unpacked where it is compressed. `turn` lets others run meanwhile.
+    pub async fn unpack(mut self, encoding: &Encoding, limit: usize, turn: impl AsyncFn()) -> Result<Frame, Failure> {
         if !self.compressed {
             return Ok(Frame { bytes: self.frame, charge: self.charge });
         }
         let charge = &mut self.charge;
         let packed = self.frame.get(PREFIX..).unwrap_or_default();
         let held = |more| if charge.grow(more) { Ok(()) } else { Err(no_room()) };
-        let bytes = encoding.unpack(packed, limit, self.malformed, held)?;
+        let bytes = encoding.unpack(packed, limit, self.malformed, held, turn).await?;
         drop(self.charge.split(usize::MAX));
         self.charge.hold(bytes.len());
         Ok(Frame { bytes, charge: self.charge })
@@ -197,6 +197,7 @@ fn prefix(bytes: &[u8]) -> Option<(u8, usize)> {
 mod tests {
     use super::*;
     use crate::budget::Budget;
+    use crate::encoding::at_once;
     use std::io::Write;
     use std::sync::Arc;
 
@@ -223,7 +224,7 @@ mod tests {
             for piece in all.chunks(step) {
                 deframer.push(Bytes::copy_from_slice(piece)).unwrap();
                 while let Some(message) = deframer.next_message().unwrap() {
-                    found.push(message.unpack(&Encoding::Identity, 300).unwrap());
+                    found.push(at_once(message.unpack(&Encoding::Identity, 300, async || {})).unwrap());
                 }
             }
             assert!(deframer.is_empty());
@@ -239,7 +240,8 @@ mod tests {
         let piece = frame(b"whole");
         let mut deframer = Deframer::new(10, Code::INTERNAL, Charge::new(&budget()));
         deframer.push(piece.clone()).unwrap();
-        let message = deframer.next_message().unwrap().unwrap().unpack(&Encoding::Identity, 10).unwrap();
+        let message = deframer.next_message().unwrap().unwrap();
+        let message = at_once(message.unpack(&Encoding::Identity, 10, async || {})).unwrap();
         assert_eq!(message.bytes().as_ptr(), piece.as_ptr());
     }
 
@@ -280,7 +282,7 @@ mod tests {
         let mut deframer = Deframer::new(1000, Code::INTERNAL, Charge::new(&budget));
         deframer.push(whole.freeze()).unwrap();
         let message = deframer.next_message().unwrap().unwrap();
-        let frame = message.unpack(&Encoding::Deflate, 1000).unwrap();
+        let frame = at_once(message.unpack(&Encoding::Deflate, 1000, async || {})).unwrap();
         assert_eq!((frame.size(), budget.used()), (1000, PREFIX + 1000));
     }
 }
