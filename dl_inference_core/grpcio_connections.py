@@ -15,10 +15,10 @@ from dl_inference_core.certificates import Credentials, Watched
 from dl_inference_core.errors import Code, DeadlineExceeded, InferenceError, NodeUnreachable, from_status
 from dl_inference_core.transport import Answer, Connection, Message, Metadata
 
-_GRACE_S = 0.02
+_GRACE_S = 0.01
 """After the deadline of a call gRPC has so long to end it. Where the packets of a node were lost, gRPC's timers ran out
 1 s too late."""
-_LOOK_S = 0.02
+_LOOK_S = 0.01
 """Between two looks at the deadlines of calls: to look at 1,000 calls takes 50 µs, a timer of each call 1 to 2 µs."""
 
 

@@ -217,7 +217,7 @@ async def test_a_call_that_grpc_does_not_end_in_time_is_ended_all_the_same() -> 
         async with asyncio.timeout(10):
             with pytest.raises(DeadlineExceeded, match="gRPC did not end the call"):
                 await connection.call("/m", b"", timeout_s=0.01)
-        assert time.monotonic() - begun > 0.03
+        assert time.monotonic() - begun > 0.02
         async with asyncio.timeout(10):
             while overdue._loop is not None:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.01)
