@@ -82,7 +82,7 @@ def test_what_the_graph_refuses_is_an_invalid_argument_in_its_words(
 ) -> None:
     for x, words in (
         (np.ones((1, 4), np.float32), "Matrix size-incompatible"),
-        (np.float32([1, 2]), "ndims must be >="),
+        (np.float32([1, 2]), "ndims"),  # "ndims must be >= 2" or, by oneDNN, "different ndims"
     ):
         with pytest.raises(grpc.RpcError) as error:
             predict("dense", x)
