@@ -213,11 +213,11 @@ async def test_a_call_that_grpc_does_not_end_in_time_is_ended_all_the_same() -> 
     overdue = Overdue()
     connection = GrpcioConnection(NeverEnding(), overdue)  # type: ignore[arg-type]
     for _ in range(2):  # between the two nobody looks at deadlines any more
-        begun = time.monotonic()
+        since = time.monotonic()
         async with asyncio.timeout(10):
             with pytest.raises(DeadlineExceeded, match="gRPC did not end the call"):
                 await connection.call("/m", b"", timeout_s=0.01)
-        assert time.monotonic() - begun > 0.02
+        assert time.monotonic() - since > 0.02
         async with asyncio.timeout(10):
             while overdue._loop is not None:  # noqa: ASYNC110 - it has no event
                 await asyncio.sleep(0.01)
@@ -250,15 +250,21 @@ class Silent:
         pass
 
 
-@pytest.mark.parametrize("cancels", [False, True])
-async def test_an_attempt_that_grpc_does_not_end_in_time_is_ended_all_the_same(cancels: bool) -> None:
+async def begun(message: bytes = b"") -> tuple[GrpcioExchange, asyncio.Task[Message], Mock]:
+    """An exchange that the service has begun, the task that carries it to its end, and its context."""
     context = Mock()
     context.time_remaining.return_value = None
-    told: list[Ended] = []
-    exchange = GrpcioExchange(Handlers(Silent()), context, "/m", b"", ())
-    connection = GrpcioConnection(NeverEnding(), Overdue())  # type: ignore[arg-type]
+    exchange = GrpcioExchange(Handlers(Silent()), context, "/m", message, ())
     running = asyncio.create_task(exchange.run())
     await asyncio.sleep(0)
+    return exchange, running, context
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_an_attempt_that_grpc_does_not_end_in_time_is_ended_all_the_same(cancels: bool) -> None:
+    told: list[Ended] = []
+    exchange, running, context = await begun()
+    connection = GrpcioConnection(NeverEnding(), Overdue())  # type: ignore[arg-type]
     attempt = exchange.forward(connection, "/n", told.extend, "mine", timeout_s=10.0 if cancels else 0.01)
     async with asyncio.timeout(10):
         while not told:
@@ -326,11 +332,7 @@ async def test_what_an_attempt_at_a_closed_connection_was_to_send_is_freed_at_on
     before = sys.getrefcount(body)
 
     async def attempt() -> None:
-        context = Mock()
-        context.time_remaining.return_value = None
-        exchange = GrpcioExchange(Handlers(Silent()), context, "/m", body, ())
-        running = asyncio.create_task(exchange.run())
-        await asyncio.sleep(0)
+        exchange, running, _ = await begun(body)
         told: asyncio.Queue[Sequence[Ended]] = asyncio.Queue()
         exchange.forward(connection, "/n", told.put_nowait)
         ((_, error, _, _),) = await told.get()
@@ -347,13 +349,9 @@ async def test_what_an_attempt_at_a_closed_connection_was_to_send_is_freed_at_on
 
 
 async def test_an_attempt_that_is_cancelled_while_its_message_is_changed_is_not_sent() -> None:
-    context = Mock()
-    context.time_remaining.return_value = None
     told: list[Ended] = []
-    exchange = GrpcioExchange(Handlers(Silent()), context, "/m", b"", ())
+    exchange, running, _ = await begun()
     channel = Mock()
-    running = asyncio.create_task(exchange.run())
-    await asyncio.sleep(0)
 
     def change(message: Message) -> Message:
         exchange.reply(b"answered")
