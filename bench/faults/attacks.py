@@ -80,11 +80,13 @@ async def slow_connections(
     headers = _frame(_HEADERS, _END_HEADERS, 1, _encoded(_headers(method)))
     long = _frame(_HEADERS, _END_HEADERS, 1, _encoded([*_headers(method), ("x-long", "x" * _TRICKLED)]))
     data = _frame(_DATA, _END_STREAM, 1, _framed(message))
+    # A frame for each byte of a body: within a frame, answers to pings would be taken for more of it.
+    body = [_frame(_DATA, 0, 1, bytes([byte])) for byte in _framed(bytes(_TRICKLED))]
     at_once, trickled = {
-        "silent": (b"", b""),
-        "headers": (_opening() + long[:-_TRICKLED], long[-_TRICKLED:]),
-        "body": (_opening() + headers, _frame(_DATA, 0, 1, _framed(bytes(_TRICKLED)))),
-        "window": (_opening(_NO_WINDOW) + headers + data, b""),
+        "silent": (b"", []),
+        "headers": (_opening() + long[:-_TRICKLED], [bytes([byte]) for byte in long[-_TRICKLED:]]),
+        "body": (_opening() + headers, body),
+        "window": (_opening(_NO_WINDOW) + headers + data, []),
     }[kind]
 
     tried, all_tried = 0, asyncio.Event()
@@ -100,9 +102,9 @@ async def slow_connections(
                 all_tried.set()
         async with peer:
             await peer.send(at_once)
-            for byte in trickled:
+            for part in trickled:
                 await asyncio.sleep(_TRICKLE_S)
-                await peer.send(bytes([byte]))
+                await peer.send(part)
             await peer.closed()
 
     async with _running([hold() for _ in range(count)]):

@@ -665,15 +665,17 @@ async def test_a_node_that_is_about_to_end_is_left_out(lab: Lab) -> None:
 
 async def test_a_node_that_is_too_slow_but_answers_probes_is_not_ejected(lab: Lab) -> None:
     """Overload: to eject one would put its requests on the others."""
-    nodes = await lab.nodes("ab", latency_s=0.2)
-    gateway = await lab.front(*nodes, more="timeout_ms = 20", top="[gateway.health]\ninterval_ms = 20\n")
+    nodes = await lab.nodes("ab", latency_s=2)
+    gateway = await lab.front(*nodes, more="timeout_ms = 100", top="[gateway.health]\ninterval_ms = 20\n")
     checks = [node.checks for node in nodes]
-    for _ in range(5):
+    end = time.monotonic() + 30
+    # On a busy machine the deadline of some requests passes before they reach a node.
+    while min(node.count for node in nodes) < 25:
+        assert time.monotonic() < end
         codes = {code for code, _ in await asyncio.gather(*(gateway.refusal() for _ in range(10)))}
         assert codes == {Code.DEADLINE_EXCEEDED}
         assert all(map(gateway.usable, nodes))
     assert all(node.checks > before for node, before in zip(nodes, checks, strict=True))
-    assert min(node.count for node in nodes) >= 10
     assert b"dl_inference_ejections_total{" not in gateway.app.metrics.render("")[0]
 
 

@@ -34,8 +34,9 @@ MB = 1_000_000
 @pytest.fixture(scope="module")
 def front(serve: Any, routes: Any, node: Any) -> Iterator[Any]:
     """A gateway that nobody else looks at, and that lets slow clients stay for longer than any test takes. On a busy
-    machine the attacker, too, may answer the pings of a server late."""
-    patient = "transport_options = { headers_timeout_s = 300, keepalive_s = 300 }"
+    machine the attacker, too, may answer the pings of a server late: those that ask whether it lives, and those that
+    measure how much gRPC may be sent at once."""
+    patient = "transport_options = { headers_timeout_s = 300, keepalive_s = 300, keepalive_timeout_s = 300 }"
     front = serve(f"message_bytes = {LIMIT}\n{patient}\n{routes({'linear': 7}, node)}")
     front.call(PREDICT, CALL)
     yield front
