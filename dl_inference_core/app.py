@@ -94,9 +94,16 @@ class App:
             self.metrics.sample(
                 "dl_inference_queue",
                 "Requests that wait for a thread of a model.",
-                "model",
-                lambda: {name: model.waiting() for name, model in repository.models.items()},
+                ("model",),
+                lambda: {(name,): model.waiting() for name, model in repository.models.items()},
             )
+        self.metrics.sample_counts(
+            "dl_inference_refusals",
+            "Connections and requests of clients that a limit of a port refused or ended, by port (grpc or http) and "
+            "reason.",
+            ("port", "reason"),
+            self._refusals,
+        )
         self.gateway: Gateway | None = None
         if config.routes or config.gateway.nodefile is not None or config.gateway.registry is not None:
             self.gateway = Gateway(
@@ -370,6 +377,12 @@ class App:
         everywhere = host.strip("[]") in _EVERYWHERE
         hosts = ("127.0.0.1", "[::1]", "localhost") if everywhere else (host,)
         return frozenset(f"{host}:{port}" for host in hosts for port in ports)
+
+    def _refusals(self) -> dict[tuple[str, ...], float]:
+        counts: dict[tuple[str, ...], float] = {("grpc", why): n for why, n in self.transport.refusals().items()}
+        if self._http_server is not None:
+            counts |= {("http", why): n for why, n in self._http_server.refusals.items()}
+        return counts
 
     def _with_room(self) -> tuple[Limits, HttpLimits]:
         """The limits of the gRPC port and of `http_port`, with no more connections than this process can have."""

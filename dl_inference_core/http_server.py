@@ -22,6 +22,7 @@ _FINISH_S = 1
 _LOOK_S = 1.0
 # asyncio accepts as many at once before it asks whether there is room for the first; they come out of the reserve.
 _BACKLOG = 64
+_REASONS = ("connections", "headers_time", "body_time", "slow_reader")
 _TIMED_OUT = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -51,6 +52,8 @@ class HttpServer:
         """
         self.port: int = listening.getsockname()[1]
         self._connections = _Connections(limits)
+        self.refusals = self._connections.refusals
+        """How many connections a limit has closed, by reason. Changes on the event loop."""
         protocol: Any = partial(_Connection, self._connections)
         config = uvicorn.Config(
             app,
@@ -111,6 +114,7 @@ class _Connections:
 
     def __init__(self, limits: HttpLimits) -> None:
         self.limits = limits
+        self.refusals = dict.fromkeys(_REASONS, 0)
         self._open: set[_Connection] = set()
         self._idle: dict[_Connection, None] = {}
         """The one that has been idle for longest comes first."""
@@ -122,6 +126,7 @@ class _Connections:
         if len(self._open) > self.limits.connections:
             idlest = next(iter(self._idle))
             self.remove(idlest)
+            self.refusals["connections"] += 1
             idlest.transport.close()
 
     def remove(self, connection: _Connection) -> None:
@@ -194,6 +199,7 @@ class _Connection(H11Protocol):
         if unsent != self._unsent:
             self._unsent, self._unsent_since = unsent, now
         elif unsent and now - self._unsent_since > limits.body_s:
+            self._all.refusals["slow_reader"] += 1
             self.transport.abort()
         if self.transport.is_closing():
             return
@@ -201,12 +207,14 @@ class _Connection(H11Protocol):
         if self._stage is _Stage.ANSWER:
             self._enter(self._reached())
         elif self._stage is _Stage.NEW and lasted_s > limits.headers_s:
+            self._all.refusals["headers_time"] += 1
             self.transport.close()
         elif (self._stage is _Stage.HEADERS and lasted_s > limits.headers_s) or (
             self._stage is _Stage.BODY and lasted_s > limits.body_s
         ):
             if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
                 self.transport.write(_TIMED_OUT)
+            self._all.refusals["headers_time" if self._stage is _Stage.HEADERS else "body_time"] += 1
             self.transport.close()
 
     def _reached(self) -> _Stage:

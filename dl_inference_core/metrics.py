@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -15,17 +16,24 @@ from prometheus_client.utils import floatToGoString
 
 from dl_inference_core.errors import Code
 
+_Family: TypeAlias = "CounterMetricFamily | GaugeMetricFamily"
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _AT_ONCE = 256
 """Requests that are counted at one time. To sort their seconds takes 10 µs."""
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
-class _Sampled(Collector):
-    """A gauge that costs nothing until it is asked for."""
+Values: TypeAlias = Callable[[], Mapping[tuple[str, ...], float]]
+"""Gives the values of a gauge or counter, by those of its labels. On the thread that asks for the metrics."""
 
-    def __init__(self, name: str, meaning: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
-        self._about = name, meaning, label
+
+class _Sampled(Collector):
+    """A gauge or counter that costs nothing until it is asked for."""
+
+    def __init__(self, kind: type[_Family], name: str, meaning: str, labels: Sequence[str], values: Values) -> None:
+        self._kind = kind
+        self._about = name, meaning
+        self._labels = labels
         self._values = values
 
     def describe(self) -> list[Metric]:
@@ -33,13 +41,12 @@ class _Sampled(Collector):
 
     def collect(self) -> list[Metric]:
         family = self._family()
-        for value, number in self._values().items():
-            family.add_metric((value,), number)
+        for values, number in self._values().items():
+            family.add_metric(values, number)
         return [family]
 
-    def _family(self) -> GaugeMetricFamily:
-        name, meaning, label = self._about
-        return GaugeMetricFamily(name, meaning, labels=(label,))
+    def _family(self) -> _Family:
+        return self._kind(*self._about, labels=self._labels)
 
 
 class RequestCounts:
@@ -338,13 +345,13 @@ class Metrics:
         self._of_routes.setdefault(route, set()).add((counter, labels))
         counter.labels(*labels).inc()
 
-    def sample(self, name: str, meaning: str, label: str, values: Callable[[], Mapping[str, float]]) -> None:
-        """Have a gauge whose values are taken when the metrics are asked for, on whatever thread does.
+    def sample(self, name: str, meaning: str, labels: Sequence[str], values: Values) -> None:
+        """Have a gauge whose values are taken when the metrics are asked for."""
+        self._registry.register(_Sampled(GaugeMetricFamily, name, meaning, labels, values))
 
-        Args:
-            values: by the label's value.
-        """
-        self._registry.register(_Sampled(name, meaning, label, values))
+    def sample_counts(self, name: str, meaning: str, labels: Sequence[str], values: Values) -> None:
+        """Have a counter whose values are taken when the metrics are asked for."""
+        self._registry.register(_Sampled(CounterMetricFamily, name, meaning, labels, values))
 
     def tasks(self, count: int) -> None:
         """The event loop has `count` tasks now."""

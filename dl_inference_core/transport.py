@@ -468,6 +468,11 @@ class Transport(Choosable):
             ConfigError: a certificate or key cannot be used; it names the file.
         """
 
+    def refusals(self) -> Mapping[str, int]:
+        """How many connections and requests of clients the transport's limits have refused or ended, by reason, since
+        it was made. Empty where the transport does not know. Any thread."""
+        return {}
+
     @abstractmethod
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         """Have `function` called on one of the transport's threads after so many seconds. Any thread. Not before the

@@ -69,7 +69,7 @@ def site_with_fakes(tmp_path: Path) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """A test that is a coroutine function runs on an event loop of its own, for at most 30 seconds. Then its labs have
+    """A test that is a coroutine function runs on an event loop of its own, for at most two minutes. Then its labs have
     as long to close."""
     if not inspect.iscoroutinefunction(pyfuncitem.obj):
         return None
@@ -77,10 +77,10 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
     async def bounded() -> None:
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 await pyfuncitem.obj(**arguments)
         finally:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 for argument in arguments.values():
                     if isinstance(argument, Lab):
                         await argument.close()
@@ -323,7 +323,7 @@ class Lab:
         for close in reversed(self._closing):
             await close()
 
-    async def until(self, what: Callable[[], Any], within_s: float = 5.0) -> float:
+    async def until(self, what: Callable[[], Any], within_s: float = 20.0) -> float:
         """Polls until `what` tells a truth; returns how many seconds that took."""
         start = time.monotonic()
         while not what():

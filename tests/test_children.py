@@ -284,7 +284,7 @@ def running(folder: Path, site: Path, *arguments: str | Path) -> Iterator[subpro
         process.wait()
 
 
-def wait_for(what: Callable[[], Any], within_s: float = 60) -> None:
+def wait_for(what: Callable[[], Any], within_s: float = 180) -> None:
     end = time.monotonic() + within_s
     while not what():
         assert time.monotonic() < end
@@ -489,7 +489,7 @@ asyncio.run(main())
 
 def test_no_collection_in_a_child_finds_what_its_parent_left() -> None:
     """gRPC's objects wait for their threads as they are freed, and a child has none of these threads."""
-    done = subprocess.run([sys.executable, "-c", COLLECTING], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", COLLECTING], capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -78,13 +78,17 @@ class Client:
 
 
 class Rig:
-    def __init__(self, app: App, port: int) -> None:
+    def __init__(self, app: App, server: HttpServer) -> None:
         self.app = app
-        self._port = port
+        self._server = server
         self._clients: list[Client] = []
 
+    @property
+    def refused(self) -> dict[str, int]:
+        return {reason: count for reason, count in self._server.refusals.items() if count}
+
     async def connect(self, said: bytes = b"") -> Client:
-        client = Client(*await asyncio.open_connection("127.0.0.1", self._port))
+        client = Client(*await asyncio.open_connection("127.0.0.1", self._server.port))
         self._clients.append(client)
         client.writer.write(said)
         return client
@@ -99,7 +103,7 @@ async def serving(monkeypatch: pytest.MonkeyPatch, **limits: Any) -> AsyncIterat
     monkeypatch.setattr(http_server, "_LOOK_S", 0.05)
     app = App()
     server = await HttpServer.start(app, "127.0.0.1", 0, HttpLimits(**limits))
-    rig = Rig(app, server.port)
+    rig = Rig(app, server)
     try:
         yield rig
     finally:
@@ -166,6 +170,8 @@ async def test_a_request_that_does_not_come_to_its_end_is_given_up(
         if answer and got:
             assert b"HTTP/1.1 408 Request Timeout\r\n" in got
             assert b"connection: close\r\n" in got
+        reason = "body_time" if said.startswith(b"POST") else "headers_time"
+        assert rig.refused == {reason: 1}
         assert await (await rig.connect()).ask() == b"ok"
 
 
@@ -208,6 +214,7 @@ async def test_a_client_that_takes_nothing_of_its_answer_is_given_up(monkeypatch
                 await asyncio.sleep(0.05)
         client.writer.transport.resume_reading()  # type: ignore[attr-defined]
         assert len(await client.closed()) < LARGE
+        assert rig.refused["slow_reader"] == 1
 
 
 # How many
@@ -227,6 +234,7 @@ async def test_over_the_limit_the_connection_that_is_idle_for_longest_is_closed(
             assert await clients[index].closed() == b""
         for index in (1, 2):
             assert await clients[index].ask() == b"ok"
+        assert rig.refused == {"connections": 2}
 
 
 async def test_a_request_is_never_given_up_for_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:

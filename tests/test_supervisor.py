@@ -73,7 +73,7 @@ class Rig:
         path = self.folder / name
         return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
-    async def until(self, what: Callable[[], Any], within_s: float = 20.0) -> None:
+    async def until(self, what: Callable[[], Any], within_s: float = 60.0) -> None:
         """Wait for `what`, while the supervisor runs."""
         end = time.monotonic() + within_s
         while not what():

@@ -407,7 +407,7 @@ class Process:
     def text(self) -> str:
         return self.log.read_text()
 
-    def written(self, pattern: str, within_s: float = 60) -> str:
+    def written(self, pattern: str, within_s: float = 240) -> str:
         """The group of the first line that fits."""
         found: list[str] = []
 
@@ -425,7 +425,7 @@ class Process:
         return self.popen.wait(20)
 
 
-def wait_for(look: Callable[[], object], within_s: float = 20) -> None:
+def wait_for(look: Callable[[], object], within_s: float = 60) -> None:
     end = time.monotonic() + within_s
     while not look():
         assert time.monotonic() < end, "waited too long"
@@ -445,7 +445,7 @@ def predicted(channel: grpc.Channel, model: str, *, version: int | None = None, 
     request.inputs["x"].dtype = 1
     request.inputs["x"].tensor_shape.dim.add(size=2)
     request.inputs["x"].float_val[:] = [1, 10]
-    response = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=20)
+    response = prediction_service_pb2_grpc.PredictionServiceStub(channel).Predict(request, timeout=60)
     return list(response.outputs["y"].float_val), response.model_spec.version.value
 
 
@@ -464,7 +464,7 @@ def states(channel: grpc.Channel, model: str) -> dict[int, str]:
 
     request = get_model_status_pb2.GetModelStatusRequest()
     request.model_spec.name = model
-    statuses = model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(request, timeout=20)
+    statuses = model_service_pb2_grpc.ModelServiceStub(channel).GetModelStatus(request, timeout=60)
     return {
         status.version: get_model_status_pb2.ModelVersionStatus.State.Name(status.state)
         for status in statuses.model_version_status

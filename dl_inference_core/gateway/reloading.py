@@ -87,14 +87,14 @@ class Gateway:
         metrics.sample(
             "dl_inference_attempts_in_flight",
             "Attempts at nodes that are under way.",
-            "route",
-            lambda: {forwarder.name: forwarder.in_flight for forwarder in self.forwarders},
+            ("route",),
+            lambda: {(forwarder.name,): forwarder.in_flight for forwarder in self.forwarders},
         )
         metrics.sample(
             "dl_inference_queued",
             "Requests that wait for a node of their route to have room.",
-            "route",
-            lambda: {forwarder.name: forwarder.queued for forwarder in self.forwarders},
+            ("route",),
+            lambda: {(forwarder.name,): forwarder.queued for forwarder in self.forwarders},
         )
         self._retiring: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None

@@ -99,7 +99,7 @@ class ApiConformance(PluginConformance):
             options=json.dumps(self.options, default=str),
         )
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603 - its own
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)  # noqa: S603 - its own
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == "[]"
 

@@ -115,7 +115,7 @@ class BackendConformance(PluginConformance):
             [sys.executable, "-c", program, backend.__module__, backend.__name__, directory, self.framework],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
             check=False,
         )
         assert ran.returncode == 0, ran.stderr

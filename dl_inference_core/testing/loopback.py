@@ -66,10 +66,10 @@ class LoopbackConformance(PluginConformance):
         return self.transport_class(self.transport_class.Options(**self.options))
 
     def run(self, test: Coroutine[Any, Any, None]) -> None:
-        """Runs one test on an event loop of its own, for at most a minute. Override it if the loop must be another."""
+        """Run a test on an event loop of its own, for four minutes at most. Override it for another loop."""
 
         async def bounded() -> None:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(240):
                 await test
 
         with asyncio.Runner() as runner:
@@ -226,6 +226,16 @@ async def pair(
         connected(transport, address, client_limits) as connection,
     ):
         yield connection
+
+
+async def has_refused(transport: Transport, **expected: int) -> None:
+    """Wait until the transport has refused so many by each reason, and none by any other."""
+    for _ in range(1000):
+        refused = {reason: count for reason, count in transport.refusals().items() if count}
+        if refused == expected:
+            return
+        await asyncio.sleep(0.02)
+    assert refused == expected
 
 
 @asynccontextmanager

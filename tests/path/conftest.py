@@ -24,7 +24,7 @@ import pytest
 
 T = TypeVar("T")
 
-PATIENCE_S = 60.0
+PATIENCE_S = 240.0
 _SHOWN = 5000
 
 

@@ -35,9 +35,10 @@ MB = 1_000_000
 def front(serve: Any, routes: Any, node: Any) -> Iterator[Any]:
     """A gateway that nobody else looks at, and that lets slow clients stay for longer than any test takes. On a busy
     machine the attacker, too, may answer the pings of a server late: those that ask whether it lives, and those that
-    measure how much gRPC may be sent at once."""
+    measure how much gRPC may be sent at once. The node may answer probes late."""
     patient = "transport_options = { headers_timeout_s = 300, keepalive_s = 300, keepalive_timeout_s = 300 }"
-    front = serve(f"message_bytes = {LIMIT}\n{patient}\n{routes({'linear': 7}, node)}")
+    probes = "[gateway.health]\ntimeout_ms = 30_000"
+    front = serve(f"message_bytes = {LIMIT}\n{patient}\n{probes}\n{routes({'linear': 7}, node)}")
     front.call(PREDICT, CALL)
     yield front
     front.end()
@@ -81,8 +82,8 @@ async def test_p4_slow_connections(front: Any, kind: attacks.Slow) -> None:
 @pytest.mark.parametrize(
     "flood",
     [
-        pytest.param(lambda address: attacks.rapid_reset(address, 1000, method=PREDICT, message=CALL), id="of Predict"),
-        pytest.param(lambda address: attacks.rapid_reset(address, 2000), id="of Check"),
+        pytest.param(lambda address: attacks.rapid_reset(address, 500, method=PREDICT, message=CALL), id="of Predict"),
+        pytest.param(lambda address: attacks.rapid_reset(address, 500), id="of Check"),
         pytest.param(attacks.ping_flood, id="pings"),
         pytest.param(attacks.settings_flood, id="settings"),
         pytest.param(attacks.endless_headers, id="headers"),
@@ -197,7 +198,7 @@ async def answered_in_s(address: str) -> float:
     return time.monotonic() - began
 
 
-async def test_r1_no_more_connections_are_taken_than_there_are_files_for(narrow: Any) -> None:
+async def test_r1_no_more_connections_are_taken_than_there_are_files_for(narrow: Any, transport: str) -> None:
     assert (
         "the limit on open files (ulimit -n) leaves room for 64 connections of clients, 16 of them to http_port, "
         "not 11000"
@@ -214,6 +215,12 @@ async def test_r1_no_more_connections_are_taken_than_there_are_files_for(narrow:
                 assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         assert await answered_in_s(narrow.address) < 5
         await call(CALL, timeout=20)
+    refused = narrow.counts("dl_inference_refusals_total").get('{port="grpc",reason="connections"}')
+    if transport == "native":
+        assert refused is not None
+        assert refused >= 2 * FILES - 64
+    else:
+        assert refused is None, "grpcio does not say"
 
 
 @pytest.mark.parametrize("kind", ["silent", "headers"])
@@ -221,6 +228,8 @@ async def test_r1_slow_connections_to_http_take_no_files_from_grpc(narrow: Any, 
     async with attacks.slow_connections(narrow.metrics.split("/")[2], 2 * FILES, kind):
         for _ in range(5):
             assert await answered_in_s(narrow.address) < 5
+        refused = narrow.counts("dl_inference_refusals_total")
+        assert refused['{port="http",reason="connections"}'] >= FILES // 2
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="Linux can change the limits of a running process")

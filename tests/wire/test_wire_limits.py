@@ -32,7 +32,7 @@ def by_name(case: Case) -> str:
 
 @pytest.mark.parametrize("case", ALL, ids=by_name)
 def test_any_field_is_refused_when_absurdly_many(case: Case) -> None:
-    body = case.body(9 * MB)
+    body = case.body(7 * MB)
     if case.fixed:
         limits.check(case.root.DESCRIPTOR, body)
         return

@@ -27,7 +27,8 @@ class NativeHttp:
         self.timeout_s = service.timeout_s
         # An exchange of Rust is registered as the seam's, which a type checker does not see.
         self.begin: Callable[[Any], None] = service.begin_http
-        self.begin_page: Callable[[Any], None] = Pages(http.app, scheme).begin
+        self.pages = Pages(http.app, scheme)
+        self.begin_page: Callable[[Any], None] = self.pages.begin
         self._fail: Callable[[Any, InferenceError], None] = service.fail_http
         self._errors: dict[str, Callable[[str], InferenceError]] = {
             "too_large": lambda _: too_large(self.body_bytes),

@@ -41,6 +41,9 @@ class Pages:
         self._scheme = scheme
         self._loop = asyncio.get_running_loop()
         self._room = threading.BoundedSemaphore(_MOST)
+        self._refusing = threading.Lock()
+        self.refused = 0
+        """How many requests found no room."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: _native.HttpExchange) -> None:
@@ -50,6 +53,8 @@ class Pages:
             exchange.on_cancel(answer.end)
             call_soon(self._loop, partial(self._start, exchange, answer))
         else:
+            with self._refusing:
+                self.refused += 1
             exchange.reply(503, _TEXT, b"The server answers as many requests for pages as it may.\n")
 
     def _start(self, exchange: _native.HttpExchange, answer: _Answer) -> None:

@@ -288,7 +288,7 @@ async fn attempt(io: &Io, call: Option<&Call>, forward: &mut Forward) -> Result<
     let good = dl_inference_wire::well_formed(&answer) || forward.allow_empty && answer.is_empty();
     if !good {
         let message = "the answer is not a protobuf message".to_owned();
-        return Err(Failure { code: Code::MALFORMED, message, trailers }.into());
+        return Err(Failure { trailers, ..Failure::new(Code::MALFORMED, message) }.into());
     }
     let frame = change(io, extras.as_ref(), Which::Answer, || answer.clone()).await?.unwrap_or(frame);
     let call = call.filter(|call| !call.has_ended()).ok_or_else(Failure::cancelled)?;

@@ -5,8 +5,7 @@ use crate::body::{Messages, failure_of};
 use crate::events::Event;
 use crate::flag::Flag;
 use crate::http::{answer_stream, send};
-use crate::http_body::Incomplete;
-use crate::io::Io;
+use crate::io::{Common, Io};
 use crate::listen::{Answering, ServerHere};
 use crate::python::Exchange;
 use crate::server::{ServedMethod, Service};
@@ -98,13 +97,12 @@ pub async fn run(
 ) {
     let (head, body) = request.into_parts();
     if head.method != Method::POST || !is_grpc(&head.headers) {
-        let body = Incomplete::Http2(body, window);
-        return Box::pin(answer_stream(io, server, head, body, respond)).await; // apart: each call would have room for it
+        return Box::pin(answer_stream(io, server, window, head, body, respond)).await; // apart: each call would have room for it
     }
     let service = &server.service;
     let Admitted { method, has_metadata, deadline } = match admit(&io, service, &head) {
         Ok(admitted) => admitted,
-        Err(failure) => return fail(respond, failure),
+        Err(failure) => return refuse(&io, respond, failure),
     };
     let streams = method.streams;
     let limit = service.message_bytes;
@@ -113,7 +111,7 @@ pub async fn run(
     if !streams {
         frame = match read_request(&mut messages, deadline, &mut respond).await {
             Some(Ok(frame)) => frame,
-            Some(Err(failure)) => return fail(respond, failure),
+            Some(Err(failure)) => return refuse(&io, respond, failure),
             None => return,
         };
     }
@@ -275,7 +273,10 @@ impl Call {
     async fn carry(&self, stream: &Stream, io: &Io, messages: &mut Messages) {
         let mut write = pin!(stream.write(io, self));
         tokio::select! {
-            failure = stream.read(io, messages) => self.end(io, End::Failed(failure)),
+            failure = stream.read(io, messages) => {
+                io.common.refusals.count_failure(&failure);
+                self.end(io, End::Failed(failure));
+            }
             _ = &mut write => return,
         }
         write.await;
@@ -453,8 +454,7 @@ fn succeed(
         out.reserve_capacity(frame.remaining());
         if out.capacity() < frame.remaining() {
             let answering = Answering::new(server);
-            let patience = io.common.settings.body_timeout();
-            drop(spawn_local(send_as_read(out, frame, trailers, patience, answering)));
+            drop(spawn_local(send_as_read(io.common.clone(), out, frame, trailers, answering)));
             return Ok(());
         }
         out.send_data(frame, false)?;
@@ -464,17 +464,23 @@ fn succeed(
 
 /// Sends an answer for which the client's window, or h2's buffer, has no room yet.
 async fn send_as_read(
+    common: Arc<Common>,
     mut out: SendStream<Frame>,
     frame: Frame,
     trailers: HeaderMap,
-    patience: Duration,
     answering: Answering,
 ) {
     answering.set(true);
-    match send(&mut out, frame, false, patience).await {
+    match send(&common, &mut out, frame, false).await {
         Some(()) => drop(out.send_trailers(trailers)), // else the client left: there is nobody to tell
         None => out.send_reset(Reason::CANCEL),
     }
+}
+
+/// Fails a call that the service has not seen.
+fn refuse(io: &Io, respond: SendResponse<Frame>, failure: Failure) {
+    io.common.refusals.count_failure(&failure);
+    fail(respond, failure);
 }
 
 fn fail(mut respond: SendResponse<Frame>, failure: Failure) {

@@ -1,12 +1,15 @@
 //! A writer for HTTP/2 connections: small writes wait until the connection's task has nothing more to do, large ones go
 //! through.
 
+use crate::pace::Pace;
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
 
 /// Writes of fewer bytes than this are copied and held.
 const SMALL: usize = 16 << 10;
@@ -23,7 +26,11 @@ struct Inner<T> {
     /// Whether the stream may hold bytes of its own, as TLS does, and so is to be flushed.
     unflushed: bool,
     /// Whether the last write waits for the other side to read.
-    stuck: bool,
+    blocked: bool,
+    /// Since a write had to wait, until all is written.
+    stuck: Option<Pace>,
+    /// How long the other side may take too little.
+    patience: Duration,
 }
 
 /// h2 asks for a flush after each frame that it does not copy. `Coalesce` ignores that, and whoever polls the connection
@@ -37,28 +44,33 @@ impl<T> Clone for Coalesce<T> {
 }
 
 impl<T: AsyncWrite + Unpin> Coalesce<T> {
-    pub fn new(stream: T) -> Self {
+    /// `patience` is how long the other side may take too little of what is written.
+    pub fn new(stream: T, patience: Duration) -> Self {
         Coalesce(Rc::new(RefCell::new(Inner {
             stream,
             held: Vec::new(),
             heard: true,
             closed: false,
             unflushed: false,
-            stuck: false,
+            blocked: false,
+            stuck: None,
+            patience,
         })))
     }
 
     /// Writes what is held.
     pub fn send(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let mut inner = self.0.borrow_mut();
-        let sent = inner.send(cx);
-        inner.stuck = sent.is_pending();
-        sent
+        self.0.borrow_mut().send(cx)
     }
 
     /// Whether there is more to write than the other side takes.
     pub fn is_stuck(&self) -> bool {
-        self.0.borrow().stuck
+        self.0.borrow().stuck.is_some()
+    }
+
+    /// When the other side is too slow, unless it takes enough before; None where nothing waits for it.
+    pub fn patience_ends(&self) -> Option<Instant> {
+        self.0.borrow().stuck.as_ref().map(Pace::until)
     }
 
     /// Whether the other side has closed the connection, or reading failed.
@@ -91,9 +103,21 @@ impl<T: AsyncWrite + Unpin> Coalesce<T> {
 }
 
 impl<T: AsyncWrite + Unpin> Inner<T> {
+    /// Notes how the other side gets on with what is written.
+    fn noted(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.blocked = written.is_pending();
+        match (&mut self.stuck, &written) {
+            (None, Poll::Pending) => self.stuck = Some(Pace::new(self.patience)),
+            (Some(pace), Poll::Ready(Ok(bytes))) => pace.took(*bytes),
+            _ => {}
+        }
+        written
+    }
+
     fn send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.held.is_empty() {
-            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.held))?;
+            let written = Pin::new(&mut self.stream).poll_write(cx, &self.held);
+            let written = ready!(self.noted(written))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
@@ -106,6 +130,9 @@ impl<T: AsyncWrite + Unpin> Inner<T> {
         if self.unflushed {
             ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
             self.unflushed = false;
+        }
+        if !self.blocked {
+            self.stuck = None; // all is written
         }
         Poll::Ready(Ok(()))
     }
@@ -126,7 +153,8 @@ impl<T: AsyncWrite + Unpin> Inner<T> {
             let mut all = Vec::with_capacity(slices.len() + 1);
             all.push(IoSlice::new(&self.held));
             all.extend(slices.iter().map(|slice| IoSlice::new(slice)));
-            let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, &all))?;
+            let written = Pin::new(&mut self.stream).poll_write_vectored(cx, &all);
+            let written = ready!(self.noted(written))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }

@@ -3,15 +3,17 @@
 use crate::call::{is_grpc, passes};
 use crate::events::Event;
 use crate::http_body::{Body, Incomplete, Refusal, Unread};
-use crate::io::Io;
+use crate::io::{Common, Io};
 use crate::listen::{Answering, ServerHere};
+use crate::pace::Pace;
 use crate::python::HttpExchange;
 use crate::server::Service;
+use crate::window::Window;
 use bytes::Buf;
-use dl_inference_grpc::{Failure, Frame, PREFIX, check_header_bytes};
+use dl_inference_grpc::{Failure, Frame, PREFIX, Reason, check_header_bytes};
 use h2::server::SendResponse;
-use h2::{Reason, SendStream};
-use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRANSFER_ENCODING, UPGRADE};
+use h2::{RecvStream, SendStream};
+use http::header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST, TE, TRANSFER_ENCODING, UPGRADE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Response, StatusCode, Version};
 use pyo3::prelude::*;
@@ -186,10 +188,18 @@ async fn answer_by_python(Known(io, call): &Known, body: Incomplete) -> Answer {
     };
     match read {
         Ok(Ok(body)) => begin(io, call, body).await,
-        Ok(Err(Unread::Refused(refusal))) if call.is_page => refuse_page(io, &refusal),
-        Ok(Err(Unread::Refused(refusal))) => fail(io, call, refusal).await,
-        Ok(Err(Unread::Broken)) => plain(io, StatusCode::BAD_REQUEST, "The body of the request is malformed.\n"),
-        Err(_) => plain(io, StatusCode::REQUEST_TIMEOUT, "The body of the request took too long to come.\n"),
+        Ok(Err(Unread::Refused(refusal))) => {
+            refusal.reason().into_iter().for_each(|reason| io.refused(reason));
+            if call.is_page { refuse_page(io, &refusal) } else { fail(io, call, refusal).await }
+        }
+        Ok(Err(Unread::Broken)) => {
+            io.refused(Reason::MalformedHttp);
+            plain(io, StatusCode::BAD_REQUEST, "The body of the request is malformed.\n")
+        }
+        Err(_) => {
+            io.refused(Reason::BodyTime);
+            plain(io, StatusCode::REQUEST_TIMEOUT, "The body of the request took too long to come.\n")
+        }
     }
 }
 
@@ -212,10 +222,12 @@ async fn fail(io: &Io, call: &Rc<HttpCall>, refusal: Refusal) -> Answer {
 /// The answer to a request that is refused by its headers.
 fn refused(io: &Io, service: &Service, head: &Parts) -> Option<Answer> {
     if let Err(Failure { message, .. }) = check_header_bytes(&head.headers, io.common.settings.header_bytes()) {
+        io.refused(Reason::HeaderBytes);
         return Some(plain(io, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, &format!("{message}\n")));
     }
     // RFC 9112, section 3.2: proxies that take different ones of several hosts can be played off against each other.
     if head.version == Version::HTTP_11 && head.headers.get_all(HOST).iter().count() != 1 {
+        io.refused(Reason::MalformedHttp);
         return Some(plain(io, StatusCode::BAD_REQUEST, "Expected one header Host.\n"));
     }
     service.methods.contains_key(head.uri.path()).then(|| not_a_call(io, head))
@@ -279,34 +291,44 @@ fn complete(answer: Answer, verb: &Method) -> Answer {
 pub async fn answer_stream(
     io: Rc<Io>,
     server: Rc<ServerHere>,
+    window: Rc<Window>,
     head: Parts,
-    body: Incomplete,
-    mut respond: SendResponse<Frame>,
+    body: RecvStream,
+    respond: SendResponse<Frame>,
 ) {
-    let patience = io.common.settings.body_timeout();
+    let respond = Rc::new(RefCell::new(respond));
+    let waits =
+        head.headers.get(EXPECT).is_some_and(|expected| expected.as_bytes().eq_ignore_ascii_case(b"100-continue"));
+    let body = Incomplete::Http2 { stream: body, window, awaited: waits.then(|| respond.clone()) };
+    let common = io.common.clone();
     let answering = Answering::new(&server);
     let answer = tokio::select! {
         biased;
         answer = answer(io, server, head, body) => answer,
-        _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
+        _ = poll_fn(|cx| respond.borrow_mut().poll_reset(cx)) => return,
     };
     answering.set(true);
     let (head, body) = answer.into_parts();
-    let out = respond.send_response(Response::from_parts(head, ()), body.is_none());
+    let out = respond.borrow_mut().send_response(Response::from_parts(head, ()), body.is_none());
     if let (Ok(mut out), Some(frame)) = (out, body)
-        && send(&mut out, frame, true, patience).await.is_none()
+        && send(&common, &mut out, frame, true).await.is_none()
     {
-        out.send_reset(Reason::CANCEL); // where the client has left, there is nobody to tell
+        out.send_reset(h2::Reason::CANCEL); // where the client has left, there is nobody to tell
     }
 }
 
 /// Sends as much as the client takes at a time; `last` says whether the stream ends with it. None where the client has
-/// left, or takes nothing for `patience`: an answer that nobody reads would use the budget for ever.
-pub async fn send(out: &mut SendStream<Frame>, mut frame: Frame, last: bool, patience: Duration) -> Option<()> {
+/// left, or takes too little for `body_timeout_s`: an answer that nobody reads would use the budget for ever.
+pub async fn send(common: &Common, out: &mut SendStream<Frame>, mut frame: Frame, last: bool) -> Option<()> {
+    let mut pace = Pace::new(common.settings.body_timeout());
     while frame.has_remaining() {
         out.reserve_capacity(frame.remaining());
-        let room = timeout(patience, poll_fn(|cx| out.poll_capacity(cx))).await.ok()??.ok()?;
-        let part = frame.split_to(room);
+        let Some(room) = pace.keep(poll_fn(|cx| out.poll_capacity(cx))).await else {
+            common.refusals.count(Reason::SlowReader);
+            return None;
+        };
+        let part = frame.split_to(room?.ok()?);
+        pace.took(part.remaining());
         out.send_data(part, last && !frame.has_remaining()).ok()?;
     }
     Some(())

@@ -4,15 +4,16 @@ use crate::http::answer;
 use crate::http_body::Incomplete;
 use crate::io::Io;
 use crate::listen::{Answering, ServerHere, Stage, reached};
+use crate::pace::Pace;
 use crate::server::retirement;
 use crate::settings::Settings;
 use crate::socket::Socket;
-use dl_inference_grpc::Frame;
+use dl_inference_grpc::{Frame, Reason};
 use hyper::body::{Body, Frame as BodyFrame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
@@ -33,7 +34,7 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// Serves a connection until it ends.
 pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
     let settings = &io.common.settings;
-    let progress = Rc::new(Progress::new());
+    let progress = Rc::new(Progress::new(settings.body_timeout()));
     let service = service_fn(|request: http::Request<hyper::body::Incoming>| {
         progress.enter(Doing::Answering);
         let (head, body) = request.into_parts();
@@ -55,13 +56,18 @@ pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
     loop {
         tokio::select! {
             biased;
-            _ = poll_fn(|cx| {
+            ended = poll_fn(|cx| {
                 let ended = Pin::new(&mut connection).poll(cx);
                 if next == Stage::Closed {
                     answering.set(progress.is_answering());
                 }
                 ended
-            }) => break,
+            }) => {
+                if let Err(error) = ended {
+                    count_error(io, &error);
+                }
+                break;
+            }
             _ = reached(&mut stage, next) => {
                 if next == Stage::Closed {
                     return;
@@ -71,8 +77,8 @@ pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
             }
             _ = &mut tick => {
                 let now = Instant::now();
-                if progress.is_dead(settings, now) {
-                    return;
+                if let Some(reason) = progress.is_dead(settings, now) {
+                    return io.refused(reason);
                 }
                 if retires.is_some_and(|at| now >= at) || progress.is_idle_too_long(settings, now) {
                     retires = None;
@@ -83,6 +89,15 @@ pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
         }
     }
     connection.into_parts().io.into_inner().until_closed(&mut stage).await;
+}
+
+/// Counts a connection whose request could not be read.
+fn count_error(io: &Io, error: &hyper::Error) {
+    if error.is_parse_too_large() {
+        io.refused(Reason::HeaderBytes);
+    } else if error.is_parse() {
+        io.refused(Reason::MalformedHttp);
+    }
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -98,16 +113,18 @@ enum Doing {
 /// What a connection is in the middle of.
 struct Progress {
     doing: Cell<(Doing, Instant)>,
-    /// Since when the client takes nothing of what is to be sent.
-    stuck: Cell<Option<Instant>>,
+    /// Since a write had to wait for the client, until all is sent.
+    stuck: RefCell<Option<Pace>>,
+    /// How long the client may take too little.
+    patience: Duration,
     /// Whether the client has closed the connection.
     closed: Cell<bool>,
 }
 
 impl Progress {
-    fn new() -> Progress {
+    fn new(patience: Duration) -> Progress {
         let doing = Cell::new((Doing::Reading, Instant::now()));
-        Progress { doing, stuck: Cell::new(None), closed: Cell::new(false) }
+        Progress { doing, stuck: RefCell::default(), patience, closed: Cell::new(false) }
     }
 
     fn enter(&self, doing: Doing) {
@@ -121,28 +138,42 @@ impl Progress {
         }
     }
 
-    fn has_written<T>(&self, polled: Poll<T>) -> Poll<T> {
-        match polled {
-            Poll::Ready(_) => {
-                // The next request may have begun while the answer went out: its time for headers begins now.
-                if self.stuck.take().is_some() && self.doing.get().0 == Doing::Reading {
-                    self.enter(Doing::Reading);
-                }
+    /// Notes what a write came to; what was written may still be held by TLS.
+    fn has_written(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match (&written, &mut *self.stuck.borrow_mut()) {
+            (Poll::Ready(Ok(bytes)), Some(pace)) => pace.took(*bytes),
+            (Poll::Pending, stuck) => {
+                stuck.get_or_insert_with(|| Pace::new(self.patience));
             }
-            Poll::Pending => self.stuck.set(self.stuck.get().or_else(|| Some(Instant::now()))),
+            _ => {}
         }
-        polled
+        written
+    }
+
+    /// Notes what a flush came to, which follows when all is written.
+    fn has_flushed(&self, flushed: Poll<io::Result<()>>) -> Poll<io::Result<()>> {
+        if flushed.is_pending() {
+            self.stuck.borrow_mut().get_or_insert_with(|| Pace::new(self.patience));
+        } else if self.stuck.take().is_some() && self.doing.get().0 == Doing::Reading {
+            // The next request may have begun while the answer went out: its time for headers begins now.
+            self.enter(Doing::Reading);
+        }
+        flushed
     }
 
     fn is_answering(&self) -> bool {
-        self.doing.get().0 == Doing::Answering || self.stuck.get().is_some()
+        self.doing.get().0 == Doing::Answering || self.stuck.borrow().is_some()
     }
 
-    fn is_dead(&self, settings: &Settings, now: Instant) -> bool {
+    /// Why the connection is to be closed, if it is.
+    fn is_dead(&self, settings: &Settings, now: Instant) -> Option<Reason> {
         let (doing, since) = self.doing.get();
-        match self.stuck.get() {
-            Some(stuck) => now >= stuck + settings.body_timeout(),
-            None => doing == Doing::Reading && now >= since + settings.headers_timeout(),
+        match &*self.stuck.borrow() {
+            Some(pace) => (now >= pace.until()).then_some(Reason::SlowReader),
+            None if doing == Doing::Reading => {
+                (now >= since + settings.headers_timeout()).then_some(Reason::HeadersTime)
+            }
+            None => None,
         }
     }
 
@@ -244,7 +275,7 @@ impl AsyncWrite for Watched {
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.socket).poll_flush(cx);
-        self.progress.has_written(flushed)
+        self.progress.has_flushed(flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

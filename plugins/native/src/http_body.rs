@@ -2,10 +2,12 @@
 
 use crate::window::Window;
 use bytes::{Bytes, BytesMut};
-use dl_inference_grpc::{Charge, Code, Encoding, Failure, message_of};
+use dl_inference_grpc::{Charge, Code, Encoding, Failure, Frame, Reason, message_of};
 use h2::RecvStream;
-use http::{HeaderMap, HeaderValue, header};
+use h2::server::SendResponse;
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use hyper::body::{Body as _, Incoming};
+use std::cell::RefCell;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -22,8 +24,16 @@ const MOST_REPEATED: usize = 100;
 /// A body that a client sends, by either version of HTTP.
 pub enum Incomplete {
     Http1(Incoming),
-    Http2(RecvStream, Rc<Window>),
+    Http2 {
+        stream: RecvStream,
+        window: Rc<Window>,
+        /// By which a client that waits for it is told to send the body.
+        awaited: Option<Respond>,
+    },
 }
+
+/// The head of the answer on a stream of HTTP/2, until it is sent.
+pub type Respond = Rc<RefCell<SendResponse<Frame>>>;
 
 /// A whole body, without its content encoding, and what it uses of the budget.
 pub struct Body {
@@ -49,6 +59,17 @@ impl Refusal {
             Refusal::NotGzip => ("not_gzip", String::new()),
             Refusal::NoRoom => ("no_room", String::new()),
             Refusal::TookTooLong => ("took_too_long", String::new()),
+        }
+    }
+
+    /// What it counts as; None where the time that the service gives is over.
+    pub fn reason(&self) -> Option<Reason> {
+        match self {
+            Refusal::TooLarge => Some(Reason::MessageBytes),
+            Refusal::UnknownEncoding(_) => Some(Reason::Unimplemented),
+            Refusal::NotGzip => Some(Reason::MalformedHttp),
+            Refusal::NoRoom => Some(Reason::Buffer),
+            Refusal::TookTooLong => None,
         }
     }
 }
@@ -79,7 +100,12 @@ impl Incomplete {
                     Err(_) => return Some(Err(Unread::Broken)),
                 }
             },
-            Incomplete::Http2(stream, window) => {
+            Incomplete::Http2 { stream, window, awaited } => {
+                if let Some(respond) = awaited.take() {
+                    let mut go_on = Response::new(());
+                    *go_on.status_mut() = StatusCode::CONTINUE;
+                    let _ = respond.borrow_mut().send_informational(go_on); // else the client left
+                }
                 let Ok(piece) = stream.data().await? else { return Some(Err(Unread::Broken)) };
                 window.has_read(so_far + piece.len());
                 let _ = stream.flow_control().release_capacity(piece.len()); // fails where the stream has ended
@@ -134,8 +160,8 @@ impl Incomplete {
     }
 
     async fn discard(&mut self, headers: &HeaderMap, limit: usize) {
-        if headers.contains_key(header::EXPECT) {
-            return; // the client sends nothing before it is told to
+        if headers.contains_key(header::EXPECT) && announced(headers).is_some_and(|size| size > limit) {
+            return; // the client was not told to send it
         }
         let mut left = MOST_DISCARDED.saturating_mul(limit);
         while left > 0 {

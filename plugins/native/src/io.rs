@@ -17,7 +17,7 @@ use crate::python::routing::Keys;
 use crate::server::Service;
 use crate::settings::Settings;
 use crate::socket::{MovingListener, MovingStream};
-use dl_inference_grpc::{Budget, Charge, Frame, Timeouts};
+use dl_inference_grpc::{Budget, Charge, Frame, Reason, Refusals, Timeouts};
 use pyo3::prelude::*;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -119,6 +119,7 @@ pub struct Common {
     pub helpers: Helpers,
     pub settings: Settings,
     pub budget: Arc<Budget>,
+    pub refusals: Refusals,
     /// One for each I/O thread.
     pub outboxes: Vec<Outbox>,
 }
@@ -190,6 +191,11 @@ impl Io {
 
     pub fn tell(&self, event: Event) {
         self.events.tell(event);
+    }
+
+    /// Counts that a client was refused.
+    pub fn refused(&self, reason: Reason) {
+        self.common.refusals.count(reason);
     }
 
     pub fn charge(&self) -> Charge {
@@ -341,7 +347,7 @@ pub fn start(helpers: Helpers, settings: Settings) -> std::io::Result<Arc<Common
         .map(|(sender, inbox)| (Outbox { sender, process }, inbox))
         .unzip();
     let budget = Budget::new(settings.buffer_mb << 20);
-    let common = Arc::new(Common { helpers, settings, budget, outboxes });
+    let common = Arc::new(Common { helpers, settings, budget, refusals: Refusals::default(), outboxes });
     for ((index, inbox), outbox) in inboxes.into_iter().enumerate().zip(&common.outboxes) {
         let (outbox, common) = (outbox.clone(), common.clone());
         let ending = outbox.clone();

@@ -18,6 +18,7 @@ mod listen;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod memory;
 mod node;
+mod pace;
 mod python;
 mod server;
 mod settings;

@@ -7,7 +7,7 @@ use crate::call::End;
 use crate::io::{Command, Io};
 use crate::server::{self, Service};
 use crate::socket::{Listener, MovingListener, MovingStream, Plain};
-use dl_inference_grpc::{Code, Failure};
+use dl_inference_grpc::{Code, Failure, Reason};
 use std::cell::Cell;
 use std::future::pending;
 use std::rc::Rc;
@@ -173,6 +173,7 @@ async fn accept(io: Rc<Io>, server: Rc<ServerHere>, listener: Listener) {
         let service = &server.service;
         if service.connected.fetch_add(1, Ordering::Relaxed) >= service.connections {
             service.connected.fetch_sub(1, Ordering::Relaxed);
+            io.refused(Reason::Connections);
             continue;
         }
         let Some((index, count)) = service.by_thread.iter().enumerate().min_by_key(|(_, n)| n.load(Ordering::Relaxed))

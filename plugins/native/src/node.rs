@@ -238,7 +238,7 @@ async fn handshakes(
         }
         None => Wire::Plain(Box::new(plain.expect_server())),
     };
-    let writer = Coalesce::new(Socket::new(wire));
+    let writer = Coalesce::new(Socket::new(wire), common.settings.body_timeout());
     let handshake = h2::client::Builder::new()
         .initial_window_size(SMALL)
         .initial_connection_window_size(CONNECTION_WINDOW)

@@ -10,7 +10,7 @@ use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
 use crate::tls::Newest;
 use crate::window::{LARGE, SMALL, Window};
-use dl_inference_grpc::Frame;
+use dl_inference_grpc::{Frame, Reason};
 use dl_inference_wire::KeyFields;
 use h2::PingPong;
 use h2::server::Connection;
@@ -20,6 +20,7 @@ use pyo3::types::PyString;
 use rustls::ServerConfig;
 use std::collections::{HashMap, HashSet};
 use std::future::poll_fn;
+use std::io::ErrorKind;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -109,7 +110,7 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
     let mut stage = server.stage();
     let until = Instant::now() + io.common.settings.headers_timeout();
     let made = tokio::select! {
-        made = timeout_at(until, handshakes(server, plain)) => made,
+        made = timeout_at(until, handshakes(io, server, plain)) => made,
         _ = reached(&mut stage, Stage::Draining) => return,
     };
     match made {
@@ -118,7 +119,8 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
             let _ = timeout(REFUSAL, poll_fn(|cx| writer.send(cx))).await;
         }
         Ok(Some(Made::Http1(socket))) => Box::pin(http1::serve(io, server, socket)).await,
-        Ok(None) | Err(_) => {}
+        Ok(None) => {}
+        Err(_) => io.refused(Reason::HandshakeTime),
     }
 }
 
@@ -128,11 +130,12 @@ enum Made {
     Http1(Socket),
 }
 
-async fn handshakes(server: &ServerHere, plain: Plain) -> Option<Made> {
+async fn handshakes(io: &Io, server: &ServerHere, plain: Plain) -> Option<Made> {
     let service = &server.service;
     let wire = match &service.tls {
         Some(newest) => {
-            let stream = TlsAcceptor::from(newest.get()).accept(plain).await.ok()?;
+            let accepted = TlsAcceptor::from(newest.get()).accept(plain).await;
+            let stream = accepted.inspect_err(|error| count_failed(io, error)).ok()?;
             Wire::Tls(Box::new(TlsStream::Server(stream)))
         }
         None => Wire::Plain(Box::new(plain)),
@@ -140,11 +143,11 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<Made> {
     let mut socket = Socket::of_client(wire);
     match sniff(&mut socket).await.ok()? {
         Spoken::Http2 => {}
-        Spoken::Tls => return refuse(socket, CLEAR_TEXT).await,
+        Spoken::Tls => return refuse(io, socket, CLEAR_TEXT).await,
         Spoken::Other if service.http.is_some() => return Some(Made::Http1(socket.without_authorities())),
-        Spoken::Other => return refuse(socket, NOT_HTTP2).await,
+        Spoken::Other => return refuse(io, socket, NOT_HTTP2).await,
     }
-    let writer = Coalesce::new(socket);
+    let writer = Coalesce::new(socket, io.common.settings.body_timeout());
     let handshake = h2::server::Builder::new()
         .initial_window_size(SMALL)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -157,12 +160,29 @@ async fn handshakes(server: &ServerHere, plain: Plain) -> Option<Made> {
         .data_frame_budget(SMALL_FRAMES)
         .handshake(writer.clone());
     let mut handshake = pin!(handshake);
-    let connection = poll_fn(|cx| writer.poll_and_send(cx, |cx| handshake.as_mut().poll(cx))).await.ok()?;
+    let connection = poll_fn(|cx| writer.poll_and_send(cx, |cx| handshake.as_mut().poll(cx))).await;
+    let connection = connection.inspect_err(|error| count_error(io, error)).ok()?;
     Some(Made::Http2(writer, Box::new(connection)))
 }
 
+/// Counts a handshake of TLS that the client did not just leave.
+fn count_failed(io: &Io, error: &std::io::Error) {
+    if !matches!(error.kind(), ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) {
+        io.refused(Reason::Handshake);
+    }
+}
+
+/// Counts a connection that ends here because of its client.
+fn count_error(io: &Io, error: &h2::Error) {
+    if error.is_library() {
+        let flood = error.reason() == Some(h2::Reason::ENHANCE_YOUR_CALM);
+        io.refused(if flood { Reason::Flood } else { Reason::Http2 });
+    }
+}
+
 /// Says why, then closes, once the client has: to close first would lose what was said.
-async fn refuse<T>(mut socket: Socket, why: &[u8]) -> Option<T> {
+async fn refuse<T>(io: &Io, mut socket: Socket, why: &[u8]) -> Option<T> {
+    io.refused(Reason::OtherProtocol);
     let said = async {
         socket.write_all(why).await?;
         socket.shutdown().await?;
@@ -195,7 +215,8 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
                     vitals.idle_since = None;
                     drop(spawn_local(call::run(io.clone(), server.clone(), window.clone(), request, respond)));
                 }
-                _ => return,
+                Some(Err(error)) => return count_error(io, &error),
+                None => return,
             },
             _ = reached(&mut stage, next) => {
                 if next == Stage::Closed {
@@ -211,7 +232,7 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
                 match vitals.check(writer, connection.has_streams()) {
                     Verdict::Fine => {}
                     Verdict::Retire => connection.graceful_shutdown(),
-                    Verdict::Dead => return,
+                    Verdict::Dead(reason) => return io.refused(reason),
                 }
                 tick.as_mut().reset(vitals.next);
             }
@@ -231,8 +252,8 @@ enum Verdict {
     Fine,
     /// It is to end once its calls have.
     Retire,
-    /// The client does not answer.
-    Dead,
+    /// It is to end at once.
+    Dead(Reason),
 }
 
 /// When a connection was last heard of, and when it is to end.
@@ -270,7 +291,11 @@ impl Vitals {
         self.idle_since = if busy { None } else { self.idle_since.or(Some(now)) };
         let mut verdict = Verdict::Fine;
         if !self.signs.check(writer.was_heard(), true) {
-            return Verdict::Dead;
+            return Verdict::Dead(Reason::Silence);
+        }
+        let patience_ends = writer.patience_ends();
+        if patience_ends.is_some_and(|at| now >= at) {
+            return Verdict::Dead(Reason::SlowReader);
         }
         let is_idle = |limit| self.idle_since.is_some_and(|since| now >= since + limit);
         if self.retires.is_some_and(|at| now >= at) || self.idle_timeout.is_some_and(is_idle) {
@@ -278,6 +303,7 @@ impl Vitals {
             verdict = Verdict::Retire;
         }
         self.set_next(now);
+        self.next = patience_ends.into_iter().fold(self.next, Instant::min);
         verdict
     }
 }

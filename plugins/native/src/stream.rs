@@ -5,6 +5,7 @@ use crate::body::{Messages, failure_of};
 use crate::call::{Call, End, Shared, head};
 use crate::events::Event;
 use crate::io::Io;
+use crate::pace::Pace;
 use bytes::Buf;
 use dl_inference_grpc::{Code, Failure, Frame};
 use h2::{Reason, SendStream};
@@ -118,7 +119,7 @@ impl Stream {
             let next = self.outgoing.borrow_mut().pop_front();
             if let Some(frame) = next {
                 let size = frame.size();
-                if self.write_frame(call, frame).await.is_none() {
+                if self.write_frame(io, call, frame).await.is_none() {
                     return call.leave(io, None);
                 }
                 let unsent = call.shared.unsent.fetch_sub(size, Ordering::AcqRel).saturating_sub(size);
@@ -136,11 +137,14 @@ impl Stream {
         }
     }
 
-    /// None where the client has left.
-    async fn write_frame(&self, call: &Call, mut frame: Frame) -> Option<()> {
+    /// None where the client has left, or takes too little for `body_timeout_s` while others need the room: a stream may
+    /// rest for as long as its client wants to, but many that rest would use all of the budget.
+    async fn write_frame(&self, io: &Io, call: &Call, mut frame: Frame) -> Option<()> {
         if let Some(mut respond) = call.respond.take() {
             self.out.replace(Some(respond.send_response(head(HeaderMap::new()), false).ok()?));
         }
+        let patience = io.common.settings.body_timeout();
+        let mut pace = Pace::new(patience);
         while frame.has_remaining() {
             let reserved = self.with_out(|out| out.reserve_capacity(frame.remaining()));
             reserved?;
@@ -148,8 +152,16 @@ impl Stream {
                 Some(out) => out.poll_capacity(cx),
                 None => Poll::Ready(None),
             });
-            let room = room.await?.ok()?;
-            let part = frame.split_to(room);
+            let Some(room) = pace.keep(room).await else {
+                if io.common.budget.has_ample_room() {
+                    pace = Pace::new(patience);
+                    continue;
+                }
+                io.refused(dl_inference_grpc::Reason::SlowReader);
+                return None;
+            };
+            let part = frame.split_to(room?.ok()?);
+            pace.took(part.remaining());
             self.cut.set(frame.has_remaining());
             self.with_out(|out| out.send_data(part, false))?.ok()?;
         }

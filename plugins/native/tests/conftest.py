@@ -1,4 +1,4 @@
-"""A coroutine test runs on an event loop of its own, for at most a minute. A server of HTTP for such tests."""
+"""A coroutine test runs on an event loop of its own, for at most four minutes. A server of HTTP for such tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dl_inference_core.config import ServerTls
-from dl_inference_core.testing.loopback import ECHO, LOOPBACK, CoroutineService, echo
+from dl_inference_core.testing.loopback import ECHO, LOOPBACK, CoroutineService, echo, has_refused
 from dl_inference_core.testing.transport_http import HeldService, pages
 from dl_inference_core.transport import Http, HttpApp, Limits
 
@@ -23,7 +23,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
 
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             await pyfuncitem.obj(**arguments)
 
     asyncio.run(bounded())
@@ -38,9 +38,13 @@ class ServedHttp:
         self.server = server
         self.port: int = server.ports[0]
 
+    async def has_refused(self, **expected: int) -> None:
+        """Returns once the transport has refused so many by each reason, and none by any other."""
+        await has_refused(self.transport, **expected)
+
     async def has_freed_all(self) -> None:
         """Returns once the transport holds no bytes of messages."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self.transport._threads.buffered_bytes():  # noqa: ASYNC110 - an I/O thread sets no event
                 await asyncio.sleep(0.02)
 

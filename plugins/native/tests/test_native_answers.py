@@ -121,7 +121,7 @@ def ordered(name: str, answer: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CORE)
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(response=RESPONSES, request_=REQUESTS)
 def test_answers_are_encoded_as_by_the_core(name: str, response: Any, request_: Any) -> None:
     theirs = outcome(CORE[name].encode_response, response, request_)

@@ -225,7 +225,7 @@ def disturbed(draw: Any, message: bytes, tree: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", CORE)
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(data=st.data())
 def test_requests_are_decoded_as_by_the_core(name: str, data: Any) -> None:
     body = data.draw(requests(name)).SerializeToString()
@@ -239,7 +239,7 @@ def test_requests_are_decoded_as_by_the_core(name: str, data: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CORE)
-@settings(max_examples=1200, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(data=st.data())
 def test_damaged_requests_are_decoded_as_by_the_core(name: str, data: Any) -> None:
     body = bytearray(data.draw(requests(name)).SerializeToString())

@@ -130,6 +130,7 @@ class Http2:
         self._bodies: dict[int, bytes] = {}
         self._ended: set[int] = set()
         self._resets: dict[int, Any] = {}
+        self._told_to_send: set[int] = set()
 
     def send(self, verb: str, path: str, body: bytes = b"", *, ends: bool = True, **headers: str) -> int:
         """The number of the request's stream; a body fits into the first window."""
@@ -142,6 +143,15 @@ class Http2:
             self._http.send_data(stream, piece, end_stream=ends and at + len(piece) == len(body))
         self._writer.write(self._http.data_to_send())
         return stream
+
+    async def send_when_told(self, stream: int, body: bytes) -> None:
+        """Send the body once the server says 100."""
+        async with asyncio.timeout(20):
+            while stream not in self._told_to_send:
+                for event in self._http.receive_data(await self._reader.read(65_536)):
+                    self._take(event)
+        self._http.send_data(stream, body, end_stream=True)
+        self._writer.write(self._http.data_to_send())
 
     def reset(self, stream: int) -> None:
         self._http.reset_stream(stream, h2.errors.ErrorCodes.CANCEL)
@@ -171,6 +181,9 @@ class Http2:
         elif isinstance(event, h2.events.DataReceived):
             self._bodies[event.stream_id] += event.data
             self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, h2.events.InformationalResponseReceived):
+            assert (":status", "100") in event.headers
+            self._told_to_send.add(event.stream_id)
         elif isinstance(event, h2.events.StreamEnded):
             self._ended.add(event.stream_id)
         elif isinstance(event, h2.events.StreamReset):
@@ -252,6 +265,7 @@ async def test_so_many_pages_are_answered_at_one_time(serve_http: Any, app: Star
         async with http2(served) as other, asyncio.timeout(20):
             while (await other.answer(other.send("GET", "/page")))[0] == 503:  # noqa: ASYNC110 - the crowd leaves
                 await asyncio.sleep(0.05)
+        assert served.transport.refusals()["pages"] >= 2
 
 
 async def test_an_answer_by_http_2_that_nobody_reads(serve_http: Any, app: Starlette) -> None:
@@ -262,6 +276,7 @@ async def test_an_answer_by_http_2_that_nobody_reads(serve_http: Any, app: Starl
         assert served.transport._threads.buffered_bytes() > 1 << 19
         await served.has_freed_all()
         assert await asking.reset_of(unread) == h2.errors.ErrorCodes.CANCEL
+        await served.has_refused(slow_reader=1)
 
 
 async def test_an_application_hears_that_its_client_has_left(serve_http: Any, app: Starlette) -> None:
@@ -276,6 +291,7 @@ async def test_an_application_hears_that_its_client_has_left(serve_http: Any, ap
 async def test_the_body_of_a_page_is_bounded(serve_http: Any, app: Starlette) -> None:
     async with serve_http(HeldService(echo), app) as served, client(served) as one:
         assert (await one.ask("POST", "/page", bytes(LIMIT + 1))).status == 413
+        await served.has_refused(message_bytes=1)
 
 
 # HTTP/2
@@ -321,6 +337,16 @@ async def test_bodies_by_http_2(serve_http: Any, app: Starlette) -> None:
     }
 
 
+async def test_a_client_of_http_2_that_waits_is_told_to_send(serve_http: Any, app: Starlette) -> None:
+    async with serve_http(HeldService(echo), app) as served, http2(served) as one:
+        for path in ("/api/", "/page"):
+            waiting = one.send("POST", path, ends=False, content_length="4", expect="100-continue")
+            await one.send_when_told(waiting, b"body")
+            status, _, body = await one.answer(waiting)
+            assert status == 200
+            assert b"body" in body
+
+
 async def test_a_stream_that_is_reset_cancels_its_exchange_alone(serve_http: Any, app: Starlette) -> None:
     service, cancelled, other = HeldService(), Cancelled(), Cancelled()
     async with serve_http(service, app) as served, http2(served) as one:
@@ -355,6 +381,7 @@ async def test_what_is_no_call_where_http_is_not_answered(serve_http: Any) -> No
         async with client(served) as old:
             old.send("GET", "/page")
             assert (await old.end()).startswith(b"HTTP/1.1 505")
+        await served.has_refused(other_protocol=1)
 
 
 async def test_a_method_of_grpcs_by_http_1_needs_http_2(serve_http: Any, app: Starlette) -> None:

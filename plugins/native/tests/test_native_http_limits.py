@@ -44,6 +44,7 @@ async def test_a_head_that_is_read_in_two_ways(serve_http: Any, head: bytes) -> 
         client.write(b"POST /api/ HTTP/1.1\r\nHost: h\r\n" + head + b"\r\n" + HIDDEN)
         answer = await client.answer()
         assert answer.status == 400
+        await served.has_refused(malformed_http=1)
         if head.startswith(b"Host"):
             return  # how long the body is was never in doubt
         assert await client.end() == b"", "the connection is not used any more"
@@ -149,6 +150,7 @@ async def test_too_many_headers(serve_http: Any, field: bytes) -> None:
     async with serve_http(service) as served, connected(served.port) as client:
         client.write(b"GET /api/ HTTP/1.1\r\nHost: h\r\nx: " + field + b"\r\n\r\n")
         assert (await client.answer()).status == 431
+        await served.has_refused(header_bytes=1)
     assert service.none_begun
 
 
@@ -169,6 +171,7 @@ async def test_bodies_beyond_what_the_process_may_hold(serve_http: Any) -> None:
         (error,) = service.failures
         assert isinstance(error, Refused)
         assert error.status == 503
+        await served.has_refused(buffer=1)
         exchange.reply(200, {}, b"")
         await first.answer()
         del exchange
@@ -190,6 +193,7 @@ async def test_a_body_that_does_not_come(serve_http: Any) -> None:
                 assert (await client.answer()).status == 408
                 assert await client.end() == b""
         await served.has_freed_all()
+        await served.has_refused(body_time=2)
     assert service.none_begun
     assert not service.failures
 
@@ -212,6 +216,7 @@ async def test_headers_that_do_not_come(serve_http: Any) -> None:
             *(begin(served.port, begun) for begun in (b"", *some)),
             *(begin_second(served.port, begun) for begun in some),
         )
+        await served.has_refused(handshake_time=1, headers_time=4)
 
 
 async def test_a_connection_without_requests_outlives_the_time_for_headers(serve_http: Any) -> None:
@@ -251,6 +256,21 @@ async def test_an_answer_that_nobody_reads(serve_http: Any) -> None:
         await service.begun()
         assert served.transport._threads.buffered_bytes() > 10 << 20
         await served.has_freed_all()
+        await served.has_refused(slow_reader=1)
+
+
+async def test_an_answer_that_is_read_a_few_bytes_at_a_time(serve_http: Any) -> None:
+    """Or it would be held for as long as its client likes."""
+    service = HeldService(lambda exchange: exchange.reply(200, {}, bytes(30 << 20)))
+    async with serve_http(service, body_timeout_s=3) as served, silent(served.port) as client:
+        client.send("GET", "/api/")
+        await service.begun()
+        began = time.monotonic()
+        while served.transport._threads.buffered_bytes():
+            assert time.monotonic() < began + 20
+            await client.reader.read(4000)
+            await asyncio.sleep(0.4)
+        await served.has_refused(slow_reader=1)
 
 
 async def test_the_next_request_does_not_end_an_answer_that_goes_out_slowly(serve_http: Any) -> None:
@@ -261,6 +281,7 @@ async def test_the_next_request_does_not_end_an_answer_that_goes_out_slowly(serv
         client.write(b"GET /api/ HTTP/1.1\r\n")
         await asyncio.sleep(4)  # the time for headers, and the second in which nobody looks, twice
         assert len((await client.answer()).body) == 30 << 20
+        await served.has_refused()
 
 
 @asynccontextmanager

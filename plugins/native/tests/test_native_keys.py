@@ -168,7 +168,7 @@ def test_what_costs_too_much_to_decode_has_no_key_of_its_own() -> None:
     assert reader.find(wide) is None
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(body=bodies())
 def test_answers_are_judged_as_the_core_judges_them(body: bytes) -> None:
     assert native.well_formed(body) == core_well_formed(body)

@@ -38,6 +38,7 @@ from dl_inference_core.testing.loopback import (
     connected,
     echo,
     error_of,
+    has_refused,
     official,
     serving,
     warm,
@@ -325,6 +326,7 @@ async def test_messages_over_the_budget_are_refused_until_others_have_gone() -> 
         error = await error_of(ask(connection, HOLD, large))
         assert error.code is Code.RESOURCE_EXHAUSTED
         assert error.another_node, "another node may have room"
+        await has_refused(transport, buffer=1)
         await warm(connection)
         hold.release.set()
         for call in held:
@@ -339,7 +341,8 @@ async def test_messages_over_the_budget_are_refused_until_others_have_gone() -> 
 async def test_tls_and_clear_text_say_within_a_second_that_they_do_not_fit(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "ca")
     tls = authority.issue().server()
-    async with serving(make(), tls=tls) as secure, serving(make()) as clear:
+    encrypting, plain = make(), make()
+    async with serving(encrypting, tls=tls) as secure, serving(plain) as clear:
         began = time.monotonic()
         async with connected(make(), secure) as connection:
             error = await error_of(ask(connection, WARM, timeout_s=10))
@@ -357,6 +360,8 @@ async def test_tls_and_clear_text_say_within_a_second_that_they_do_not_fit(tmp_p
             expected = b"needs HTTP/2" if said.startswith(b"GET") else b"speaks clear text, not TLS"
             assert expected in answer
             writer.close()
+        await has_refused(encrypting, handshake=1)
+        await has_refused(plain, other_protocol=3)
 
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -364,16 +369,17 @@ SETTINGS, ACKNOWLEDGED = b"\0\0\0\x04\0\0\0\0\0", b"\0\0\0\x04\x01\0\0\0\0"
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "said", "refused"),
     [
-        ("headers_timeout_s", b""),
-        ("headers_timeout_s", PREFACE[:10]),
-        ("keepalive_s", PREFACE + SETTINGS + ACKNOWLEDGED),
-        ("idle_timeout_s", PREFACE + SETTINGS + ACKNOWLEDGED),
+        ("headers_timeout_s", b"", "handshake_time"),
+        ("headers_timeout_s", PREFACE[:10], "handshake_time"),
+        ("keepalive_s", PREFACE + SETTINGS + ACKNOWLEDGED, "silence"),
+        ("idle_timeout_s", PREFACE + SETTINGS + ACKNOWLEDGED, "silence"),  # it answers nothing of the goodbye
     ],
 )
-async def test_who_says_no_more_is_closed(option: str, said: bytes) -> None:
-    async with serving(make(keepalive_timeout_s=1, **{"keepalive_s": 2, option: 1})) as address:
+async def test_who_says_no_more_is_closed(option: str, said: bytes, refused: str) -> None:
+    transport = make(keepalive_timeout_s=1, **{"keepalive_s": 2, option: 1})
+    async with serving(transport) as address:
         host, _, port = address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(said)
@@ -384,6 +390,7 @@ async def test_who_says_no_more_is_closed(option: str, said: bytes) -> None:
                     pass
         assert time.monotonic() - began > 0.5
         writer.close()
+        await has_refused(transport, **{refused: 1})
 
 
 # Messages

@@ -157,6 +157,11 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
+def refused(threads: Any) -> dict[str, int]:
+    """How many the I/O threads have refused, by reason."""
+    return {reason: count for reason, count in threads.refusals().items() if count}
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * getpagesize()
 
@@ -175,18 +180,20 @@ def overflow_of_one_begun(stream: int) -> bytes:
 
 
 BY_THE_SERVER = {
-    "a window that grows by nothing": lambda stream: head(stream) + update(stream, 0),
-    "a window that grows too large": overflow,
-    "the same of a call that has begun": overflow_of_one_begun,
-    "data after the end": lambda stream: head(stream, end=True) + data(stream, SHORT),
-    "headers after the end": lambda stream: head(stream, end=True) + head(stream),
-    "a priority of a wrong length": lambda stream: head(stream) + frame(PRIORITY, 0, stream, bytes(4)),
-    "more than the window": lambda stream: head(stream) + data(stream, bytes(70_000), end=False),
+    "a window that grows by nothing": (lambda stream: head(stream) + update(stream, 0), "http2"),
+    "a window that grows too large": (overflow, "flood"),
+    "the same of a call that has begun": (overflow_of_one_begun, "flood"),
+    "data after the end": (lambda stream: head(stream, end=True) + data(stream, SHORT), "http2"),
+    "headers after the end": (lambda stream: head(stream, end=True) + head(stream), "flood"),
+    "a priority of a wrong length": (lambda stream: head(stream) + frame(PRIORITY, 0, stream, bytes(4)), "http2"),
+    "more than the window": (lambda stream: head(stream) + data(stream, bytes(70_000), end=False), "flood"),
 }
 
 
-@pytest.mark.parametrize("wrong", BY_THE_SERVER.values(), ids=BY_THE_SERVER)
-async def test_a_client_that_makes_the_server_reset_loses_its_connection(wrong: Callable[[int], bytes]) -> None:
+@pytest.mark.parametrize(("wrong", "reason"), BY_THE_SERVER.values(), ids=BY_THE_SERVER)
+async def test_a_client_that_makes_the_server_reset_loses_its_connection(
+    wrong: Callable[[int], bytes], reason: str
+) -> None:
     """MadeYouReset, CVE-2025-8671: such resets have to count as the client's own do."""
     service = Echoes()
     opened = 0
@@ -201,6 +208,7 @@ async def test_a_client_that_makes_the_server_reset_loses_its_connection(wrong: 
         assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
         await service.has_ended(service.begun)
         await until(lambda: threads.buffered_bytes() == 0)
+        assert refused(threads) == {reason: 1}
 
 
 @pytest.mark.parametrize("answers_pings", [True, False])
@@ -307,10 +315,10 @@ async def test_answers_that_nobody_reads_stop_the_flood(piece: bytes) -> None:
         assert resident() - before < 32 * MIB
 
 
-@pytest.mark.parametrize("size", [0, 1, 16384])
-async def test_headers_without_an_end_end_the_connection(size: int) -> None:
+@pytest.mark.parametrize(("size", "reason"), [(0, "flood"), (1, "http2"), (16384, "http2")])
+async def test_headers_without_an_end_end_the_connection(size: int, reason: str) -> None:
     """CVE-2024-27316 and others: frames of CONTINUATION that are kept, or decoded, without end."""
-    async with serving(Echoes()) as (address, _), official(address) as channel:
+    async with serving(Echoes()) as (address, threads), official(address) as channel:
         block = head(1)[9:]
         first = frame(HEADERS, 0, 1, block)
         # A field that is not put into the table: ":authority" without a value takes two bytes.
@@ -318,6 +326,7 @@ async def test_headers_without_an_end_end_the_connection(size: int) -> None:
         taken, closed = await flood(address, first, piece * max(1, 8192 // len(piece)), 16 * MIB, 20)
         assert closed
         assert taken < 8 * MIB
+        assert refused(threads) == {reason: 1}
         assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
 
 
@@ -357,6 +366,64 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
         await until(lambda: threads.buffered_bytes() == 0)
         await until(lambda: client.resets == [(1, 8)])
         assert [code for _, code in service.endings] == [Code.OK]
+        assert refused(threads) == {"slow_reader": 1}
+
+
+async def test_an_answer_that_is_read_a_few_bytes_at_a_time_is_given_up() -> None:
+    """Or it would be held for as long as its client likes."""
+    service = DirectService(lambda exchange: exchange.reply(bytes(1 << 20)))
+    async with serving(service, body_timeout_s=2) as (address, threads), raw(address) as client:
+        client.send(head(1) + data(1, SHORT))
+        await until(lambda: threads.buffered_bytes() > 1 << 19)
+        async with asyncio.timeout(20):
+            while threads.buffered_bytes():
+                client.send(update(1, 100))
+                await asyncio.sleep(0.1)
+        assert client.resets == [(1, 8)]
+        assert refused(threads) == {"slow_reader": 1}
+
+
+async def test_answers_in_a_full_socket_are_given_up_although_the_client_speaks() -> None:
+    """The windows have room for them, and the client sends PINGs: it reads nothing."""
+    service = DirectService(lambda exchange: exchange.reply(bytes(300_000)))
+    async with serving(service, body_timeout_s=2, keepalive_s=1) as (address, threads):
+        host, _, port = address.rpartition(":")
+        small = socket.socket()
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with small:
+            await asyncio.to_thread(small.connect, (host, int(port)))
+            calls = b"".join(head(2 * number + 1) + data(2 * number + 1, SHORT) for number in range(30))
+            windows = struct.pack(">HL", INITIAL_WINDOW_SIZE, 2**31 - 1)
+            small.sendall(PREFACE + frame(SETTINGS, 0, 0, windows) + update(0, 2**31 - 1 - 65_535) + calls)
+            await until(lambda: threads.buffered_bytes() > 4 * MIB)
+            async with asyncio.timeout(20):
+                while threads.buffered_bytes():
+                    with contextlib.suppress(ConnectionError):
+                        small.sendall(frame(PING, 0, 0, bytes(8)))
+                    await asyncio.sleep(0.2)
+        assert refused(threads) == {"slow_reader": 1}
+
+
+async def test_streams_that_rest_are_given_up_where_others_need_the_room() -> None:
+    """A client may leave a stream unread for as long as it likes, until half of the budget is used."""
+    exchanges: list[Exchange] = []
+    service = DirectService(exchanges.append, streaming=True)
+    async with serving(service, buffer_mb=16, body_timeout_s=1) as (address, threads), raw(address) as client:
+        client.send(head(1))
+        await until(lambda: len(exchanges) == 1)
+        exchanges[0].send(bytes(MIB))
+        await asyncio.sleep(2.5)
+        assert client.resets == []
+        client.send(b"".join(head(2 * number + 1) for number in range(1, 9)))
+        await until(lambda: len(exchanges) == 9)
+        for exchange in exchanges[1:]:
+            exchange.send(bytes(MIB))
+        await until(lambda: len(service.endings) > 0)
+        assert {code for _, code in service.endings} == {Code.CANCELLED}
+        await until(lambda: threads.buffered_bytes() < 8 * MIB)
+        await asyncio.sleep(1.5)
+        assert refused(threads) == {"slow_reader": len(service.endings)}
+        assert len(service.endings) < 9, "those stay for which there is room"
 
 
 async def test_an_answer_that_is_read_slowly_comes_whole_although_the_server_drains() -> None:

@@ -119,9 +119,9 @@ impl Authorities {
 
     /// Passes over what is not the header block's, of `most` bytes; returns how many those were.
     fn pass_over(&mut self, most: usize) -> usize {
-        let passed = self.passed_over.min(most);
-        self.passed_over -= passed;
-        self.payload = self.payload.saturating_sub(passed);
+        let passed = self.passed_over.min(self.payload).min(most);
+        self.payload -= passed;
+        self.passed_over = if self.payload == 0 { 0 } else { self.passed_over - passed };
         passed
     }
 

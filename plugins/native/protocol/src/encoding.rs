@@ -1,6 +1,6 @@
 //! Compressed messages.
 
-use crate::frames::{PREFIX, check_size};
+use crate::frames::{PREFIX, check_received};
 use crate::status::{Code, Failure};
 use bytes::{BufMut, Bytes, BytesMut};
 use flate2::bufread::{GzDecoder, ZlibDecoder};
@@ -104,7 +104,7 @@ async fn unpacked(
         let read = read.map_err(|error| Unpacking::Damaged(error.kind()))?;
         frame.truncate(end + read);
         let size = frame.len() - PREFIX;
-        check_size("Received", size, limit)?;
+        check_received(size, limit)?;
         if read == 0 {
             let mut prefix: &mut [u8] = frame.get_mut(1..PREFIX).unwrap_or_default();
             prefix.put_u32(u32::try_from(size).unwrap_or(u32::MAX));

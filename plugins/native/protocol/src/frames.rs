@@ -2,6 +2,7 @@
 
 use crate::budget::Charge;
 use crate::encoding::Encoding;
+use crate::refusals::Reason;
 use crate::status::{Code, Failure};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -20,8 +21,14 @@ pub fn check_size(what: &str, size: usize, limit: usize) -> Result<(), Failure> 
     Err(Failure::new(Code::RESOURCE_EXHAUSTED, format!("{what} message larger than max ({size} vs. {limit})")))
 }
 
+/// Whether a message that comes is small enough.
+pub(crate) fn check_received(size: usize, limit: usize) -> Result<(), Failure> {
+    check_size("Received", size, limit).map_err(|failure| failure.because(Reason::MessageBytes))
+}
+
 fn no_room() -> Failure {
     Failure::new(Code::RESOURCE_EXHAUSTED, "the process holds as many bytes of messages as it may")
+        .because(Reason::Buffer)
 }
 
 /// The message of a whole frame.
@@ -178,7 +185,7 @@ impl Deframer {
                 format!("the first byte of a message's frame is 0 or 1; got {flag}"),
             ));
         }
-        check_size("Received", size, self.limit)?;
+        check_received(size, self.limit)?;
         let end = PREFIX + size;
         if held.len() < end {
             return Ok(None);

@@ -5,6 +5,7 @@ mod budget;
 mod encoding;
 mod frames;
 mod metadata;
+mod refusals;
 mod status;
 mod timeout;
 
@@ -13,5 +14,6 @@ pub use budget::{Budget, Charge};
 pub use encoding::{ACCEPTED, Encoding};
 pub use frames::{Deframer, Frame, Message, PREFIX, check_size, message_of};
 pub use metadata::{check_header_bytes, check_headers, decode_binary, encode_binary, is_reserved};
+pub use refusals::{Reason, Refusals};
 pub use status::{Code, Failure, GRPC_STATUS, status_headers, status_of};
 pub use timeout::{GRPC_TIMEOUT, Timeouts, timeout_of};

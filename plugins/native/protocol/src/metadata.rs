@@ -1,5 +1,6 @@
 //! Metadata: headers that are the caller's own.
 
+use crate::refusals::Reason;
 use crate::status::{Code, Failure};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD};
@@ -41,6 +42,7 @@ pub fn check_header_bytes(headers: &HeaderMap, most_bytes: usize) -> Result<(), 
 fn too_large(sizes: String) -> Failure {
     // These are gRPC's own words, by which `errors.from_status` knows the failure.
     Failure::new(Code::RESOURCE_EXHAUSTED, format!("received metadata size exceeds hard limit ({sizes})"))
+        .because(Reason::HeaderBytes)
 }
 
 /// Whether a client's headers have metadata; a failure where they are not gRPC's, or hold too many values.

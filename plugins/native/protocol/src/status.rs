@@ -1,5 +1,6 @@
 //! The end of a call: its code, its message and what goes beside it.
 
+use crate::refusals::Reason;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 /// The name of a status's code.
@@ -33,11 +34,17 @@ pub struct Failure {
     pub code: Code,
     pub message: String,
     pub trailers: HeaderMap,
+    /// The limit that the client was over, if it was.
+    pub reason: Option<Reason>,
 }
 
 impl Failure {
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Failure { code, message: message.into(), trailers: HeaderMap::new() }
+        Failure { code, message: message.into(), trailers: HeaderMap::new(), reason: None }
+    }
+
+    pub fn because(self, reason: Reason) -> Self {
+        Failure { reason: Some(reason), ..self }
     }
 
     pub fn deadline() -> Self {
@@ -51,7 +58,7 @@ impl Failure {
 
 /// The trailers of a status: the code, the message percent-encoded, and the metadata.
 pub fn status_headers(failure: Failure) -> HeaderMap {
-    let Failure { code, message, mut trailers } = failure;
+    let Failure { code, message, mut trailers, .. } = failure;
     trailers.insert(GRPC_STATUS, HeaderValue::from(code.0));
     if !message.is_empty()
         && let Ok(value) = HeaderValue::from_bytes(&percent_encoded(&message))
@@ -115,7 +122,7 @@ pub fn status_of(http: StatusCode, mut trailers: HeaderMap) -> Result<HeaderMap,
     }
     let code = status.filter(|code| code.0 <= Code::UNAUTHENTICATED.0).unwrap_or(Code::UNKNOWN);
     let message = trailers.remove("grpc-message").map(|value| percent_decoded(value.as_bytes())).unwrap_or_default();
-    Err(Failure { code, message, trailers })
+    Err(Failure { trailers, ..Failure::new(code, message) })
 }
 
 #[cfg(test)]

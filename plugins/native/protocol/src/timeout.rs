@@ -53,7 +53,8 @@ impl Timeouts {
     /// `timeout`, rounded up to three digits. Values that come again and again are one byte each in HPACK; values that
     /// never do would fill its table, which is searched for each request.
     pub fn header(&mut self, timeout: Duration) -> HeaderValue {
-        let micros = u64::try_from(timeout.as_micros()).unwrap_or(u64::MAX).clamp(1, LONGEST);
+        let up = timeout.saturating_add(Duration::from_nanos(999)); // to whole microseconds
+        let micros = u64::try_from(up.as_micros()).unwrap_or(u64::MAX).clamp(1, LONGEST);
         let step = 10u64.pow(micros.ilog10().saturating_sub(2));
         let micros = micros.div_ceil(step) * step;
         if micros != self.micros

@@ -216,7 +216,8 @@ impl Exchange {
     fn fail(&self, py: Python<'_>, error: Py<PyAny>) -> PyResult<()> {
         let (code, message, trailers): (u16, String, Py<PyAny>) =
             self.common.helpers.status_of.call1(py, (error,))?.extract(py)?;
-        let failure = Failure { code: Code(code), message, trailers: headers_of(Some(trailers.bind(py)))? };
+        let trailers = headers_of(Some(trailers.bind(py)))?;
+        let failure = Failure { trailers, ..Failure::new(Code(code), message) };
         self.send_command(Command::End(self.shared.id, End::Failed(failure)));
         Ok(())
     }

@@ -145,6 +145,11 @@ impl Threads {
         Timer(timed)
     }
 
+    /// How often clients were refused, by the names of `refusals.rs`.
+    fn refusals(&self) -> HashMap<&'static str, u64> {
+        self.0.refusals.read().collect()
+    }
+
     /// Bytes of messages that the transport holds.
     fn buffered_bytes(&self) -> usize {
         self.0.budget.used()
