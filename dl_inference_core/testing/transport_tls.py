@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 import shutil
+import ssl
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -131,6 +133,41 @@ class TlsConformance(LoopbackConformance):
         ):
             assert await ask(connection, ECHO, message) == message
             assert await channel.unary_unary(ECHO)(message, timeout=10) == message
+
+    @pytest.mark.parametrize(
+        ("version", "ciphers", "spoken"),
+        [
+            (ssl.TLSVersion.TLSv1_3, "DEFAULT", True),
+            (ssl.TLSVersion.TLSv1_2, "ECDHE+AESGCM", True),
+            (ssl.TLSVersion.TLSv1_2, "AESGCM+kRSA", False),
+            (ssl.TLSVersion.TLSv1_2, "ECDHE-RSA-AES128-SHA:ECDHE-ECDSA-AES128-SHA", False),
+            (ssl.TLSVersion.TLSv1_1, "DEFAULT:@SECLEVEL=0", False),
+        ],
+        ids=["TLS 1.3", "TLS 1.2", "no forward secrecy", "CBC", "TLS 1.1"],
+    )
+    @asynchronous
+    async def test_versions_and_ciphers_are_those_of_mozillas_intermediate_profile(
+        self, transport: Transport, ours: Authority, version: ssl.TLSVersion, ciphers: str, spoken: bool
+    ) -> None:
+        """https://wiki.mozilla.org/Security/Server_Side_TLS, version 5."""
+        context = ssl.create_default_context(cafile=ours.file)
+        context.set_alpn_protocols(["h2"])
+        context.set_ciphers(ciphers)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # TLS 1.1 is
+            context.minimum_version = context.maximum_version = version
+        async with serving(transport, {ECHO: echo}, tls=ours.issue().server()) as address:
+            host, _, port = address.rpartition(":")
+            connecting = asyncio.open_connection(host, int(port), ssl=context)
+            if spoken:
+                _, writer = await connecting
+                assert writer.get_extra_info("ssl_object").selected_alpn_protocol() == "h2"
+                writer.close()
+            else:
+                with pytest.raises((ssl.SSLError, ConnectionResetError)) as caught:
+                    await connecting
+                by_the_server = isinstance(caught.value, ConnectionResetError) or "ALERT" in str(caught.value)
+                assert by_the_server, caught.value
 
     @asynchronous
     async def test_a_client_that_speaks_plaintext_is_refused(self, transport: Transport, ours: Authority) -> None:

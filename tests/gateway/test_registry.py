@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import socket
 from collections import Counter
 from collections.abc import Mapping
@@ -598,11 +599,13 @@ def counting(node: NodeProcess) -> list[str]:
 
 async def test_a_node_with_another_token_serves_all_the_same_and_says_so_once(lab: Lab, caplog: Any) -> None:
     gateway = await lab.gateway(registry(lab))
-    node = await NodeProcess(lab, gateway, token="another").start()
+    caplog.set_level(logging.DEBUG)
+    node = await NodeProcess(lab, gateway, token="another-token").start()
     tried = counting(node)
     await lab.until(lambda: len(tried) == 3)
     (warning,) = warnings(caplog, "joining")
     assert "UNAUTHENTICATED" in warning
+    assert "another-token" not in caplog.text
     assert addresses(gateway) == set()
     connection = node.app.transport.connect(node.address, node.app._limits)
     infer = "/inference.GRPCInferenceService/ModelInfer"
