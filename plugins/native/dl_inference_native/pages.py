@@ -24,6 +24,18 @@ after some two seconds; whoever asks for one more is told at once to come again.
 _TEXT = {"content-type": "text/plain; charset=utf-8"}
 
 
+class Count:
+    """A number that any thread may add one to."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self._lock = threading.Lock()
+
+    def add(self) -> None:
+        with self._lock:
+            self.value += 1
+
+
 class Pages:
     """Has an application answer requests, up to 100 at one time.
 
@@ -31,19 +43,18 @@ class Pages:
     streams without an end never answers.
     """
 
-    def __init__(self, app: HttpApp, scheme: str) -> None:
+    def __init__(self, app: HttpApp, scheme: str, refused: Count) -> None:
         """On the event loop that is to run `app`.
 
         Args:
             scheme: "http" or "https".
+            refused: counts the requests that find no room.
         """
         self._app = app
         self._scheme = scheme
         self._loop = asyncio.get_running_loop()
         self._room = threading.BoundedSemaphore(_MOST)
-        self._refusing = threading.Lock()
-        self.refused = 0
-        """How many requests found no room."""
+        self._refused = refused
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, exchange: _native.HttpExchange) -> None:
@@ -53,8 +64,7 @@ class Pages:
             exchange.on_cancel(answer.end)
             call_soon(self._loop, partial(self._start, exchange, answer))
         else:
-            with self._refusing:
-                self.refused += 1
+            self._refused.add()
             exchange.reply(503, _TEXT, b"The server answers as many requests for pages as it may.\n")
 
     def _start(self, exchange: _native.HttpExchange, answer: _Answer) -> None:

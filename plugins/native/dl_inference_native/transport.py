@@ -34,6 +34,7 @@ from dl_inference_native import _native
 from dl_inference_native.certificates import Followed
 from dl_inference_native.http import NativeHttp
 from dl_inference_native.listening import Listening
+from dl_inference_native.pages import Count
 
 _log = logging.getLogger(__name__)
 
@@ -123,8 +124,9 @@ class NativeTransport(seam.Transport):
             answered; 0 never.
         headers_timeout_s: seconds that a client has for the handshakes of TLS and HTTP/2, and with HTTP/1 for the
             headers of each request.
-        body_timeout_s: seconds that a client has for the body of an HTTP request, and for each 64 KiB of an answer that
-            waits for it: of HTTP, of a unary call, and of a stream while half of `buffer_mb` is in use.
+        body_timeout_s: seconds that a client has for the body of an HTTP request, and in which it may take nothing of
+            an HTTP answer or of the answer to a unary call. While half of `buffer_mb` is in use, also seconds for each
+            64 KiB of every answer that waits for its client.
         keepalive_s: seconds after which a silent connection is asked for a sign of life by a PING of HTTP/2: that of a
             client always, that to a node while calls are in flight on it. As long as a node sends nothing but the
             answers, it is asked every five minutes at most, as gRPC's servers demand.
@@ -149,7 +151,7 @@ class NativeTransport(seam.Transport):
         super().__init__(options)
         self._started: _native.Threads | None = None
         self._trusted: dict[ClientTls, Followed] = {}
-        self._https: list[NativeHttp] = []
+        self._refused_pages = Count()
 
     @classmethod
     def of_channel_arguments(cls, arguments: Mapping[str, int | str]) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -187,10 +189,6 @@ class NativeTransport(seam.Transport):
             sys.setswitchinterval(_SWITCH_INTERVAL_S)
         if followed is not None:
             followed.begin()
-        answering = None
-        if http is not None:
-            answering = NativeHttp(http, "http" if tls is None else "https")
-            self._https.append(answering)
         number = self._threads.serve(
             service,
             listening.detach(),
@@ -198,7 +196,7 @@ class NativeTransport(seam.Transport):
             seam.room_for(limits.connections),
             limits.streams,
             None if followed is None else followed.native,
-            answering,
+            None if http is None else NativeHttp(http, "http" if tls is None else "https", self._refused_pages),
         )
         return NativeServer(self._threads, number, listening, followed)
 
@@ -218,7 +216,7 @@ class NativeTransport(seam.Transport):
 
     def refusals(self) -> Mapping[str, int]:
         counts = {} if self._started is None else self._started.refusals()
-        return counts | {"pages": sum(http.pages.refused for http in self._https)}
+        return counts | {"pages": self._refused_pages.value}
 
     def call_later(self, seconds: float, function: Callable[[], None]) -> Timer:
         return self._threads.call_later(seconds, function)

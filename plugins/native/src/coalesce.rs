@@ -2,6 +2,7 @@
 //! through.
 
 use crate::pace::Pace;
+use dl_inference_grpc::Budget;
 use std::cell::RefCell;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -29,7 +30,7 @@ struct Inner<T> {
     blocked: bool,
     /// Since a write had to wait, until all is written.
     stuck: Option<Pace>,
-    /// How long the other side may take too little.
+    /// How long the other side may take too little, where somebody asks `is_too_slow`.
     patience: Duration,
 }
 
@@ -68,9 +69,17 @@ impl<T: AsyncWrite + Unpin> Coalesce<T> {
         self.0.borrow().stuck.is_some()
     }
 
-    /// When the other side is too slow, unless it takes enough before; None where nothing waits for it.
+    /// When to ask `is_too_slow`; None where nothing waits for the other side.
     pub fn patience_ends(&self) -> Option<Instant> {
         self.0.borrow().stuck.as_ref().map(Pace::until)
+    }
+
+    /// Whether the other side is to be given up, because it takes too little of what is written.
+    pub fn is_too_slow(&self, budget: &Budget) -> bool {
+        match &mut self.0.borrow_mut().stuck {
+            Some(pace) => Instant::now() >= pace.until() && pace.is_too_slow(budget),
+            None => false,
+        }
     }
 
     /// Whether the other side has closed the connection, or reading failed.
@@ -105,9 +114,10 @@ impl<T: AsyncWrite + Unpin> Coalesce<T> {
 impl<T: AsyncWrite + Unpin> Inner<T> {
     /// Notes how the other side gets on with what is written.
     fn noted(&mut self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        self.heard |= self.blocked && written.is_ready(); // it has read some
         self.blocked = written.is_pending();
         match (&mut self.stuck, &written) {
-            (None, Poll::Pending) => self.stuck = Some(Pace::new(self.patience)),
+            (stuck, Poll::Pending) => drop(stuck.get_or_insert_with(|| Pace::new(self.patience))),
             (Some(pace), Poll::Ready(Ok(bytes))) => pace.took(*bytes),
             _ => {}
         }
@@ -128,7 +138,11 @@ impl<T: AsyncWrite + Unpin> Inner<T> {
             self.held = Vec::new();
         }
         if self.unflushed {
-            ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+            let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+            if flushed.is_pending() {
+                self.stuck.get_or_insert_with(|| Pace::new(self.patience));
+            }
+            ready!(flushed)?;
             self.unflushed = false;
         }
         if !self.blocked {

@@ -192,6 +192,8 @@ async fn answer_by_python(Known(io, call): &Known, body: Incomplete) -> Answer {
             refusal.reason().into_iter().for_each(|reason| io.refused(reason));
             if call.is_page { refuse_page(io, &refusal) } else { fail(io, call, refusal).await }
         }
+        // Nobody hears it.
+        Ok(Err(Unread::Left)) => plain(io, StatusCode::BAD_REQUEST, "The body of the request ends early.\n"),
         Ok(Err(Unread::Broken)) => {
             io.refused(Reason::MalformedHttp);
             plain(io, StatusCode::BAD_REQUEST, "The body of the request is malformed.\n")
@@ -318,14 +320,17 @@ pub async fn answer_stream(
 }
 
 /// Sends as much as the client takes at a time; `last` says whether the stream ends with it. None where the client has
-/// left, or takes too little for `body_timeout_s`: an answer that nobody reads would use the budget for ever.
+/// left, or is too slow: an answer that nobody reads would use the budget for ever.
 pub async fn send(common: &Common, out: &mut SendStream<Frame>, mut frame: Frame, last: bool) -> Option<()> {
     let mut pace = Pace::new(common.settings.body_timeout());
     while frame.has_remaining() {
         out.reserve_capacity(frame.remaining());
         let Some(room) = pace.keep(poll_fn(|cx| out.poll_capacity(cx))).await else {
-            common.refusals.count(Reason::SlowReader);
-            return None;
+            if pace.is_too_slow(&common.budget) {
+                common.refusals.count(Reason::SlowReader);
+                return None;
+            }
+            continue;
         };
         let part = frame.split_to(room?.ok()?);
         pace.took(part.remaining());

@@ -2,7 +2,7 @@
 
 use crate::http::answer;
 use crate::http_body::Incomplete;
-use crate::io::Io;
+use crate::io::{Common, Io};
 use crate::listen::{Answering, ServerHere, Stage, reached};
 use crate::pace::Pace;
 use crate::server::retirement;
@@ -77,7 +77,7 @@ pub async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, socket: Socket) {
             }
             _ = &mut tick => {
                 let now = Instant::now();
-                if let Some(reason) = progress.is_dead(settings, now) {
+                if let Some(reason) = progress.is_dead(&io.common, now) {
                     return io.refused(reason);
                 }
                 if retires.is_some_and(|at| now >= at) || progress.is_idle_too_long(settings, now) {
@@ -166,12 +166,12 @@ impl Progress {
     }
 
     /// Why the connection is to be closed, if it is.
-    fn is_dead(&self, settings: &Settings, now: Instant) -> Option<Reason> {
+    fn is_dead(&self, common: &Common, now: Instant) -> Option<Reason> {
         let (doing, since) = self.doing.get();
-        match &*self.stuck.borrow() {
-            Some(pace) => (now >= pace.until()).then_some(Reason::SlowReader),
+        match &mut *self.stuck.borrow_mut() {
+            Some(pace) => (now >= pace.until() && pace.is_too_slow(&common.budget)).then_some(Reason::SlowReader),
             None if doing == Doing::Reading => {
-                (now >= since + settings.headers_timeout()).then_some(Reason::HeadersTime)
+                (now >= since + common.settings.headers_timeout()).then_some(Reason::HeadersTime)
             }
             None => None,
         }

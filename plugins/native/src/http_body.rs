@@ -11,6 +11,7 @@ use std::cell::RefCell;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::task::yield_now;
 use tokio::time::timeout;
@@ -77,8 +78,10 @@ impl Refusal {
 /// Why a body could not be taken in.
 pub enum Unread {
     Refused(Refusal),
-    /// It is not framed as HTTP has it, or ends early.
+    /// It is not framed as HTTP has it.
     Broken,
+    /// It ends early: the client has left.
+    Left,
 }
 
 impl From<Refusal> for Unread {
@@ -97,6 +100,7 @@ impl Incomplete {
                         Ok(piece) => return Some(Ok(piece)),
                         Err(_) => continue, // trailers, which nobody reads
                     },
+                    Err(error) if error.is_incomplete_message() => return Some(Err(Unread::Left)),
                     Err(_) => return Some(Err(Unread::Broken)),
                 }
             },
@@ -104,9 +108,15 @@ impl Incomplete {
                 if let Some(respond) = awaited.take() {
                     let mut go_on = Response::new(());
                     *go_on.status_mut() = StatusCode::CONTINUE;
-                    let _ = respond.borrow_mut().send_informational(go_on); // else the client left
+                    if !poll_fn(|cx| Poll::Ready(respond.borrow_mut().poll_reset(cx).is_ready())).await {
+                        let _ = respond.borrow_mut().send_informational(go_on); // else the client left
+                    }
                 }
-                let Ok(piece) = stream.data().await? else { return Some(Err(Unread::Broken)) };
+                let piece = match stream.data().await? {
+                    Ok(piece) => piece,
+                    Err(error) if error.is_library() => return Some(Err(Unread::Broken)),
+                    Err(_) => return Some(Err(Unread::Left)),
+                };
                 window.has_read(so_far + piece.len());
                 let _ = stream.flow_control().release_capacity(piece.len()); // fails where the stream has ended
                 Some(Ok(piece))

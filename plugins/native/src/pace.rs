@@ -1,13 +1,14 @@
 //! How slowly a client may take an answer.
 
+use crate::window::SMALL;
+use dl_inference_grpc::Budget;
 use std::time::Duration;
 use tokio::time::{Instant, timeout_at};
 
-/// What a client must take in each `body_timeout_s`, unless less is left: a client that takes a byte at a time would hold
-/// its answer for ever. HTTP/2's own first window, so that a client which reads one window at a time is in time.
-pub const LEAST: usize = 1 << 16;
+/// What a client must take in each `body_timeout_s`, while memory is short: one of HTTP/2's first windows.
+const LEAST: usize = SMALL as usize;
 
-/// Whether a client takes an answer fast enough.
+/// How a client gets on with an answer that waits for it.
 pub struct Pace {
     patience: Duration,
     until: Instant,
@@ -20,14 +21,24 @@ impl Pace {
         Pace { patience, until: Instant::now() + patience, taken: 0 }
     }
 
-    /// What `future` gives, unless the client is too slow before.
+    /// What `future` gives; None where the time is over before. Then `is_too_slow` says what that means.
     pub async fn keep<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         timeout_at(self.until, future).await.ok()
     }
 
-    /// When the client is too slow, unless it takes enough before.
+    /// When the time is over, unless the client takes enough before.
     pub fn until(&self) -> Instant {
         self.until
+    }
+
+    /// Whether the client is to be given up, now that the time is over; otherwise the time begins anew. A client that
+    /// takes some bytes is too slow only where half of `budget` is used: a byte at a time, it would hold its answer for ever.
+    pub fn is_too_slow(&mut self, budget: &Budget) -> bool {
+        let slow = self.taken == 0 || !budget.has_ample_room();
+        if !slow {
+            *self = Pace::new(self.patience);
+        }
+        slow
     }
 
     /// The client has taken `bytes`.

@@ -10,7 +10,7 @@ use crate::signs::Signs;
 use crate::socket::{Plain, Socket, Spoken, Wire, sniff};
 use crate::tls::Newest;
 use crate::window::{LARGE, SMALL, Window};
-use dl_inference_grpc::{Frame, Reason};
+use dl_inference_grpc::{Budget, Frame, Reason};
 use dl_inference_wire::KeyFields;
 use h2::PingPong;
 use h2::server::Connection;
@@ -119,6 +119,7 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
             let _ = timeout(REFUSAL, poll_fn(|cx| writer.send(cx))).await;
         }
         Ok(Some(Made::Http1(socket))) => Box::pin(http1::serve(io, server, socket)).await,
+        Ok(Some(Made::Other(socket, why))) => refuse(io, socket, why).await,
         Ok(None) => {}
         Err(_) => io.refused(Reason::HandshakeTime),
     }
@@ -128,6 +129,8 @@ pub async fn connection(io: &Rc<Io>, server: &Rc<ServerHere>, plain: Plain) {
 enum Made {
     Http2(Coalesce<Socket>, Box<Http2>),
     Http1(Socket),
+    /// What the port does not speak, and what is said to that.
+    Other(Socket, &'static [u8]),
 }
 
 async fn handshakes(io: &Io, server: &ServerHere, plain: Plain) -> Option<Made> {
@@ -143,9 +146,9 @@ async fn handshakes(io: &Io, server: &ServerHere, plain: Plain) -> Option<Made> 
     let mut socket = Socket::of_client(wire);
     match sniff(&mut socket).await.ok()? {
         Spoken::Http2 => {}
-        Spoken::Tls => return refuse(io, socket, CLEAR_TEXT).await,
+        Spoken::Tls => return Some(Made::Other(socket, CLEAR_TEXT)),
         Spoken::Other if service.http.is_some() => return Some(Made::Http1(socket.without_authorities())),
-        Spoken::Other => return refuse(io, socket, NOT_HTTP2).await,
+        Spoken::Other => return Some(Made::Other(socket, NOT_HTTP2)),
     }
     let writer = Coalesce::new(socket, io.common.settings.body_timeout());
     let handshake = h2::server::Builder::new()
@@ -181,7 +184,7 @@ fn count_error(io: &Io, error: &h2::Error) {
 }
 
 /// Says why, then closes, once the client has: to close first would lose what was said.
-async fn refuse<T>(io: &Io, mut socket: Socket, why: &[u8]) -> Option<T> {
+async fn refuse(io: &Io, mut socket: Socket, why: &[u8]) {
     io.refused(Reason::OtherProtocol);
     let said = async {
         socket.write_all(why).await?;
@@ -190,7 +193,6 @@ async fn refuse<T>(io: &Io, mut socket: Socket, why: &[u8]) -> Option<T> {
         std::io::Result::Ok(())
     };
     let _ = timeout(REFUSAL, said).await;
-    None
 }
 
 async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, mut connection: Http2) {
@@ -229,7 +231,7 @@ async fn serve(io: &Rc<Io>, server: &Rc<ServerHere>, writer: &Coalesce<Socket>, 
                 window.grew(connection.set_initial_window_size(LARGE).is_ok());
             }
             _ = &mut tick => {
-                match vitals.check(writer, connection.has_streams()) {
+                match vitals.check(writer, connection.has_streams(), &io.common.budget) {
                     Verdict::Fine => {}
                     Verdict::Retire => connection.graceful_shutdown(),
                     Verdict::Dead(reason) => return io.refused(reason),
@@ -286,15 +288,14 @@ impl Vitals {
         self.next = [idle, self.retires].into_iter().flatten().fold(self.signs.next(), Instant::min);
     }
 
-    fn check(&mut self, writer: &Coalesce<Socket>, busy: bool) -> Verdict {
+    fn check(&mut self, writer: &Coalesce<Socket>, busy: bool, budget: &Budget) -> Verdict {
         let now = Instant::now();
         self.idle_since = if busy { None } else { self.idle_since.or(Some(now)) };
         let mut verdict = Verdict::Fine;
         if !self.signs.check(writer.was_heard(), true) {
             return Verdict::Dead(Reason::Silence);
         }
-        let patience_ends = writer.patience_ends();
-        if patience_ends.is_some_and(|at| now >= at) {
+        if writer.is_too_slow(budget) {
             return Verdict::Dead(Reason::SlowReader);
         }
         let is_idle = |limit| self.idle_since.is_some_and(|since| now >= since + limit);
@@ -303,7 +304,7 @@ impl Vitals {
             verdict = Verdict::Retire;
         }
         self.set_next(now);
-        self.next = patience_ends.into_iter().fold(self.next, Instant::min);
+        self.next = writer.patience_ends().into_iter().fold(self.next, Instant::min);
         verdict
     }
 }

@@ -54,7 +54,7 @@ impl Settings {
         Duration::from_secs(self.headers_timeout_s)
     }
 
-    /// Of HTTP that is not gRPC.
+    /// Of the body of a request that is not gRPC; and of answers that wait for their clients.
     pub fn body_timeout(&self) -> Duration {
         Duration::from_secs(self.body_timeout_s)
     }

@@ -115,11 +115,13 @@ impl Stream {
 
     /// Sends what waits until the end is sent too.
     pub async fn write(&self, io: &Io, call: &Call) {
+        let patience = io.common.settings.body_timeout();
+        let mut pace = Pace::new(patience);
         loop {
             let next = self.outgoing.borrow_mut().pop_front();
             if let Some(frame) = next {
                 let size = frame.size();
-                if self.write_frame(io, call, frame).await.is_none() {
+                if self.write_frame(io, call, frame, &mut pace).await.is_none() {
                     return call.leave(io, None);
                 }
                 let unsent = call.shared.unsent.fetch_sub(size, Ordering::AcqRel).saturating_sub(size);
@@ -133,18 +135,17 @@ impl Stream {
                 return call.tell_ended(io, code, vec![]);
             } else {
                 self.changed.notified().await;
+                pace = Pace::new(patience);
             }
         }
     }
 
     /// None where the client has left, or takes too little for `body_timeout_s` while others need the room: a stream may
     /// rest for as long as its client wants to, but many that rest would use all of the budget.
-    async fn write_frame(&self, io: &Io, call: &Call, mut frame: Frame) -> Option<()> {
+    async fn write_frame(&self, io: &Io, call: &Call, mut frame: Frame, pace: &mut Pace) -> Option<()> {
         if let Some(mut respond) = call.respond.take() {
             self.out.replace(Some(respond.send_response(head(HeaderMap::new()), false).ok()?));
         }
-        let patience = io.common.settings.body_timeout();
-        let mut pace = Pace::new(patience);
         while frame.has_remaining() {
             let reserved = self.with_out(|out| out.reserve_capacity(frame.remaining()));
             reserved?;
@@ -154,7 +155,7 @@ impl Stream {
             });
             let Some(room) = pace.keep(room).await else {
                 if io.common.budget.has_ample_room() {
-                    pace = Pace::new(patience);
+                    *pace = Pace::new(io.common.settings.body_timeout());
                     continue;
                 }
                 io.refused(dl_inference_grpc::Reason::SlowReader);

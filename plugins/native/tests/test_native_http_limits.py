@@ -260,9 +260,9 @@ async def test_an_answer_that_nobody_reads(serve_http: Any) -> None:
 
 
 async def test_an_answer_that_is_read_a_few_bytes_at_a_time(serve_http: Any) -> None:
-    """Or it would be held for as long as its client likes."""
+    """Or it would be held for as long as its client likes, and there is room for no other."""
     service = HeldService(lambda exchange: exchange.reply(200, {}, bytes(30 << 20)))
-    async with serve_http(service, body_timeout_s=3) as served, silent(served.port) as client:
+    async with serve_http(service, body_timeout_s=3, buffer_mb=32) as served, silent(served.port) as client:
         client.send("GET", "/api/")
         await service.begun()
         began = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from hpack import Encoder
 
 from dl_inference_core.errors import Code
 from dl_inference_core.testing.loopback import ECHO, DirectService, official
+from dl_inference_core.testing.transport_tls import Authority
 from dl_inference_core.transport import Exchange, Limits
 
 native = pytest.importorskip("dl_inference_native", exc_type=ImportError)
@@ -369,24 +371,31 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
         assert refused(threads) == {"slow_reader": 1}
 
 
-async def test_an_answer_that_is_read_a_few_bytes_at_a_time_is_given_up() -> None:
-    """Or it would be held for as long as its client likes."""
-    service = DirectService(lambda exchange: exchange.reply(bytes(1 << 20)))
-    async with serving(service, body_timeout_s=2) as (address, threads), raw(address) as client:
-        client.send(head(1) + data(1, SHORT))
-        await until(lambda: threads.buffered_bytes() > 1 << 19)
-        async with asyncio.timeout(20):
-            while threads.buffered_bytes():
-                client.send(update(1, 100))
+async def test_answers_that_are_read_a_few_bytes_at_a_time_are_given_up_where_others_need_the_room() -> None:
+    """Or they would be held for as long as their client likes."""
+    service = DirectService(lambda exchange: exchange.reply(bytes(MIB)))
+    streams = [2 * number + 1 for number in range(12)]
+    async with serving(service, buffer_mb=16, body_timeout_s=1) as (address, threads), raw(address) as client:
+        client.send(b"".join(head(stream) + data(stream, SHORT) for stream in streams[:4]))
+        await until(lambda: threads.buffered_bytes() > 3 * MIB)
+        for _ in range(25):
+            client.send(b"".join(update(stream, 10) for stream in streams[:4]))
+            await asyncio.sleep(0.1)
+        assert refused(threads) == {}, "there is room"
+        client.send(b"".join(head(stream) + data(stream, SHORT) for stream in streams[4:]))
+        await until(lambda: threads.buffered_bytes() > 11 * MIB)
+        async with asyncio.timeout(30):
+            while threads.buffered_bytes() >= 8 * MIB:
+                client.send(b"".join(update(stream, 10) for stream in streams))
                 await asyncio.sleep(0.1)
-        assert client.resets == [(1, 8)]
-        assert refused(threads) == {"slow_reader": 1}
+        await until(lambda: refused(threads) == {"slow_reader": len(client.resets)})
+        assert len(client.resets) >= 4
 
 
 async def test_answers_in_a_full_socket_are_given_up_although_the_client_speaks() -> None:
     """The windows have room for them, and the client sends PINGs: it reads nothing."""
     service = DirectService(lambda exchange: exchange.reply(bytes(300_000)))
-    async with serving(service, body_timeout_s=2, keepalive_s=1) as (address, threads):
+    async with serving(service, body_timeout_s=2, keepalive_s=1, buffer_mb=16) as (address, threads):
         host, _, port = address.rpartition(":")
         small = socket.socket()
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -426,6 +435,28 @@ async def test_streams_that_rest_are_given_up_where_others_need_the_room() -> No
         assert len(service.endings) < 9, "those stay for which there is room"
 
 
+async def test_a_stream_whose_client_takes_one_message_at_a_time_is_given_up_where_others_need_the_room() -> None:
+    exchanges: list[Exchange] = []
+    service = DirectService(exchanges.append, streaming=True)
+    async with (
+        serving(service, buffer_mb=16, body_timeout_s=2) as (address, threads),
+        raw(address) as client,
+        raw(address) as other,
+    ):
+        client.send(head(1))
+        other.send(head(1))
+        await until(lambda: len(exchanges) == 2)
+        for exchange in exchanges:
+            for _ in range(9000):  # 9 MB of each
+                exchange.send(bytes(995))
+        async with asyncio.timeout(30):
+            while not service.endings:
+                client.send(update(1, 1000))
+                other.send(update(1, 1000))
+                await asyncio.sleep(0.2)
+        await until(lambda: set(refused(threads)) == {"slow_reader"})
+
+
 async def test_an_answer_that_is_read_slowly_comes_whole_although_the_server_drains() -> None:
     service = DirectService(lambda exchange: exchange.reply(bytes(200_000)))
     transport = native.NativeTransport(native.NativeTransport.Options())
@@ -455,24 +486,34 @@ async def test_a_request_that_never_comes_whole_holds_up_no_drain() -> None:
             await server.drain(30)
 
 
-async def test_answers_in_a_full_socket_go_out_although_the_server_drains() -> None:
+@pytest.mark.parametrize("secure", [False, True], ids=["clear text", "TLS"])
+async def test_answers_in_a_full_socket_go_out_although_the_server_drains(tmp_path: Path, secure: bool) -> None:
     """The windows have room for them: the kernel has not."""
     service = DirectService(lambda exchange: exchange.reply(bytes(300_000)))
     transport = native.NativeTransport(native.NativeTransport.Options())
-    server = await transport.serve(service, ("127.0.0.1:0",), Limits())
+    authority = Authority(tmp_path / "ca")
+    server = await transport.serve(
+        service, ("127.0.0.1:0",), Limits(), tls=authority.issue().server() if secure else None
+    )
     small = socket.socket()
     small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    with small:
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(small)
         await asyncio.to_thread(small.connect, ("127.0.0.1", server.ports[0]))
+        if secure:
+            context = ssl.create_default_context(cafile=authority.file)
+            context.set_alpn_protocols(["h2"])
+            wrapped = await asyncio.to_thread(context.wrap_socket, small, server_hostname="127.0.0.1")
+            connection = stack.enter_context(wrapped)
         count = 30  # 9 MB: more than the kernel holds
         calls = b"".join(head(2 * number + 1) + data(2 * number + 1, SHORT) for number in range(count))
         windows = struct.pack(">HL", INITIAL_WINDOW_SIZE, 2**31 - 1)
-        small.sendall(PREFACE + frame(SETTINGS, 0, 0, windows) + update(0, 2**31 - 1 - 65_535) + calls)
+        connection.sendall(PREFACE + frame(SETTINGS, 0, 0, windows) + update(0, 2**31 - 1 - 65_535) + calls)
         await until(lambda: len(service.endings) == count)
         draining = asyncio.ensure_future(server.drain(30))
         await asyncio.sleep(2.5)  # twice as long as a client may take that has its answer
         assert not draining.done()
-        received = await asyncio.to_thread(read_all, small)
+        received = await asyncio.to_thread(read_all, connection)
         await draining
     assert ends_in(received) == count
 

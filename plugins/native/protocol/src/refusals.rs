@@ -40,13 +40,13 @@ reasons! {
     MessageBytes = "message_bytes",
     /// The process holds as many bytes of messages as it may.
     Buffer = "buffer",
-    /// A request of HTTP/1 is not as HTTP has it.
+    /// A request of HTTP is not as HTTP has it.
     MalformedHttp = "malformed_http",
     /// The headers of a request of HTTP/1 took too long.
     HeadersTime = "headers_time",
     /// The body of an HTTP request took too long.
     BodyTime = "body_time",
-    /// A client took nothing of an answer for too long.
+    /// A client took too little of an answer for too long.
     SlowReader = "slow_reader",
 }
 
