@@ -332,6 +332,72 @@ async def test_headers_without_an_end_end_the_connection(size: int, reason: str)
         assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
 
 
+IDLE = {
+    "empty data": (head(1), frame(DATA, 0, 1)),
+    "padding": (head(1), frame(DATA, 8, 1, b"\xff" + bytes(255))),
+    "windows": (b"", update(0, 1)),
+    "priorities": (b"", frame(PRIORITY, 0, 1, bytes(5))),
+    "answers to no ping": (b"", frame(PING, ACK, 0, bytes(8))),
+    "frames of no known kind": (b"", frame(0xBE, 0, 0, bytes(100))),
+}
+"""What is sent first, and then over and over: CVE-2019-9518 and its kin."""
+
+
+@pytest.mark.parametrize(("first", "piece"), IDLE.values(), ids=IDLE)
+async def test_frames_that_say_nothing_hold_up_nobody_and_fill_no_memory(first: bytes, piece: bytes) -> None:
+    async with serving(Echoes()) as (address, threads), official(address) as channel:
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+        before = resident()
+        flooding = asyncio.ensure_future(flood(address, first, piece * (65536 // len(piece)), 16 * MIB, 20))
+        answered = 0
+        while not flooding.done():
+            assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+            answered += 1
+        taken, closed = await flooding
+        assert closed or taken >= 16 * MIB
+        assert answered > 0
+        assert resident() - before < 32 * MIB
+        await until(lambda: threads.buffered_bytes() == 0)
+
+
+async def test_headers_that_unpack_to_much_more_are_refused() -> None:
+    """A field of 4,000 bytes goes into HPACK's table and is named 15,000 times by a byte each: 60 MB."""
+    async with serving(Echoes()) as (address, threads), official(address) as channel, raw(address) as client:
+        before = resident()
+        field = b"\x40\x01x" + b"\x7f\xa1\x1e" + b"v" * 4000
+        client.send(frame(HEADERS, END_HEADERS, 1, head(1)[9:] + field + b"\xbe" * 15_000))
+        await client.settled()
+        assert resident() - before < 32 * MIB
+        assert client.received[HEADERS] == 1 or client.closed.is_set(), "refused alone, or with its connection"
+        assert client.received[DATA] == 0
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+        await until(lambda: threads.buffered_bytes() == 0)
+
+
+def noted(stream: int, value: bytes) -> bytes:
+    block = head(stream)[9:] + b"\x00\x06x-note" + bytes([len(value)]) + value
+    return frame(HEADERS, END_HEADERS, stream, block) + data(stream, SHORT)
+
+
+async def test_metadata_may_hold_any_bytes_of_text() -> None:
+    async with serving(Echoes()) as (address, _), raw(address) as client:
+        for stream, value in ((1, b"\xff\xfe"), (3, "ä".encode()), (5, b"a\tb")):
+            client.send(noted(stream, value))
+        await until(lambda: client.received[DATA] == 3)
+
+
+@pytest.mark.parametrize("value", [b"a\x7fb", b"a\x01b", b"a\0b", b"a\r\nb"])
+async def test_metadata_with_control_characters_end_their_connection(value: bytes) -> None:
+    """HTTP/2 asks for the end of the stream alone, which h2 does not offer."""
+    service = Echoes()
+    async with serving(service) as (address, threads), official(address) as channel, raw(address) as client:
+        client.send(noted(1, value))
+        await client.closed.wait()
+        assert service.begun == 0
+        assert refused(threads) == {"http2": 1}
+        assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
+
+
 # Windows, and what waits in them
 
 
