@@ -265,8 +265,9 @@ def _server_options(limits: Limits, options: GrpcioTransport.Options) -> list[tu
     """What gRPC calls the limits of a server.
 
     Calls over `limits.streams` wait at the client, and calls that have come wait for the event loop. By default gRPC
-    resets some of either: its overload protection counts calls that it has answered but not yet freed, and
-    of more than 1,000 pending calls it refuses some at random, all from 3,000 on. `limits` bounds both already.
+    resets some of either: its overload protection counts calls that it has answered but not yet freed; of more than
+    1,000 pending calls it refuses some at random, all from 3,000 on; and it cancels those that have waited for 30 s.
+    `limits` bounds all of these already, and clients have their deadlines.
     """
     ages = {
         "grpc.max_connection_idle_ms": options.idle_timeout_s,
@@ -277,6 +278,7 @@ def _server_options(limits: Limits, options: GrpcioTransport.Options) -> list[tu
         ("grpc.http.overload_protection", 0),
         ("grpc.server.max_pending_requests", _UNLIMITED),
         ("grpc.server.max_pending_requests_hard_limit", _UNLIMITED),
+        ("grpc.server_max_unrequested_time_in_server", _UNLIMITED),
         ("grpc.max_allowed_incoming_connections", limits.connections),
         ("grpc.max_metadata_size", options.header_kb * 1024),
         ("grpc.server_handshake_timeout_ms", options.headers_timeout_s * 1000),
