@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dl_inference_core.errors import (
 )
 
 native = pytest.importorskip("dl_inference_native.transport", exc_type=ImportError)
+pages = pytest.importorskip("dl_inference_native.pages", exc_type=ImportError)
 
 TRAILERS = (("x-note", "a"), ("x-bytes-bin", b"\0"))
 
@@ -70,3 +72,47 @@ def test_what_a_function_raises_is_its_error_or_a_failed_handler(caplog: pytest.
 )
 def test_channel_arguments_in_their_units(given: dict[str, Any], options: dict[str, int], ignored: Any) -> None:
     assert native.NativeTransport.of_channel_arguments(given) == (options, ignored)
+
+
+class Held:
+    """An exchange that says what was replied. On the event loop, so that nothing depends on when an I/O thread runs."""
+
+    verb, path, query, headers, raw_headers, version, body = "GET", "/page", "", {}, [], "1.1", b""
+
+    def __init__(self) -> None:
+        self.replies: list[int] = []
+        self.leave: Any = None
+
+    def on_cancel(self, callback: Any) -> None:
+        self.leave = callback
+
+    def reply(self, status: int, headers: Any, body: bytes) -> None:
+        self.replies.append(status)
+
+
+async def test_a_page_whose_client_has_left_is_not_asked_for_and_gives_its_room_back() -> None:
+    asked: list[str] = []
+    release = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append(scope["path"])
+        await release.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    refused = pages.Count()
+    served = pages.Pages(app, "http", refused)
+    gone = Held()
+    served.begin(gone)
+    gone.leave()
+    await asyncio.sleep(0.05)
+    assert asked == []
+    stay = [Held() for _ in range(101)]
+    for exchange in stay:
+        served.begin(exchange)
+    assert (refused.value, stay[-1].replies) == (1, [503]), "one hundred have room"
+    release.set()
+    async with asyncio.timeout(20):
+        while not all(exchange.replies for exchange in stay):  # noqa: ASYNC110 - replies are a list
+            await asyncio.sleep(0.01)
+    assert {exchange.replies[0] for exchange in stay[:-1]} == {200}
