@@ -210,7 +210,7 @@ async def test_a_client_that_makes_the_server_reset_loses_its_connection(
         assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
         await service.has_ended(service.begun)
         await until(lambda: threads.buffered_bytes() == 0)
-        assert refused(threads) == {reason: 1}
+        await until(lambda: refused(threads) == {reason: 1})
 
 
 @pytest.mark.parametrize("answers_pings", [True, False])
@@ -328,7 +328,7 @@ async def test_headers_without_an_end_end_the_connection(size: int, reason: str)
         taken, closed = await flood(address, first, piece * max(1, 8192 // len(piece)), 16 * MIB, 20)
         assert closed
         assert taken < 8 * MIB
-        assert refused(threads) == {reason: 1}
+        await until(lambda: refused(threads) == {reason: 1})
         assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
 
 
@@ -394,7 +394,7 @@ async def test_metadata_with_control_characters_end_their_connection(value: byte
         client.send(noted(1, value))
         await client.closed.wait()
         assert service.begun == 0
-        assert refused(threads) == {"http2": 1}
+        await until(lambda: refused(threads) == {"http2": 1})
         assert await channel.unary_unary(ECHO)(SHORT, timeout=30) == SHORT
 
 
@@ -434,7 +434,7 @@ async def test_an_answer_that_nobody_reads_is_given_up() -> None:
         await until(lambda: threads.buffered_bytes() == 0)
         await until(lambda: client.resets == [(1, 8)])
         assert [code for _, code in service.endings] == [Code.OK]
-        assert refused(threads) == {"slow_reader": 1}
+        await until(lambda: refused(threads) == {"slow_reader": 1})
 
 
 async def test_answers_that_are_read_a_few_bytes_at_a_time_are_given_up_where_others_need_the_room() -> None:
@@ -476,7 +476,7 @@ async def test_answers_in_a_full_socket_are_given_up_although_the_client_speaks(
                     with contextlib.suppress(ConnectionError):
                         small.sendall(frame(PING, 0, 0, bytes(8)))
                     await asyncio.sleep(0.2)
-        assert refused(threads) == {"slow_reader": 1}
+        await until(lambda: refused(threads) == {"slow_reader": 1})
 
 
 async def test_streams_that_rest_are_given_up_where_others_need_the_room() -> None:

@@ -43,6 +43,15 @@ def used_mb() -> float:
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
 
 
+async def until_below(most_mb: float) -> None:
+    """The threads of a version that is gone may still have to end."""
+    for _ in range(100):
+        if used_mb() < most_mb:
+            return
+        await asyncio.sleep(0.1)
+    assert used_mb() < most_mb
+
+
 def circular(folder: Path, **weights: torch.Tensor) -> None:
     """A module with a part that refers to it."""
     folder.mkdir(parents=True)
@@ -103,13 +112,13 @@ def test_versions_that_are_replaced_or_removed_give_their_memory_back(tmp_path: 
                 shutil.copytree(version, models / "m" / str(number))
                 await look_twice(served)
                 assert set(served.models["m"].loaded) == {number}
-            assert used_mb() < one + 1.5 * SIZE_MB
+            await until_below(one + 1.5 * SIZE_MB)
             gc.collect()  # what the loads have left, apart from weights
             gc.freeze()
             last = used_mb()
             shutil.rmtree(models / "m")
             await look_twice(served)
-            assert used_mb() < last - 0.5 * SIZE_MB
+            await until_below(last - 0.5 * SIZE_MB)
 
     asyncio.run(main())
 
