@@ -8,7 +8,9 @@ use h2::server::SendResponse;
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
 use hyper::body::{Body as _, Incoming};
 use std::cell::RefCell;
+use std::error::Error as _;
 use std::future::poll_fn;
+use std::io::ErrorKind;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::Poll;
@@ -100,7 +102,7 @@ impl Incomplete {
                         Ok(piece) => return Some(Ok(piece)),
                         Err(_) => continue, // trailers, which nobody reads
                     },
-                    Err(error) if error.is_incomplete_message() => return Some(Err(Unread::Left)),
+                    Err(error) if ends_early(&error) => return Some(Err(Unread::Left)),
                     Err(_) => return Some(Err(Unread::Broken)),
                 }
             },
@@ -181,6 +183,12 @@ impl Incomplete {
             }
         }
     }
+}
+
+/// Whether the connection has ended within the body.
+fn ends_early(error: &hyper::Error) -> bool {
+    let cause = error.source().and_then(|cause| cause.downcast_ref::<std::io::Error>());
+    cause.is_some_and(|cause| cause.kind() == ErrorKind::UnexpectedEof)
 }
 
 /// The length that the client says; HTTP has checked that it is a number.

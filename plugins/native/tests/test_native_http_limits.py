@@ -198,6 +198,24 @@ async def test_a_body_that_does_not_come(serve_http: Any) -> None:
     assert not service.failures
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [b"Content-Length: 8\r\n\r\nhalf", b"Transfer-Encoding: chunked\r\n\r\n8\r\nhalf"],
+    ids=["length", "chunks"],
+)
+async def test_a_client_that_leaves_within_a_body_counts_as_nothing(serve_http: Any, begun: bytes) -> None:
+    service = HeldService(echo)
+    async with serve_http(service) as served:
+        async with connected(served.port) as client:
+            client.write(b"POST /api/ HTTP/1.1\r\nHost: h\r\n" + begun)
+            await asyncio.sleep(0.2)
+        await served.has_freed_all()
+        async with connected(served.port) as client:
+            assert (await client.ask("POST", "/api/", b"x")).body == b"x"
+        await served.has_refused()
+    assert not service.failures
+
+
 async def test_headers_that_do_not_come(serve_http: Any) -> None:
     async def begin(port: int, begun: bytes) -> None:
         async with connected(port) as client:
