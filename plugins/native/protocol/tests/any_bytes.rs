@@ -1,36 +1,14 @@
 //! Bytes that a peer may send: good ones, changed at random in a few places.
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)] // it is a test, helpers included
 
+#[path = "../../wire/tests/damage/mod.rs"]
+mod damage;
 mod invariants;
 
+use damage::Random;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use std::io::Write;
-
-/// A xorshift generator, so that each run has the same bytes.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, most: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % most.max(1) as u64) as usize
-    }
-
-    fn change(&mut self, bytes: &mut Vec<u8>) {
-        let at = self.below(bytes.len() + 1);
-        match self.below(4) {
-            0 => bytes.truncate(at),
-            1 => bytes.insert(at, self.below(256) as u8),
-            2 if at < bytes.len() => bytes[at] = self.below(256) as u8,
-            _ => {
-                let piece = bytes[self.below(at + 1)..at].to_vec();
-                bytes.splice(at..at, piece);
-            }
-        }
-    }
-}
 
 fn seeds() -> Vec<Vec<u8>> {
     let mut packing = GzEncoder::new(Vec::new(), Compression::default());
@@ -60,11 +38,7 @@ fn what_holds_of_good_bytes_holds_of_damaged_ones() {
     assert!(good >= 5, "{good}");
     let (mut random, mut taken) = (Random(7), 0);
     for _ in 0..50_000 {
-        let mut bytes = seeds[random.below(seeds.len())].clone();
-        for _ in 0..random.below(4) {
-            random.change(&mut bytes);
-        }
-        taken += invariants::check(&bytes);
+        taken += invariants::check(&random.damaged(&seeds));
     }
     assert!(taken > 10_000, "{taken}: few were good enough to be read");
 }
